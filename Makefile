@@ -1,0 +1,55 @@
+# Two commands are all there is from a clean clone:  make demo  and  make test.
+# They need make and Python >= 3.11; another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install -c constraints.txt -e
+# Stamps: an installation is repeated only when what it depends on has changed.
+EXAMPLES := $(VENV)/examples.stamp
+DEV := $(VENV)/dev.stamp
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # the checks run in the order they are listed: cheap ones first
+.PHONY: help demo test install check docs tests benchmarks clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(EXAMPLES) ## install, then correct noisy labels on a small embedded data set: a table and a picture
+	$(BIN)/python -m examples.noisy_labels.demo
+
+test: check docs tests ## install, then run everything: linter, formatter, types, documentation, tests
+
+install: $(DEV) ## install for development, into .venv
+
+check: $(DEV) ## linter, formatter and type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(DEV) ## build the documentation, warnings are errors
+	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build
+
+tests: $(DEV) ## run the tests, with every example in docstrings, README and docs
+	$(BIN)/python -m pytest
+
+benchmarks: $(EXAMPLES) ## time one step against the same mathematics written by hand
+	$(BIN)/python -m benchmarks.step_time
+
+clean: ## remove the environment and everything that was built
+	rm -rf $(VENV) docs/_build build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(EXAMPLES): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) ".[examples]"
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) ".[dev]"
+	@touch $(EXAMPLES) $@ # dev contains examples
