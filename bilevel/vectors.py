@@ -1,0 +1,135 @@
+"""Arithmetic on groups of tensors.
+
+A point, a gradient or a direction of one level is a ``Vector``: one tensor per variable, in parameter order, or
+``None`` where a loss does not use the variable. ``None`` counts as zero in sums and products, and stays ``None`` in
+results, so that an unused variable keeps ``.grad`` None all the way to the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+Vector = Sequence[Tensor | None]
+Scalar = float | Tensor
+
+# Tensors are flattened together up to this many elements: few kernel launches for many small tensors, and a bounded
+# temporary (8 MiB in float64) for large ones.
+CHUNK = 1 << 20
+
+
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    """Float64 wherever the device has it: squares of float32 values then neither overflow nor lose digits."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def dot(a: Vector, b: Vector) -> Tensor:
+    """Return the inner product ``sum_i <a_i, b_i>`` as a 0-dim tensor in the accumulation dtype.
+
+    The result stays on the device of the first pair; nothing is synchronised.
+    """
+    total: Tensor | None = None
+    for left, right in _chunks([(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]):
+        part = torch.dot(left, right)
+        total = part if total is None else total + part.to(total.device, non_blocking=True)
+    if total is None:
+        device = next((x.device for x in (*a, *b) if x is not None), torch.device("cpu"))
+        return torch.zeros((), dtype=accumulation_dtype(device), device=device)
+    return total
+
+
+def squared_norm(a: Vector) -> Tensor:
+    """Return ``sum_i |a_i|^2``, accumulated as in :func:`dot`."""
+    return dot(a, a)
+
+
+def subtract(a: Vector, b: Vector) -> list[Tensor | None]:
+    """Return ``a - b``."""
+    return add_scaled(a, -1.0, b)
+
+
+def add_scaled(a: Vector, scale: Scalar, b: Vector) -> list[Tensor | None]:
+    """Return ``a + scale * b``; a tensor ``scale`` follows each term to its device and never widens its dtype."""
+    result = list(a)
+    present = [i for i, y in enumerate(b) if y is not None]
+    for device, indices in _by_device(b, present).items():
+        factor = scale.to(device, non_blocking=True) if isinstance(scale, Tensor) else scale
+        terms = _present(b, indices)
+        # .to: a float64 scale would promote a variable that is 0-dim itself.
+        products = [p.to(y.dtype) for p, y in zip(torch._foreach_mul(terms, factor), terms, strict=True)]
+        sums = [k for k, i in enumerate(indices) if a[i] is not None]
+        if sums:
+            torch._foreach_add_([products[k] for k in sums], _present(a, [indices[k] for k in sums]))
+        for product, i in zip(products, indices, strict=True):
+            result[i] = product
+    return result
+
+
+def all_finite(a: Vector) -> Tensor | None:
+    """Return a 0-dim bool: is every entry finite? ``None`` for a vector without tensors."""
+    present = [i for i, x in enumerate(a) if x is not None and x.numel() > 0]
+    verdict: Tensor | None = None
+    for indices in _by_device(a, present).values():
+        # The largest magnitude is finite exactly if all are, and cannot overflow as a sum of squares would.
+        peaks = torch._foreach_norm(_present(a, indices), float("inf"))
+        finite = torch.isfinite(torch.stack([peak.double() for peak in peaks])).all()
+        verdict = finite if verdict is None else verdict & finite.to(verdict.device, non_blocking=True)
+    return verdict
+
+
+def exchange(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+    """Exchange the values of two groups of tensors in place, bit for bit, with one chunk of temporary memory.
+
+    An exchange instead of a copy is what keeps barrier methods at one extra copy of the lower variables: while the
+    look-ahead values sit in the parameters, the current ones sit where the look-ahead values came from.
+    """
+    for group in _groups(a):
+        # .data leaves the version counters alone: values are back before any graph of the caller's can notice.
+        left = [a[i].data for i in group]
+        right = [b[i].data for i in group]
+        kept = [x.clone() for x in left]
+        torch._foreach_copy_(left, right)
+        torch._foreach_copy_(right, kept)
+
+
+def _present(a: Vector, indices: Sequence[int]) -> list[Tensor]:
+    return [x for x in (a[i] for i in indices) if x is not None]
+
+
+def _by_device(a: Vector, indices: Sequence[int]) -> dict[torch.device, list[int]]:
+    """Sort ``indices`` of present tensors by device: a foreach kernel takes a tensor scalar of one device only."""
+    devices: dict[torch.device, list[int]] = {}
+    for i in indices:
+        x = a[i]
+        if x is not None:
+            devices.setdefault(x.device, []).append(i)
+    return devices
+
+
+def _groups(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Split the indices of ``tensors`` into runs of one device and at most ``CHUNK`` elements (or a single tensor)."""
+    run: list[int] = []
+    size = 0
+    for index, tensor in enumerate(tensors):
+        if run and (size + tensor.numel() > CHUNK or tensor.device != tensors[run[0]].device):
+            yield run
+            run, size = [], 0
+        run.append(index)
+        size += tensor.numel()
+    if run:
+        yield run
+
+
+def _chunks(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the pairs flattened in chunks, in the accumulation dtype."""
+    for group in _groups([x for x, _ in pairs]):
+        dtype = accumulation_dtype(pairs[group[0]][0].device)
+        left = [pairs[i][0].detach().reshape(-1) for i in group]
+        right = [pairs[i][1].detach().reshape(-1) for i in group]
+        if len(group) > 1:
+            yield torch.cat([x.to(dtype) for x in left]), torch.cat([x.to(dtype) for x in right])
+            continue
+        for x, y in zip(left[0].split(CHUNK), right[0].split(CHUNK), strict=True):
+            yield x.to(dtype), y.to(dtype)
