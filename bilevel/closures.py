@@ -1,0 +1,97 @@
+"""A user's loss closure: how it is called, what it must return, and that it reads the variables anew in each call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .errors import ClosureError
+
+MISSING: Any = type("Missing", (), {"__repr__": lambda self: "no batch"})()
+
+
+class Loss:
+    """One level's loss, under the name that errors give it."""
+
+    def __init__(self, owner: str, name: str, function: Callable[..., Any]) -> None:
+        if not callable(function):
+            raise TypeError(
+                f"{owner}({name}={type(function).__name__}): must be callable. A loss value was passed? Pass the "
+                "function that computes it, without calling it."
+            )
+        self.name = name
+        self._function = function
+
+    def __call__(self, batch: Any, devices: Iterable[torch.device]) -> tuple[Tensor, Any]:
+        """Evaluate on ``batch`` and return the scalar and the detached ``aux``."""
+        returned = self._function() if batch is MISSING else self._function(batch)
+        value, aux = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
+        self._check(value, set(devices))
+        return value, tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, aux)
+
+    def _check(self, value: object, devices: set[torch.device]) -> None:
+        expected = f"{self.name} returned {{}}, expected a scalar tensor, or (scalar tensor, aux). {{}}"
+        if not isinstance(value, Tensor):
+            shown = f"a {type(value).__name__}"
+            raise ClosureError(expected.format(shown, "Return the loss tensor itself, without .item() or float()."))
+        if value.shape != ():
+            raise ClosureError(expected.format(f"shape {tuple(value.shape)}", "Reduce it with .mean() or .sum()."))
+        if not value.is_floating_point():
+            raise ClosureError(
+                expected.format(f"dtype {value.dtype}", "A loss is real floating point; cast it with .float().")
+            )
+        if value.device not in devices:
+            on = " and ".join(sorted(map(str, devices)))
+            advice = f"The variables are on {on}. Move the batch to the device of the model."
+            raise ClosureError(expected.format(f"a tensor on {value.device}", advice))
+        if not value.requires_grad:
+            advice = "Nothing in it depends on a variable: was it detached, or computed under torch.no_grad()?"
+            raise ClosureError(expected.format("a scalar without a graph", advice))
+
+    def check_use(self, side: str, gradient: Sequence[Tensor | None]) -> None:
+        """Refuse a loss that uses none of a level's variables where it must use some."""
+        if all(part is None for part in gradient):
+            cause = (
+                "Usual causes: hard labels, a corrected target that was detached, or a corrector that is never called."
+                if side == "upper"
+                else "Usual causes: another copy of the model inside the loss, or a detached output."
+            )
+            raise ClosureError(
+                f"{self.name} does not depend on any {side} variable, so there is nothing to differentiate. {cause} "
+                f"Compute the loss from the tensors given as {side}=."
+            )
+
+
+def sequence_number() -> int:
+    """Return the number that autograd gives to the next recorded operation of this thread."""
+    with torch.enable_grad():
+        probe = torch.zeros((), requires_grad=True) + 0
+    return int(probe.grad_fn._sequence_nr()) if probe.grad_fn is not None else 0
+
+
+def captured(value: Tensor, since: int, names: dict[int, str]) -> list[str]:
+    """Name the variables that reach ``value`` through operations recorded before ``since``.
+
+    Such an operation ran outside the call: its result was captured, and would keep the value of the point it was
+    computed at however the variables are moved. ``names`` maps the ``id`` of a variable to its name.
+    """
+    found: dict[str, None] = {}
+    seen: set[tuple[Any, bool]] = set()
+    stack: list[tuple[Any, bool]] = [(value.grad_fn, False)]
+    while stack:
+        node, stale = stack.pop()
+        if node is None or (node, stale) in seen:
+            continue
+        seen.add((node, stale))
+        variable = getattr(node, "variable", None)
+        if variable is not None:  # AccumulateGrad: a leaf
+            if stale and id(variable) in names:
+                found[names[id(variable)]] = None
+            continue
+        stale = stale or node._sequence_nr() < since
+        stack.extend((parent, stale) for parent, _ in node.next_functions)
+    return list(found)

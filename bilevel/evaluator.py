@@ -1,0 +1,227 @@
+"""The losses and their derivatives at any point: the only place that differentiates a closure.
+
+Values of the lower variables other than the current ones reach a closure by one of two routes:
+
+* *swap*: they are exchanged into the parameters in place, and taken out again whatever happens. It reaches every way
+  of reading a parameter, and serves everything that needs no derivative *along* a direction.
+* *substitute*: ``torch.func.functional_call`` on a private container whose ``forward`` calls the closure, with cloned
+  buffers. It carries dual tensors (forward mode) and graphs through the lower point, and reaches only what is read
+  from a module.
+
+The upper variables are never replaced: they are leaves of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .closures import MISSING, Loss, captured, sequence_number
+from .errors import ClosureError
+from .replay import Policy, Replay
+from .variables import Level
+from .vectors import Vector, exchange
+
+Wrt = Literal["both", "upper", "lower"]
+Point = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A loss at a point: its value and its gradients, per level (empty where it was not asked for)."""
+
+    value: Tensor
+    upper: Vector
+    lower: Vector
+    aux: Any = None
+
+
+class Evaluator:
+    """Two losses over two levels; :meth:`look` opens the look around the current point that one step takes."""
+
+    def __init__(
+        self,
+        owner: str,
+        upper_loss: Callable[..., Any],
+        lower_loss: Callable[..., Any],
+        upper: Level,
+        lower: Level,
+        modules: Sequence[tuple[nn.Module, Policy]],
+    ) -> None:
+        self.upper_loss = Loss(owner, "upper_loss", upper_loss)
+        self.lower_loss = Loss(owner, "lower_loss", lower_loss)
+        self.upper = upper
+        self.lower = lower
+        self.modules = modules
+        self.unchecked = {self.upper_loss.name, self.lower_loss.name}
+        self.product_routes: dict[str, str] = {}
+
+    @property
+    def devices(self) -> set[torch.device]:
+        return {tensor.device for level in (self.upper, self.lower) for tensor in level.tensors}
+
+    def forget_checks(self) -> None:
+        """The set of variables changed: what was found out about the closures no longer holds."""
+        self.unchecked = {self.upper_loss.name, self.lower_loss.name}
+        self.product_routes.clear()
+
+    @contextmanager
+    def look(self, upper_batch: Any, lower_batches: Sequence[Any]) -> Iterator[Look]:
+        """Look around the current point; whatever goes wrong inside, everything is as before afterwards."""
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "a bilevel step needs gradients, but runs under torch.inference_mode(). Leave that context first."
+            )
+        replay = Replay(self.devices, self.modules)
+        try:
+            yield Look(self, replay, upper_batch, lower_batches)
+        except BaseException:
+            replay.undo()
+            raise
+
+
+class Look:
+    """The losses of one step, evaluated around the current point on the batches of that step."""
+
+    def __init__(self, evaluator: Evaluator, replay: Replay, upper_batch: Any, lower_batches: Sequence[Any]) -> None:
+        self._evaluator = evaluator
+        self._upper_batch = upper_batch
+        self._lower_batches = lower_batches or [MISSING]
+        self.replay = replay
+        self.upper_level = evaluator.upper
+        self.lower_level = evaluator.lower
+
+    @property
+    def product_routes(self) -> dict[str, str]:
+        """Which route serves mixed products of a loss, once one was found to fail; kept from step to step."""
+        return self._evaluator.product_routes
+
+    def point(self) -> list[Tensor]:
+        """Return the current values of the lower variables: views, not copies."""
+        return [tensor.detach() for tensor in self.lower_level.tensors]
+
+    def upper(self, at: Point | None = None, wrt: Wrt = "both") -> Evaluation:
+        """Evaluate F at the current point, or with the lower variables ``at`` other values. One call of the loss."""
+        loss = self._evaluator.upper_loss
+        evaluation = self._evaluate(loss, "upper", self._upper_batch, at, wrt)
+        if wrt != "upper":
+            loss.check_use("lower", evaluation.lower)
+        return evaluation
+
+    def lower(self, index: int = 0, at: Point | None = None, wrt: Wrt = "both") -> Evaluation:
+        """Evaluate G on lower batch ``index``; a single batch serves every index. One call of the loss."""
+        index, batch = self._lower_batch(index)
+        loss = self._evaluator.lower_loss
+        evaluation = self._evaluate(loss, ("lower", index), batch, at, wrt)
+        if wrt != "upper":
+            loss.check_use("lower", evaluation.lower)
+        if wrt != "lower":
+            loss.check_use("upper", evaluation.upper)
+        return evaluation
+
+    @contextmanager
+    def lower_graph(self, index: int, at: Point | None = None, substitute: Point | None = None) -> Iterator[Tensor]:
+        """Build the graph of G for derivatives of higher order, which must be taken inside the ``with``.
+
+        Args:
+            index: Which lower batch, as in :meth:`lower`.
+            at: Values to swap in.
+            substitute: Instead, tensors to put in the places of the lower variables: dual tensors, or a graph.
+        """
+        index, batch = self._lower_batch(index)
+        loss, devices = self._evaluator.lower_loss, self._evaluator.devices
+        # The fused attention kernels have neither a forward-mode nor a second-order rule; the plain one has both.
+        with self._prepared(("lower", index), at, current=False), sdpa_kernel(SDPBackend.MATH):
+            if substitute is None:
+                value, _ = loss(batch, devices)
+            else:
+                container = _Container([module for module, _ in self._evaluator.modules], self.lower_level.tensors)
+                value, _ = container.call(substitute, lambda: loss(batch, devices))
+            yield value
+
+    def _lower_batch(self, index: int) -> tuple[int, Any]:
+        index = min(index, len(self._lower_batches) - 1)
+        return index, self._lower_batches[index]
+
+    def _evaluate(self, loss: Loss, key: Any, batch: Any, at: Point | None, wrt: Wrt) -> Evaluation:
+        upper = list(self.upper_level.tensors) if wrt != "lower" else []
+        lower = list(self.lower_level.tensors) if wrt != "upper" else []
+        unchecked = self._evaluator.unchecked
+        with self._prepared(key, at, current=at is None, freeze=not lower):
+            since = sequence_number() if loss.name in unchecked else 0
+            value, aux = loss(batch, self._evaluator.devices)
+            if loss.name in unchecked:
+                self._refuse_captured(loss, value, since)
+            gradients = torch.autograd.grad(value, upper + lower, allow_unused=True)
+        unchecked.discard(loss.name)
+        for name, gradient in zip(self._names(wrt), gradients, strict=True):
+            if gradient is not None and gradient.layout != torch.strided:
+                raise ClosureError(
+                    f"{loss.name} gives {name} a gradient of layout {gradient.layout}; directions are dense. "
+                    "Usual cause: Embedding(sparse=True). Build the layer with sparse=False."
+                )
+        return Evaluation(value.detach(), gradients[: len(upper)], gradients[len(upper) :], aux)
+
+    def _names(self, wrt: Wrt) -> list[str]:
+        upper = [f"upper variable {name}" for name in self.upper_level.names]
+        lower = [f"lower variable {name}" for name in self.lower_level.names]
+        return {"both": upper + lower, "upper": upper, "lower": lower}[wrt]
+
+    def _refuse_captured(self, loss: Loss, value: Tensor, since: int) -> None:
+        variables = (*self.upper_level.tensors, *self.lower_level.tensors)
+        names = captured(value, since, dict(zip(map(id, variables), self._names("both"), strict=True)))
+        if names:
+            raise ClosureError(
+                f"{loss.name} reads {', '.join(names)} through a tensor that was computed outside the call, so it "
+                "would be evaluated at the wrong point when the variable moves. Compute that tensor inside the loss, "
+                "from the variable itself."
+            )
+
+    @contextmanager
+    def _prepared(self, key: Any, at: Point | None, *, current: bool, freeze: bool = False) -> Iterator[None]:
+        """Surround one evaluation: replay what the batch's first one saw, swap ``at`` in and out."""
+        variables = [*self.upper_level.tensors, *self.lower_level.tensors]
+        parameters = self.lower_level.tensors
+        with self.replay.evaluation(key, current=current), torch.enable_grad():
+            # An autocast region around the step would go on to serve casts of the values before the exchange.
+            torch.clear_autocast_cache()
+            if at is not None:
+                exchange(parameters, at)
+            try:
+                if freeze:
+                    # Without gradients for the lower variables this is forward-only through the lower model.
+                    for parameter in parameters:
+                        parameter.requires_grad_(False)
+                yield
+            finally:
+                for variable in variables:
+                    if not variable.requires_grad:
+                        variable.requires_grad_(True)
+                if at is not None:
+                    exchange(parameters, at)
+                torch.clear_autocast_cache()
+
+
+class _Container(nn.Module):
+    """The one module whose ``forward`` calls a closure, so that ``functional_call`` reaches what the closure reads."""
+
+    def __init__(self, modules: Sequence[nn.Module], variables: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+        places = {id(p): name for name, p in self.parts.named_parameters(prefix="parts")}
+        self._places = [places.get(id(variable)) for variable in variables]
+
+    def forward(self, closure: Callable[[], Any]) -> Any:
+        return closure()
+
+    def call(self, values: Point, closure: Callable[[], Any]) -> Any:
+        replaced = {place: value for place, value in zip(self._places, values, strict=True) if place is not None}
+        # Clones: a training-mode BatchNorm would write tangents into the user's own buffers.
+        buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        return torch.func.functional_call(self, {**replaced, **buffers}, (closure,))
