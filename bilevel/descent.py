@@ -1,0 +1,138 @@
+"""Lower-level steps as functions of the point and its gradient: gradient descent, momentum SGD, Adam.
+
+A ``Rule`` starts from a state and maps ``(point, gradient, state)`` to the next point and state, out of place and
+differentiably; the torch optimizer that it follows is only read.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import message
+from .variables import Level
+from .vectors import Vector
+
+Point = Sequence[Tensor]
+State = Sequence[dict[str, Tensor]]
+FOLLOWED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+
+
+class Rule(ABC):
+    """One lower step as a function."""
+
+    @abstractmethod
+    def start(self) -> State:
+        """Return the state before the first step, one mapping per variable; tensors are shared, never written."""
+
+    @abstractmethod
+    def step(self, point: Point, gradient: Vector, state: State) -> tuple[list[Tensor], State]:
+        """Return the next point and state; a variable without gradient stays as it is, as in torch."""
+
+
+class GradientDescent(Rule):
+    """``w <- w - lr_i * grad_i``: no momentum, no weight decay, one rate per variable."""
+
+    def __init__(self, rates: Sequence[float | Tensor]) -> None:
+        self._rates = rates
+
+    def start(self) -> State:
+        return [{} for _ in self._rates]
+
+    def step(self, point: Point, gradient: Vector, state: State) -> tuple[list[Tensor], State]:
+        moved = [
+            x if g is None else (x - _on(rate, x) * g).to(x.dtype)
+            for x, g, rate in zip(point, gradient, self._rates, strict=True)
+        ]
+        return moved, state
+
+
+class Preview(Rule):
+    """The step that the user's own lower optimizer would take, from its real state, without taking it."""
+
+    def __init__(self, level: Level, rate: float | None = None) -> None:
+        self._groups = level.groups()
+        self._rates = [group["lr"] if rate is None else rate for group in self._groups]
+        states = [level.optimizer.state.get(tensor, {}) for tensor in level.tensors]
+        self._start = [{k: v.detach() for k, v in state.items() if isinstance(v, Tensor)} for state in states]
+
+    def start(self) -> State:
+        return self._start
+
+    def step(self, point: Point, gradient: Vector, state: State) -> tuple[list[Tensor], State]:
+        moved, after = [], []
+        for x, g, s, group, rate in zip(point, gradient, state, self._groups, self._rates, strict=True):
+            kind = _momentum_sgd if "momentum" in group else _adam
+            new_x, new_s = (x, s) if g is None else kind(x, g, s, group, _on(rate, x))
+            moved.append(new_x)
+            after.append(new_s)
+        return moved, after
+
+
+def check_preview(owner: str, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose step is not written down here as a function."""
+    if type(optimizer) not in FOLLOWED:
+        names = ", ".join(kind.__name__ for kind in FOLLOWED)
+        advice = f'cannot be previewed as a function; these can: {names}. Use one of them, or inner_step="plain".'
+        raise ValueError(message(owner, "lower_optimizer", type(optimizer).__name__, advice))
+
+
+def current_rates(level: Level, rate: float | None) -> list[float | Tensor]:
+    """Return ``rate`` for every variable or, if it is None, the current learning rate of each one's group."""
+    if rate is not None:
+        return [rate] * len(level.tensors)
+    return [group["lr"] for group in level.groups()]
+
+
+def _on(rate: float | Tensor, x: Tensor) -> float | Tensor:
+    return rate.detach().to(x.device, non_blocking=True) if isinstance(rate, Tensor) else rate
+
+
+def _momentum_sgd(
+    x: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], rate: float | Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``torch.optim.SGD``: ``d = g + wd*x; b = m*b + (1-damp)*d; x - lr*b`` (nesterov: ``x - lr*(d + m*b)``)."""
+    if group.get("maximize"):
+        g = -g
+    if group["weight_decay"] != 0:
+        g = g + group["weight_decay"] * x
+    if group["momentum"] != 0:
+        held = state.get("momentum_buffer")
+        buffer = g if held is None else group["momentum"] * held + (1 - group["dampening"]) * g
+        state = {"momentum_buffer": buffer}
+        g = g + group["momentum"] * buffer if group["nesterov"] else buffer
+    return (x - rate * g).to(x.dtype), state
+
+
+def _adam(
+    x: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], rate: float | Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``torch.optim.Adam`` and ``AdamW``: ``x - lr/c1 * m / (sqrt(v)/sqrt(c2) + eps)``, with bias corrections c."""
+    beta1, beta2 = group["betas"]
+    if group.get("maximize"):
+        g = -g
+    if group["weight_decay"] != 0:
+        if group.get("decoupled_weight_decay"):
+            x = (x - rate * group["weight_decay"] * x).to(x.dtype)
+        else:
+            g = g + group["weight_decay"] * x
+    step = state["step"] + 1 if "step" in state else torch.ones((), dtype=torch.float64)
+    m = beta1 * state["exp_avg"] + (1 - beta1) * g if "exp_avg" in state else (1 - beta1) * g
+    v = beta2 * state["exp_avg_sq"] + (1 - beta2) * g * g if "exp_avg_sq" in state else (1 - beta2) * g * g
+    after = {"step": step, "exp_avg": m, "exp_avg_sq": v}
+    if group["amsgrad"]:
+        held = state.get("max_exp_avg_sq")
+        v = v if held is None else torch.maximum(held, v)
+        after["max_exp_avg_sq"] = v
+    count = step.double()  # float32 powers of a long run would lose what the correction corrects
+    correction1, correction2 = _on(1 - beta1**count, x), _on(1 - beta2**count, x)
+    # sqrt has no derivative at 0. Where no gradient was ever seen, the update is 0 and its derivative is defined as 0.
+    seen = v > 0
+    root = torch.where(seen, torch.where(seen, v, 1.0).sqrt(), 0.0)
+    ratio = m / (root / torch.sqrt(torch.as_tensor(correction2)) + group["eps"])
+    ratio = torch.where(seen, ratio, ratio.detach())
+    return (x - rate / correction1 * ratio).to(x.dtype), after
