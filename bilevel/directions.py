@@ -1,0 +1,118 @@
+"""What a method answers with: directions for the levels, and the numbers that were seen on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The numbers of one step, as 0-dim tensors on the device; :meth:`as_dict` gives floats.
+
+    Attributes:
+        upper_loss: F at the current point.
+        lower_loss: G at the current point, on the first lower batch.
+        upper_moved: Whether this step moved the upper variables.
+        skipped: Whether ``on_nonfinite="skip"`` dropped the step.
+        upper_aux: What the upper loss returned beside its value at the current point, detached.
+        lower_aux: The same for the lower loss.
+
+    Example:
+        >>> import torch, bilevel
+        >>> bilevel.Stats(upper_loss=torch.tensor(2.0), lower_loss=torch.tensor(1.0)).as_dict()["upper_loss"]
+        2.0
+    """
+
+    upper_loss: Tensor
+    lower_loss: Tensor
+    upper_moved: bool = False
+    skipped: bool = False
+    upper_aux: Any = None
+    lower_aux: Any = None
+
+    def as_dict(self) -> dict[str, float]:
+        """Return every number as a float under its name: the only place that waits for the device.
+
+        Flags become 0.0 or 1.0. An ``aux`` that is a scalar appears under its name, one that is a mapping contributes
+        its scalars as ``upper_aux/key``; everything else in ``aux`` is left out.
+        """
+        numbers: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, Mapping):
+                numbers.update({f"{entry.name}/{key}": item for key, item in value.items()})
+            else:
+                numbers[entry.name] = value
+        found = {name: value for name, value in numbers.items() if _is_number(value)}
+        scalars = [name for name, value in found.items() if isinstance(value, Tensor)]
+        for device in {found[name].device for name in scalars}:
+            here = [name for name in scalars if found[name].device == device]
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            values = torch.stack([found[name].detach().reshape(()).to(wide) for name in here]).tolist()
+            found.update(zip(here, values, strict=True))
+        return {name: float(value) for name, value in found.items()}
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, (bool, int, float))
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What ``step`` hands to the two torch optimizers: for each level, named tensors in parameter order.
+
+    A variable that neither loss uses is absent; its ``.grad`` becomes None.
+
+    Attributes:
+        upper: Descent directions of the upper variables.
+        lower: Descent directions of the lower variables (empty for sequential methods).
+        stats: The numbers seen on the way.
+        start: Values of the lower variables that the lower step starts from instead of the current ones, or None.
+
+    Example:
+        >>> import torch, bilevel
+        >>> stats = bilevel.Stats(torch.tensor(1.0), torch.tensor(1.0))
+        >>> tasks = [bilevel.Directions({"a": torch.ones(1) * k}, {}, stats) for k in (1, 3)]
+        >>> bilevel.Directions.mean(tasks).upper
+        {'a': tensor([2.])}
+    """
+
+    upper: Mapping[str, Tensor]
+    lower: Mapping[str, Tensor]
+    stats: Stats
+    start: Mapping[str, Tensor] | None = None
+
+    @staticmethod
+    def mean(several: list[Directions]) -> Directions:
+        """Average the directions of several tasks, taken at one point; stats are those of the last, with mean losses.
+
+        Raises:
+            ValueError: The list is empty, names differ, or a lower start is among them (starts of different tasks
+                cannot be averaged).
+        """
+        if not several:
+            raise ValueError("Directions.mean(several=[]): needs at least one. Collect directions in a list first.")
+        if any(d.start is not None for d in several):
+            advice = 'lower steps start from different points. Use step_from="outer" to average tasks.'
+            raise ValueError(f"Directions.mean(several=...): {advice}")
+        last = several[-1]
+        for d in several:
+            if list(d.upper) != list(last.upper) or list(d.lower) != list(last.lower):
+                raise ValueError(
+                    "Directions.mean(several=...): the names differ. Average directions of one optimizer only."
+                )
+        stats = replace(
+            last.stats,
+            upper_loss=torch.stack([d.stats.upper_loss for d in several]).mean(),
+            lower_loss=torch.stack([d.stats.lower_loss for d in several]).mean(),
+        )
+        upper = {name: torch.stack([d.upper[name] for d in several]).mean(0) for name in last.upper}
+        lower = {name: torch.stack([d.lower[name] for d in several]).mean(0) for name in last.lower}
+        return Directions(upper, lower, stats)

@@ -1,0 +1,188 @@
+"""Dynamic barrier gradient descent on the value function: the machinery that BOME and EBOMLC share."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..barrier import Barrier, Products, multiplier
+from ..checking import Claim
+from ..descent import GradientDescent, Preview, Rule, check_preview, current_rates
+from ..directions import Directions, Stats
+from ..errors import choice, count, message, number
+from ..evaluator import Evaluation, Look
+from ..hypergradient import adjoint, descend
+from ..optimizer import BilevelOptimizer
+from ..products import ROUTES, Route
+from ..variables import Level
+from ..vectors import Vector, add_scaled, dot, squared_norm, subtract
+from .barrier_terms import Terms, ValueGradient, gradient_claims, plain_products
+
+InnerStep = Literal["plain", "preview"]
+StepFrom = Literal["outer", "inner"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BarrierStats(Stats):
+    """The numbers of one step of a barrier method.
+
+    Attributes:
+        multiplier: Weight of grad q in the direction (damping xi included); float64.
+        active: Whether the multiplier is above 0: the constraint shaped the direction.
+        constraint: ``Q = G(w, alpha) - G(w_T, alpha)`` on the first lower batch; float64.
+        gradient_norm: ``|grad q|`` over both levels; float64.
+        product: Route of the mixed products, for ``value_gradient="unrolled"``; else None.
+
+    Example:
+        >>> import torch, bilevel
+        >>> one = torch.tensor(1.0)
+        >>> stats = bilevel.BarrierStats(
+        ...     one, one, multiplier=2 * one, active=one > 0, constraint=one, gradient_norm=one
+        ... )
+        >>> stats.as_dict()["active"]
+        1.0
+    """
+
+    multiplier: Tensor
+    active: Tensor
+    constraint: Tensor
+    gradient_norm: Tensor
+    product: str | None = None
+
+
+class DynamicBarrier(BilevelOptimizer, ABC):
+    """Directions ``grad f + xi lambda grad q`` for both levels, with ``q = G(w, alpha) - G(w_T, alpha)``.
+
+    One step, in the notation of the papers::
+
+        w_0 = w;  w_{t+1} = w_t - a grad_w G(w_t, alpha),  t < T
+        q = G(w, alpha) - G(w_T, alpha)
+        lambda = relu(phi - <grad f, grad q>) / (|grad q|^2 + eps)
+        alpha <- alpha - eta_alpha (grad_alpha f + xi lambda grad_alpha q)
+        w     <- w     - eta_w     (grad_w f     + xi lambda grad_w q)
+    """
+
+    def __init__(
+        self,
+        *losses: Any,
+        barrier: Barrier,
+        inner_steps: int,
+        inner_lr: float | None,
+        inner_step: InnerStep,
+        value_gradient: ValueGradient,
+        step_from: StepFrom,
+        damping: float,
+        eps: float,
+        cutoff: float,
+        multiplier_max: float | None,
+        product: Route,
+        **common: Any,
+    ) -> None:
+        owner = type(self).__name__
+        count(owner, "inner_steps", inner_steps, minimum=1)
+        if inner_lr is not None:
+            number(owner, "inner_lr", inner_lr, minimum=0.0, exclusive=True)
+        if not isinstance(barrier, Barrier):
+            advice = "must be a barrier function, such as bilevel.barrier.GradientNorm(0.5)."
+            raise TypeError(message(owner, "barrier", barrier, advice))
+        choice(owner, "inner_step", inner_step, ("plain", "preview"))
+        choice(owner, "value_gradient", value_gradient, ("value_function", "difference", "unrolled"))
+        choice(owner, "step_from", step_from, ("outer", "inner"))
+        choice(owner, "product", product, ROUTES)
+        number(owner, "eps", eps, minimum=0.0)
+        number(owner, "cutoff", cutoff, minimum=0.0)
+        if multiplier_max is not None:
+            number(owner, "multiplier_max", multiplier_max, minimum=0.0)
+        super().__init__(*losses, **common)
+        if inner_step == "preview":
+            check_preview(owner, self.lower_optimizer)
+        self.barrier = barrier
+        self.inner_steps = inner_steps
+        self.inner_lr = inner_lr
+        self.inner_step = inner_step
+        self.value_gradient = value_gradient
+        self.step_from = step_from
+        self.damping = damping
+        self.eps = eps
+        self.cutoff = cutoff
+        self.multiplier_max = multiplier_max
+        self.product = product
+
+    @property
+    def lower_batches(self) -> int:
+        """``inner_steps``: one lower batch for all inner steps, or one each."""
+        return self.inner_steps
+
+    def _answer(self, look: Look) -> Directions:
+        terms = self._terms(look)
+        f, q_upper, q_lower = terms.upper, terms.upper_gradient, terms.lower_gradient
+        products = Products(
+            upper=dot(f.upper, q_upper),
+            lower=dot(f.lower, q_lower),
+            squared_norm=squared_norm(q_upper) + squared_norm(q_lower),
+            value=terms.constraint,
+        )
+        weight = self.damping * multiplier(
+            self.barrier, products, eps=self.eps, cutoff=self.cutoff, maximum=self.multiplier_max
+        )
+        upper, lower = self._named(add_scaled(f.upper, weight, q_upper), add_scaled(f.lower, weight, q_lower))
+        start = dict(zip(self._lower.names, terms.inner_point, strict=True)) if self.step_from == "inner" else None
+        stats = BarrierStats(
+            upper_loss=f.value,
+            lower_loss=terms.lower.value,
+            upper_aux=f.aux,
+            lower_aux=terms.lower.aux,
+            multiplier=weight,
+            active=weight > 0,
+            constraint=terms.constraint,
+            gradient_norm=products.squared_norm.sqrt(),
+            product=look.product_routes.get("lower", self.product) if self.value_gradient == "unrolled" else None,
+        )
+        return Directions(upper, lower, stats, start)
+
+    def _terms(self, look: Look) -> Terms:
+        """Evaluate f, q and their gradients; the lower loss first, so that it is the one that moves buffers."""
+        unrolled = self.value_gradient == "unrolled"
+        g = look.lower()
+        rule = self._rule()
+        walk = descend(look, rule, g, self.inner_steps, keep=unrolled)
+        # With w_T constant only alpha's gradient is needed there: the evaluation is forward-only through the lower
+        # model.
+        ahead = look.lower(at=walk.end, wrt="upper" if self.value_gradient == "value_function" else "both")
+        q_upper, q_lower = subtract(g.upper, ahead.upper), self._lower_gradient(g, ahead)
+        if unrolled:
+            through_upper, through_lower = adjoint(look, rule, walk, ahead.lower, self.product)
+            q_upper, q_lower = subtract(q_upper, through_upper), subtract(g.lower, through_lower)
+        wide = dot([g.value], [torch.ones_like(g.value)]) - dot([ahead.value], [torch.ones_like(ahead.value)])
+        f = look.upper()
+        return Terms(f, g, walk.end, wide, q_upper, q_lower)
+
+    def _lower_gradient(self, g: Evaluation, ahead: Evaluation) -> Vector:
+        """grad_w q, where it needs no derivative of the walk."""
+        return subtract(g.lower, ahead.lower) if self.value_gradient == "difference" else g.lower
+
+    def _claims(self, look: Look, probe: Callable[[Level], Vector]) -> list[Claim]:
+        terms, stats = self._terms(look), self._answer(look).stats
+        assert isinstance(stats, BarrierStats)
+
+        def walk() -> list[Tensor]:
+            return descend(look, self._rule(), look.lower(), self.inner_steps).end
+
+        def expected(products: Products) -> float:
+            phi, squared = float(self.barrier(products)), float(products.squared_norm)
+            found = max(phi - float(products.total), 0.0) / (squared + self.eps) if squared > self.cutoff else 0.0
+            return self.damping * (found if self.multiplier_max is None else min(found, self.multiplier_max))
+
+        claims = gradient_claims(look, terms, self.value_gradient, walk, probe(self._upper), probe(self._lower))
+        multiplier_claim = Claim("multiplier", stats.multiplier, expected=expected(plain_products(terms)))
+        return [*claims, multiplier_claim]
+
+    def _rule(self) -> Rule:
+        if self.inner_step == "preview":
+            return Preview(self._lower, self.inner_lr)
+        return GradientDescent(current_rates(self._lower, self.inner_lr))

@@ -1,0 +1,269 @@
+"""``BilevelOptimizer``: the state, the checks and the torch optimizers around a method's mathematics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .checking import Claim
+from .closures import MISSING
+from .directions import Directions, Stats
+from .errors import choice, message
+from .evaluator import Evaluator, Look
+from .handover import hand_over, is_finite, match, place
+from .replay import Policy
+from .variables import Level, Variables, check_disjoint
+from .vectors import Vector
+
+OnNonFinite = Literal["raise", "skip", "ignore"]
+Losses = Callable[..., Any]
+
+
+class BilevelOptimizer(ABC):
+    """Moves upper variables ``alpha`` to lower ``F(w, alpha)`` where ``w`` (approximately) minimises ``G(w, alpha)``.
+
+    A method is a subclass that answers :meth:`_answer`: it looks at the two losses around the current point and
+    returns directions for both levels. Everything else (which tensors, where closures are evaluated, what may change,
+    the torch optimizers, checkpoints) is here.
+
+    Args:
+        upper_loss: F, a closure that takes the upper batch and returns a scalar tensor or ``(scalar, aux)``.
+        lower_loss: G, the same for a lower batch.
+        upper: The upper variables: an ``nn.Module``, a ``Parameter``, or an iterable of them.
+        lower: The lower variables.
+        upper_optimizer: The torch optimizer that moves the upper variables.
+        lower_optimizer: The torch optimizer that moves the lower variables.
+        on_nonfinite: What a NaN or an infinity in a loss or a direction does: ``"raise"`` (default: silence hides
+            divergence), ``"skip"`` the step, or ``"ignore"`` it. The first two move nothing, and cost one
+            synchronisation with the device per step.
+        other: Further modules that the closures use (averaged teachers, frozen extractors), whose buffers look-ahead
+            evaluations must leave alone.
+        upper_buffers: When the buffers of the upper modules (BatchNorm statistics) move: ``"once"`` a step, by the
+            first loss at the current point that calls the module, the lower loss first; in ``"every"`` evaluation;
+            ``"never"``.
+        lower_buffers: The same for the lower modules.
+    """
+
+    def __init__(
+        self,
+        upper_loss: Losses,
+        lower_loss: Losses,
+        *,
+        upper: Variables,
+        lower: Variables,
+        upper_optimizer: torch.optim.Optimizer,
+        lower_optimizer: torch.optim.Optimizer,
+        on_nonfinite: OnNonFinite = "raise",
+        other: nn.Module | Iterable[nn.Module] = (),
+        upper_buffers: Policy = "once",
+        lower_buffers: Policy = "once",
+    ) -> None:
+        owner = type(self).__name__
+        choice(owner, "on_nonfinite", on_nonfinite, ("raise", "skip", "ignore"))
+        for argument, policy in (("upper_buffers", upper_buffers), ("lower_buffers", lower_buffers)):
+            choice(owner, argument, policy, ("once", "every", "never"))
+        self.on_nonfinite = on_nonfinite
+        self._upper = Level(owner, "upper", upper, upper_optimizer)
+        self._lower = Level(owner, "lower", lower, lower_optimizer)
+        check_disjoint(self._upper, self._lower)
+        extra = [other] if isinstance(other, nn.Module) else list(other)
+        for item in extra:
+            if not isinstance(item, nn.Module):
+                advice = "must be modules. Tensors need no mention: nothing moves them."
+                raise TypeError(message(owner, "other", type(item).__name__, advice))
+        modules: list[tuple[nn.Module, Policy]] = [(module, lower_buffers) for module in self._lower.modules]
+        modules += [(module, upper_buffers) for module in self._upper.modules]
+        modules += [(module, "once") for module in extra]
+        self._evaluator = Evaluator(owner, upper_loss, lower_loss, self._upper, self._lower, modules)
+
+    @property
+    def upper_optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer of the upper level, as it was passed."""
+        return self._upper.optimizer
+
+    @property
+    def lower_optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer of the lower level, as it was passed."""
+        return self._lower.optimizer
+
+    @property
+    def lower_batches(self) -> int:
+        """How many lower batches :meth:`step` takes, if not a single one."""
+        return 1
+
+    def step(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING) -> Stats:
+        """Take one step: directions at the current point, handed to the two torch optimizers.
+
+        Args:
+            batches: The upper batch, then one lower batch for all inner steps or exactly ``inner_steps`` of them. A
+                loss gets its batch untouched; a side without a batch is called without arguments.
+            upper: The upper batch, by name.
+            lower: One lower batch, by name.
+
+        Returns:
+            The stats of the step.
+
+        Raises:
+            TypeError: A wrong number of batches.
+            ClosureError: A loss broke its contract; nothing changed.
+            NonFiniteError: Under ``on_nonfinite="raise"``; nothing changed.
+        """
+        with self._look(batches, upper, lower) as look:
+            return self._move(self._answer(look), look)
+
+    def directions(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING) -> Directions:
+        """Compute what :meth:`step` would hand to the torch optimizers, and move nothing.
+
+        Parameters, buffers, ``.grad``, optimizer state, random state, ``requires_grad`` and training flags are as
+        before, bit for bit.
+        """
+        with self._look(batches, upper, lower) as look:
+            answer = self._answer(look)
+            look.replay.undo()
+            return answer
+
+    def apply(self, directions: Directions) -> Stats:
+        """Write ``directions`` into ``.grad`` and step both torch optimizers; a non-finite direction is treated as in
+        :meth:`step`.
+
+        Every ``.grad`` that the optimizers hold is replaced; afterwards ``.grad`` holds the direction. Tensors are
+        copied, so hooks that clip in place leave ``directions`` as they are.
+        """
+        self._refresh()
+        own = replace(
+            directions,
+            upper={name: d.clone() for name, d in directions.upper.items()},
+            lower={name: d.clone() for name, d in directions.lower.items()},
+        )
+        return self._move(own, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of the state of both torch optimizers and of the method; modules are saved by their own
+        ``state_dict``.
+
+        Unlike torch's, it shares no tensor with the running optimizers: later steps leave it as it is.
+        """
+        return {
+            "format": 1,
+            "method": type(self).__name__,
+            "upper_optimizer": deepcopy(self._upper.optimizer.state_dict()),
+            "lower_optimizer": deepcopy(self._lower.optimizer.state_dict()),
+            "state": deepcopy(self._own_state()),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned; a state that does not fit is refused and changes nothing.
+
+        Raises:
+            ValueError: The state is of another method, of a newer format, or does not fit the optimizers.
+        """
+        owner = f"{type(self).__name__}.load_state_dict"
+        expected = {"format", "method", "upper_optimizer", "lower_optimizer", "state"}
+        if not isinstance(state_dict, Mapping) or set(state_dict) != expected:
+            found = sorted(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+            advice = f"must have the keys {sorted(expected)}. A module's state? Pass the result of state_dict()."
+            raise ValueError(message(owner, "state_dict", found, advice))
+        if state_dict["format"] != 1:
+            advice = "is a format that this version of bilevel does not know. Update bilevel."
+            raise ValueError(message(owner, "format", state_dict["format"], advice))
+        if state_dict["method"] != type(self).__name__:
+            advice = f"is the state of another method; this optimizer is {type(self).__name__}."
+            raise ValueError(message(owner, "method", state_dict["method"], advice))
+        before = [(level.optimizer, level.optimizer.state_dict()) for level in (self._upper, self._lower)]
+        try:
+            # Copies, because torch keeps the tensors it is given and would write into the caller's checkpoint.
+            self._upper.optimizer.load_state_dict(deepcopy(state_dict["upper_optimizer"]))
+            self._lower.optimizer.load_state_dict(deepcopy(state_dict["lower_optimizer"]))
+            self._load_own_state(deepcopy(state_dict["state"]))
+        except Exception as error:
+            for optimizer, state in before:
+                optimizer.load_state_dict(state)
+            advice = f"does not fit ({error}). Build the torch optimizers as they were when the state was saved."
+            raise ValueError(message(owner, "state_dict", "...", advice)) from error
+
+    @abstractmethod
+    def _answer(self, look: Look) -> Directions:
+        """Look at the two losses around the current point and answer with directions."""
+
+    def _claims(self, look: Look, probe: Callable[[Level], Vector]) -> list[Claim]:
+        """Return what ``check_directions`` compares; ``probe`` draws a random vector of a level."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what check_directions should compare.")
+
+    def _levels(self) -> tuple[Level, Level]:
+        return self._upper, self._lower
+
+    def _all_modules(self) -> list[nn.Module]:
+        return [module for module, _ in self._evaluator.modules]
+
+    def _own_state(self) -> dict[str, Any]:
+        """State of the method itself beyond the torch optimizers'; most have none."""
+        return {}
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        if state:
+            raise ValueError(f"{type(self).__name__} has no state of its own, got {sorted(state)}")
+
+    def _named(self, upper: Vector, lower: Vector) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Name the tensors of two vectors, leaving out variables without direction."""
+        named_upper = {name: d for name, d in zip(self._upper.names, upper, strict=True) if d is not None}
+        named_lower = {name: d for name, d in zip(self._lower.names, lower, strict=True) if d is not None}
+        return named_upper, named_lower
+
+    @contextmanager
+    def _look(self, batches: Sequence[Any], upper: Any = MISSING, lower: Any = MISSING) -> Iterator[Look]:
+        upper_batch, lower_batches = self._sort_batches(batches, upper, lower)
+        self._refresh()
+        with self._evaluator.look(upper_batch, lower_batches) as look:
+            yield look
+
+    def _sort_batches(self, batches: Sequence[Any], upper: Any, lower: Any) -> tuple[Any, list[Any]]:
+        owner = f"{type(self).__name__}.step"
+        rest = list(batches)
+        if upper is not MISSING and rest:
+            raise TypeError(
+                f"{owner}: got upper= and {len(rest)} positional batch(es). Pass them by position or by name."
+            )
+        upper_batch = rest.pop(0) if rest else upper
+        if lower is not MISSING and rest:
+            raise TypeError(f"{owner}: got lower= and {len(rest)} positional lower batch(es). Pass lower batches once.")
+        lower_batches = rest if lower is MISSING else [lower]
+        expected = self.lower_batches
+        if len(lower_batches) not in (0, 1, expected):
+            allowed = (
+                "1 lower batch"
+                if expected == 1
+                else f"1 lower batch for all inner steps or exactly {expected}, one each"
+            )
+            raise TypeError(
+                f"{owner}: got {len(lower_batches)} lower batches, expected {allowed} (inner_steps={expected})."
+            )
+        return upper_batch, lower_batches
+
+    def _refresh(self) -> None:
+        """Pick up variables that were frozen, unfrozen or added to an optimizer since the last step, or refuse them."""
+        changed = [level.refresh() for level in (self._upper, self._lower)]
+        if any(changed):
+            check_disjoint(self._upper, self._lower)
+            self._evaluator.forget_checks()
+
+    def _move(self, directions: Directions, look: Look | None) -> Stats:
+        owner = type(self).__name__
+        upper = match(owner, self._upper, directions.upper)
+        lower = match(owner, self._lower, directions.lower)
+        if self.on_nonfinite != "ignore" and not is_finite(owner, directions, self.on_nonfinite == "raise"):
+            if look is not None:
+                look.replay.undo_buffers()
+            return replace(directions.stats, upper_moved=False, skipped=True)
+        if directions.start is not None:
+            place(self._lower, directions.start)
+        hand_over(self._upper, upper)
+        if directions.lower:
+            hand_over(self._lower, lower)
+        return replace(directions.stats, upper_moved=True)
