@@ -1,0 +1,30 @@
+"""Sphinx configuration: ``make docs``. Pages are Markdown (MyST), docstrings are Google style."""
+
+import bilevel
+
+project = "bilevel"
+author = "The bilevel authors"
+copyright = "The bilevel authors"
+release = version = bilevel.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build"]
+
+# $x$ and $$x$$ are formulas; a heading can be linked as page.md#its-title.
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+# A reference to a name of ours that does not exist is an error. Other projects' names are left as text: looking them up
+# (intersphinx) would make the build need a network.
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(?!bilevel\b).*")]
+
+html_theme = "furo"
+html_title = f"bilevel {release}"
+html_show_copyright = False
+html_show_sphinx = False
