@@ -4,7 +4,20 @@ from . import barrier, problems
 from .checking import check_directions
 from .directions import Directions, Stats
 from .errors import ClosureError, NonFiniteError
-from .methods import BOME, EBOMLC, BarrierStats
+from .hypergradient import ConjugateGradient, FixedPoint, Neumann
+from .methods import (
+    BOME,
+    EBOMLC,
+    EMLC,
+    MLC,
+    SAMA,
+    BarrierStats,
+    FiniteDifference,
+    HypergradientStats,
+    Implicit,
+    ImplicitStats,
+    Unrolled,
+)
 from .optimizer import BilevelOptimizer
 from .replay import hold
 
@@ -13,12 +26,23 @@ __version__ = "0.1.0"
 __all__ = [
     "BOME",
     "EBOMLC",
+    "EMLC",
+    "MLC",
+    "SAMA",
     "BarrierStats",
     "BilevelOptimizer",
     "ClosureError",
+    "ConjugateGradient",
     "Directions",
+    "FiniteDifference",
+    "FixedPoint",
+    "HypergradientStats",
+    "Implicit",
+    "ImplicitStats",
+    "Neumann",
     "NonFiniteError",
     "Stats",
+    "Unrolled",
     "barrier",
     "check_directions",
     "hold",

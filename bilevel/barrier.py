@@ -185,7 +185,8 @@ def multiplier(
         Ye et al., NeurIPS 2022; Nguyen and Ta, equation 7.
     """
     squared = products.squared_norm
-    # 0 where every product is finite, else NaN: relu, the cutoff and the maximum would each turn some infinity into a number.
+    # 0 where every product is finite, else NaN: relu, the cutoff and the maximum would each turn some infinity into a
+    # number.
     unfit = 0.0 * products.total + 0.0 * squared + 0.0 * products.value
     excess = torch.relu(barrier(products) - products.total)
     negligible = squared <= cutoff

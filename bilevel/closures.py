@@ -73,7 +73,7 @@ def sequence_number() -> int:
     return int(probe.grad_fn._sequence_nr()) if probe.grad_fn is not None else 0
 
 
-def captured(value: Tensor, since: int, names: dict[int, str]) -> list[str]:
+def captured(value: Tensor, since: float, names: dict[int, str]) -> list[str]:
     """Name the variables that reach ``value`` through operations recorded before ``since``.
 
     Such an operation ran outside the call: its result was captured, and would keep the value of the point it was
@@ -95,3 +95,8 @@ def captured(value: Tensor, since: int, names: dict[int, str]) -> list[str]:
         stale = stale or node._sequence_nr() < since
         stack.extend((parent, stale) for parent, _ in node.next_functions)
     return list(found)
+
+
+def leaves_of(value: Tensor, names: dict[int, str]) -> list[str]:
+    """Name the variables that the graph of ``value`` ends in, out of those in ``names``."""
+    return captured(value, float("inf"), names)

@@ -73,11 +73,11 @@ class Preview(Rule):
         return moved, after
 
 
-def check_preview(owner: str, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer whose step is not written down here as a function."""
+def check_preview(owner: str, optimizer: torch.optim.Optimizer, otherwise: str) -> None:
+    """Refuse an optimizer whose step is not written down here as a function; ``otherwise`` names the alternative."""
     if type(optimizer) not in FOLLOWED:
         names = ", ".join(kind.__name__ for kind in FOLLOWED)
-        advice = f'cannot be previewed as a function; these can: {names}. Use one of them, or inner_step="plain".'
+        advice = f"cannot be followed as a function; these can: {names}. Use one of them, or {otherwise}."
         raise ValueError(message(owner, "lower_optimizer", type(optimizer).__name__, advice))
 
 

@@ -42,14 +42,18 @@ def choice(owner: str, argument: str, value: object, allowed: tuple[object, ...]
         raise ValueError(message(owner, argument, repr(value), f"must be one of {words}."))
 
 
-def number(owner: str, argument: str, value: object, *, minimum: float, exclusive: bool = False) -> None:
-    """Raise TypeError or ValueError unless ``value`` is a finite real number not below ``minimum``."""
+def number(
+    owner: str, argument: str, value: object, *, minimum: float, maximum: float | None = None, exclusive: bool = False
+) -> None:
+    """Raise TypeError or ValueError unless ``value`` is a finite real number between ``minimum`` and ``maximum``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(message(owner, argument, value, "must be a Python number. Convert tensors with float(x)."))
     finite = value == value and abs(value) != float("inf")
     if not finite or value < minimum or (exclusive and value == minimum):
         rule = "greater than" if exclusive else "at least"
         raise ValueError(message(owner, argument, value, f"must be finite and {rule} {minimum:g}."))
+    if maximum is not None and value > maximum:
+        raise ValueError(message(owner, argument, value, f"must be at most {maximum:g}."))
 
 
 def count(owner: str, argument: str, value: object, *, minimum: int) -> None:

@@ -31,6 +31,11 @@ from .vectors import Vector, exchange
 Wrt = Literal["both", "upper", "lower"]
 Point = Sequence[Tensor]
 
+# Looks in which every call is searched for captured values. One would miss what a loss computes in its first call and
+# keeps, if it is called once a look.
+CHECKED_LOOKS = 2
+Graph = tuple[Tensor, Any]
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -59,7 +64,7 @@ class Evaluator:
         self.upper = upper
         self.lower = lower
         self.modules = modules
-        self.unchecked = {self.upper_loss.name, self.lower_loss.name}
+        self.looks_to_check = CHECKED_LOOKS
         self.product_routes: dict[str, str] = {}
 
     @property
@@ -68,7 +73,7 @@ class Evaluator:
 
     def forget_checks(self) -> None:
         """The set of variables changed: what was found out about the closures no longer holds."""
-        self.unchecked = {self.upper_loss.name, self.lower_loss.name}
+        self.looks_to_check = CHECKED_LOOKS
         self.product_routes.clear()
 
     @contextmanager
@@ -84,6 +89,7 @@ class Evaluator:
         except BaseException:
             replay.undo()
             raise
+        self.looks_to_check = max(0, self.looks_to_check - 1)
 
 
 class Look:
@@ -114,11 +120,14 @@ class Look:
             loss.check_use("lower", evaluation.lower)
         return evaluation
 
-    def lower(self, index: int = 0, at: Point | None = None, wrt: Wrt = "both") -> Evaluation:
-        """Evaluate G on lower batch ``index``; a single batch serves every index. One call of the loss."""
+    def lower(self, index: int = 0, at: Point | None = None, wrt: Wrt = "both", *, trains: bool = False) -> Evaluation:
+        """Evaluate G on lower batch ``index``; a single batch serves every index. One call of the loss.
+
+        ``trains`` marks the gradient of a real lower step: buffers move even if the batch was evaluated before.
+        """
         index, batch = self._lower_batch(index)
         loss = self._evaluator.lower_loss
-        evaluation = self._evaluate(loss, ("lower", index), batch, at, wrt)
+        evaluation = self._evaluate(loss, ("lower", index), batch, at, wrt, trains)
         if wrt != "upper":
             loss.check_use("lower", evaluation.lower)
         if wrt != "lower":
@@ -126,8 +135,8 @@ class Look:
         return evaluation
 
     @contextmanager
-    def lower_graph(self, index: int, at: Point | None = None, substitute: Point | None = None) -> Iterator[Tensor]:
-        """Build the graph of G for derivatives of higher order, which must be taken inside the ``with``.
+    def lower_graph(self, index: int, at: Point | None = None, substitute: Point | None = None) -> Iterator[Graph]:
+        """Build the graph of G, and its aux, for derivatives of higher order, to be taken inside the ``with``.
 
         Args:
             index: Which lower batch, as in :meth:`lower`.
@@ -135,31 +144,43 @@ class Look:
             substitute: Instead, tensors to put in the places of the lower variables: dual tensors, or a graph.
         """
         index, batch = self._lower_batch(index)
-        loss, devices = self._evaluator.lower_loss, self._evaluator.devices
+        with self._graph(self._evaluator.lower_loss, ("lower", index), batch, at, substitute) as graph:
+            yield graph
+
+    @contextmanager
+    def upper_graph(self, substitute: Point) -> Iterator[Graph]:
+        """Build the graph of F with other tensors in the places of the lower variables, as in :meth:`lower_graph`."""
+        with self._graph(self._evaluator.upper_loss, "upper", self._upper_batch, None, substitute) as graph:
+            yield graph
+
+    @contextmanager
+    def _graph(self, loss: Loss, key: Any, batch: Any, at: Point | None, substitute: Point | None) -> Iterator[Graph]:
+        devices = self._evaluator.devices
         # The fused attention kernels have neither a forward-mode nor a second-order rule; the plain one has both.
-        with self._prepared(("lower", index), at, current=False), sdpa_kernel(SDPBackend.MATH):
+        with self._prepared(key, at, current=False), sdpa_kernel(SDPBackend.MATH):
             if substitute is None:
-                value, _ = loss(batch, devices)
+                graph = loss(batch, devices)
             else:
                 container = _Container([module for module, _ in self._evaluator.modules], self.lower_level.tensors)
-                value, _ = container.call(substitute, lambda: loss(batch, devices))
-            yield value
+                graph = container.call(substitute, lambda: loss(batch, devices))
+            yield graph
 
     def _lower_batch(self, index: int) -> tuple[int, Any]:
         index = min(index, len(self._lower_batches) - 1)
         return index, self._lower_batches[index]
 
-    def _evaluate(self, loss: Loss, key: Any, batch: Any, at: Point | None, wrt: Wrt) -> Evaluation:
+    def _evaluate(
+        self, loss: Loss, key: Any, batch: Any, at: Point | None, wrt: Wrt, trains: bool = False
+    ) -> Evaluation:
         upper = list(self.upper_level.tensors) if wrt != "lower" else []
         lower = list(self.lower_level.tensors) if wrt != "upper" else []
-        unchecked = self._evaluator.unchecked
-        with self._prepared(key, at, current=at is None, freeze=not lower):
-            since = sequence_number() if loss.name in unchecked else 0
+        checking = self._evaluator.looks_to_check > 0
+        with self._prepared(key, at, current=at is None, freeze=not lower, trains=trains):
+            since = sequence_number() if checking else 0
             value, aux = loss(batch, self._evaluator.devices)
-            if loss.name in unchecked:
+            if checking:
                 self._refuse_captured(loss, value, since)
             gradients = torch.autograd.grad(value, upper + lower, allow_unused=True)
-        unchecked.discard(loss.name)
         for name, gradient in zip(self._names(wrt), gradients, strict=True):
             if gradient is not None and gradient.layout != torch.strided:
                 raise ClosureError(
@@ -184,11 +205,13 @@ class Look:
             )
 
     @contextmanager
-    def _prepared(self, key: Any, at: Point | None, *, current: bool, freeze: bool = False) -> Iterator[None]:
+    def _prepared(
+        self, key: Any, at: Point | None, *, current: bool, freeze: bool = False, trains: bool = False
+    ) -> Iterator[None]:
         """Surround one evaluation: replay what the batch's first one saw, swap ``at`` in and out."""
         variables = [*self.upper_level.tensors, *self.lower_level.tensors]
         parameters = self.lower_level.tensors
-        with self.replay.evaluation(key, current=current), torch.enable_grad():
+        with self.replay.evaluation(key, current=current, trains=trains), torch.enable_grad():
             # An autocast region around the step would go on to serve casts of the values before the exchange.
             torch.clear_autocast_cache()
             if at is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Required, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,19 @@ from .vectors import Vector
 
 OnNonFinite = Literal["raise", "skip", "ignore"]
 Losses = Callable[..., Any]
+
+
+class Common(TypedDict, total=False):
+    """The keyword arguments that every method passes on to :class:`BilevelOptimizer`, which documents them."""
+
+    upper: Required[Variables]
+    lower: Required[Variables]
+    upper_optimizer: Required[torch.optim.Optimizer]
+    lower_optimizer: Required[torch.optim.Optimizer]
+    on_nonfinite: OnNonFinite
+    other: nn.Module | Iterable[nn.Module]
+    upper_buffers: Policy
+    lower_buffers: Policy
 
 
 class BilevelOptimizer(ABC):
@@ -73,7 +86,8 @@ class BilevelOptimizer(ABC):
         self._upper = Level(owner, "upper", upper, upper_optimizer)
         self._lower = Level(owner, "lower", lower, lower_optimizer)
         check_disjoint(self._upper, self._lower)
-        extra = [other] if isinstance(other, nn.Module) else list(other)
+        several = isinstance(other, Iterable) and not isinstance(other, nn.Module)
+        extra = list(other) if several else [other]
         for item in extra:
             if not isinstance(item, nn.Module):
                 advice = "must be modules. Tensors need no mention: nothing moves them."
@@ -116,7 +130,7 @@ class BilevelOptimizer(ABC):
             NonFiniteError: Under ``on_nonfinite="raise"``; nothing changed.
         """
         with self._look(batches, upper, lower) as look:
-            return self._move(self._answer(look), look)
+            return self._step(look)
 
     def directions(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING) -> Directions:
         """Compute what :meth:`step` would hand to the torch optimizers, and move nothing.
@@ -192,6 +206,10 @@ class BilevelOptimizer(ABC):
     def _answer(self, look: Look) -> Directions:
         """Look at the two losses around the current point and answer with directions."""
 
+    def _step(self, look: Look) -> Stats:
+        """Move both levels; methods that move them one after the other have an order of their own."""
+        return self._move(self._answer(look), look)
+
     def _claims(self, look: Look, probe: Callable[[Level], Vector]) -> list[Claim]:
         """Return what ``check_directions`` compares; ``probe`` draws a random vector of a level."""
         raise NotImplementedError(f"{type(self).__name__} does not say what check_directions should compare.")
@@ -248,10 +266,11 @@ class BilevelOptimizer(ABC):
 
     def _refresh(self) -> None:
         """Pick up variables that were frozen, unfrozen or added to an optimizer since the last step, or refuse them."""
-        changed = [level.refresh() for level in (self._upper, self._lower)]
-        if any(changed):
-            check_disjoint(self._upper, self._lower)
-            self._evaluator.forget_checks()
+        for level in (self._upper, self._lower):
+            if level.refresh():
+                self._evaluator.forget_checks()
+        # Each time: what was refused once must not pass the next time, when it is no longer a change.
+        check_disjoint(self._upper, self._lower)
 
     def _move(self, directions: Directions, look: Look | None) -> Stats:
         owner = type(self).__name__
@@ -263,7 +282,8 @@ class BilevelOptimizer(ABC):
             return replace(directions.stats, upper_moved=False, skipped=True)
         if directions.start is not None:
             place(self._lower, directions.start)
-        hand_over(self._upper, upper)
+        if directions.upper:
+            hand_over(self._upper, upper)
         if directions.lower:
             hand_over(self._lower, lower)
-        return replace(directions.stats, upper_moved=True)
+        return replace(directions.stats, upper_moved=bool(directions.upper))

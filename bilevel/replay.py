@@ -7,6 +7,7 @@ trace: dropout masks cancel in ``Q``, and BatchNorm statistics move once a step.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -39,19 +40,23 @@ def _generator(device: torch.device, verb: str, *arguments: Any) -> Any:
     return function(*arguments) if device.type == "mps" else function(*arguments, device)
 
 
+Kind = tuple[torch.device, torch.dtype]
+
+
 @dataclass
 class Snapshot:
-    """The buffers' tensor objects and their values, flattened per device and dtype."""
+    """The buffers' tensor objects, which of them are of each kind, and each kind's values, flattened."""
 
     objects: list[Tensor]
-    values: dict[tuple[torch.device, torch.dtype], Tensor]
+    kinds: dict[Kind, list[int]]
+    values: dict[Kind, Tensor]
 
 
 class Buffers:
-    """The buffers of a set of modules; snapshots cost one copy and one kernel per device and dtype."""
+    """The buffers of modules, without their children's; snapshots cost one copy and one kernel per device and dtype."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        parts = {id(part): part for module in modules for part in module.modules()}
+        parts = {id(part): part for part in modules}
         seen: set[int] = set()
         self._places: list[tuple[nn.Module, str]] = []
         self._owners: list[int] = []
@@ -63,6 +68,7 @@ class Buffers:
                     self._places.append((part, name))
                     self._owners.append(owner)
         self._moved: dict[torch.device, Tensor] = {}
+        self._element_owners: dict[Kind, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._places)
@@ -71,7 +77,7 @@ class Buffers:
         objects = self._live()
         kinds = _by_kind(objects)
         values = {kind: torch.cat([objects[i].detach().reshape(-1) for i in which]) for kind, which in kinds.items()}
-        return Snapshot(objects, values)
+        return Snapshot(objects, kinds, values)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put the objects back (a forward may rebind a buffer) and their values into them."""
@@ -80,14 +86,14 @@ class Buffers:
                 module._buffers[name] = tensor
         for module, name in self._absent:
             module._buffers[name] = None
-        for kind, which in _by_kind(snapshot.objects).items():
+        for kind, which in snapshot.kinds.items():
             _scatter([snapshot.objects[i] for i in which], snapshot.values[kind])
 
     def note_moves(self, before: Snapshot, after: Snapshot) -> None:
         """Remember, on the device, which modules' buffers differ between two snapshots."""
         self._check_shapes(before, after)
-        for kind, which in _by_kind(before.objects).items():
-            index = self._owner_index(before, which, kind[0])
+        for kind in before.kinds:
+            index = self._owner_index(before, kind)
             moved = self._moved.setdefault(
                 kind[0], torch.zeros(1 + max(self._owners), dtype=torch.int64, device=kind[0])
             )
@@ -97,9 +103,9 @@ class Buffers:
         """Give modules that moved earlier their ``standing`` values back; leave the others as they are now."""
         now = self.snapshot()
         self._check_shapes(standing, now)
-        for kind, which in _by_kind(now.objects).items():
+        for kind, which in now.kinds.items():
             if kind[0] in self._moved:
-                moved = self._moved[kind[0]][self._owner_index(now, which, kind[0])] > 0
+                moved = self._moved[kind[0]][self._owner_index(now, kind)] > 0
                 merged = torch.where(moved, standing.values[kind], now.values[kind])
                 _scatter([now.objects[i] for i in which], merged)
 
@@ -114,10 +120,14 @@ class Buffers:
             live.append(buffer)
         return live
 
-    def _owner_index(self, snapshot: Snapshot, which: list[int], device: torch.device) -> Tensor:
-        sizes = torch.tensor([snapshot.objects[i].numel() for i in which])
-        owners = torch.repeat_interleave(torch.tensor([self._owners[i] for i in which]), sizes)
-        return owners.to(device, non_blocking=True)
+    def _owner_index(self, snapshot: Snapshot, kind: Kind) -> Tensor:
+        """Return the owner of each element of the flattened ``kind``, which is the same for all snapshots of a step."""
+        if kind not in self._element_owners:
+            which = snapshot.kinds[kind]
+            sizes = torch.tensor([snapshot.objects[i].numel() for i in which])
+            owners = torch.repeat_interleave(torch.tensor([self._owners[i] for i in which]), sizes)
+            self._element_owners[kind] = owners.to(kind[0], non_blocking=True)
+        return self._element_owners[kind]
 
     def _check_shapes(self, before: Snapshot, after: Snapshot) -> None:
         for (module, name), old, new in zip(self._places, before.objects, after.objects, strict=True):
@@ -128,8 +138,8 @@ class Buffers:
                 )
 
 
-def _by_kind(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[int]]:
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+def _by_kind(tensors: Sequence[Tensor]) -> dict[Kind, list[int]]:
+    kinds: dict[Kind, list[int]] = {}
     for index, tensor in enumerate(tensors):
         kinds.setdefault((tensor.device, tensor.dtype), []).append(index)
     return kinds
@@ -169,8 +179,17 @@ def _replayed(tensor: Tensor) -> Tensor:
     return tensor if held is None else held.visit(tensor)
 
 
-# A compiled loss breaks its graph here: what is held changes from call to call, and a trace would freeze it.
-_replayed_eagerly: Callable[[Tensor], Tensor] = torch.compiler.disable(_replayed)
+_reader: Callable[[Tensor], Tensor] = _replayed
+
+
+def _shield_from_compiler() -> None:
+    """Make a compiled loss break its graph at :func:`hold`: a trace would freeze what is held.
+
+    Only once the compiler is loaded, because asking for it loads it, which takes longer than importing this library.
+    """
+    global _reader
+    if _reader is _replayed and "torch._dynamo" in sys.modules:
+        _reader = torch.compiler.disable(_replayed)
 
 
 def hold(tensor: Tensor) -> Tensor:
@@ -204,32 +223,39 @@ def hold(tensor: Tensor) -> Tensor:
         raise TypeError(
             f"hold(tensor={type(tensor).__name__}): must be a tensor. Hold the parts of a structure one by one."
         )
-    return _replayed_eagerly(tensor)
+    return _reader(tensor)
 
 
 class Replay:
     """The bookkeeping of one step: where each batch's first evaluation started, and what may stay changed."""
 
     def __init__(self, devices: Iterable[torch.device], modules: Sequence[tuple[nn.Module, Policy]]) -> None:
+        _shield_from_compiler()
         self._device_list = list(devices)
         self._start_random = RandomState(self._device_list)
-        self._buffers = Buffers(module for module, policy in modules if policy == "once")
-        self._frozen = Buffers(module for module, policy in modules if policy == "never")
-        self._free = Buffers(module for module, policy in modules if policy == "every")
+        parts = [(part, policy) for module, policy in modules for part in module.modules()]
+        self._buffers = Buffers(part for part, policy in parts if policy == "once")
+        self._frozen = Buffers(part for part, policy in parts if policy == "never")
+        self._free = Buffers(part for part, policy in parts if policy == "every")
         self._start = [(group, group.snapshot()) for group in (self._buffers, self._frozen, self._free)]
         self._standing: Snapshot | None = self._start[0][1]
         self._last_move: Snapshot | None = None
         self._first: dict[Hashable, tuple[RandomState, Snapshot, list[Tensor]]] = {}
-        self._flags = [(part, part.training) for module, _ in modules for part in module.modules()]
+        self._moved: set[Hashable] = set()  # batches that were evaluated at the current point
+        self._flags = [(part, part.training) for part, _ in parts]
 
     @contextmanager
-    def evaluation(self, batch: Hashable, *, current: bool) -> Iterator[None]:
-        """Surround one evaluation of ``batch``; ``current`` says whether it is at the current point."""
+    def evaluation(self, batch: Hashable, *, current: bool, trains: bool = False) -> Iterator[None]:
+        """Surround one evaluation of ``batch``; ``current`` says whether it is at the current point.
+
+        ``trains`` marks the gradient of a real lower step: buffers go on from where they stand, and move each time.
+        """
         random, standing = RandomState(self._device_list), self._standing_buffers()
         if again := batch in self._first:
             first_random, first_buffers, values = self._first[batch]
             first_random.restore()
-            self._buffers.restore(first_buffers)
+            if not trains:
+                self._buffers.restore(first_buffers)
             held = _Held(values, cursor=0)
         else:
             held = _Held()
@@ -243,10 +269,11 @@ class Replay:
             self._frozen.restore(self._start[1][1])
             if again:
                 random.restore()
-            if again or not current:
+            if not trains and (not current or batch in self._moved):
                 self._buffers.restore(standing)
             elif len(self._buffers):
-                self._move_buffers(standing)
+                self._moved.add(batch)
+                self._move_buffers(standing, each_time=trains)
 
     def undo_buffers(self) -> None:
         """Take back every move of the buffers since the step began."""
@@ -264,11 +291,12 @@ class Replay:
             self._standing = self._buffers.snapshot()
         return self._standing
 
-    def _move_buffers(self, standing: Snapshot) -> None:
+    def _move_buffers(self, standing: Snapshot, *, each_time: bool) -> None:
         """An evaluation at the current point ended: what it moved stays, unless an earlier one had moved it already."""
         if self._last_move is not None:
             self._buffers.note_moves(self._last_move, standing)
-            self._buffers.keep_noted(standing)
+            if not each_time:
+                self._buffers.keep_noted(standing)
         self._last_move = standing
         self._standing = None
 

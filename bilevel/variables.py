@@ -31,6 +31,7 @@ class Level:
         self._sources = self._read(variables)
         self.modules = tuple(module for _, module in self._sources if isinstance(module, nn.Module))
         _check_optimizer(owner, f"{side}_optimizer", optimizer)
+        self.has_bare_tensors = any(isinstance(source, Tensor) for _, source in self._sources)
         self.names: tuple[str, ...] = ()
         self.tensors: tuple[Tensor, ...] = ()
         self.refresh()

@@ -1,5 +1,17 @@
 """Estimators of derivatives through the lower problem."""
 
-from .trajectory import Trajectory, adjoint, descend
+from .linear import ConjugateGradient, FixedPoint, Neumann, Solution, Solver
+from .trajectory import Step, Trajectory, adjoint, descend, pull_back
 
-__all__ = ["Trajectory", "adjoint", "descend"]
+__all__ = [
+    "ConjugateGradient",
+    "FixedPoint",
+    "Neumann",
+    "Solution",
+    "Solver",
+    "Step",
+    "Trajectory",
+    "adjoint",
+    "descend",
+    "pull_back",
+]

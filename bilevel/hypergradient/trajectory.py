@@ -10,104 +10,125 @@ from torch import Tensor
 
 from ..descent import Point, Rule, State
 from ..evaluator import Evaluation, Look
-from ..products import Route, mixed_product
+from ..products import Route, mixed_product, upper_product
 from ..vectors import Vector, add_scaled
+
+
+@dataclass(frozen=True)
+class Step:
+    """One lower step, as it was before it was taken: lower batch, point (None: the current one), gradient, state."""
+
+    index: int
+    point: Point | None
+    gradient: Vector
+    state: State
 
 
 @dataclass
 class Trajectory:
-    """The end point of a walk and, if it was kept, each step's point, gradient and state before the step."""
+    """The end point of a walk and, if they were kept, its steps."""
 
     end: list[Tensor]
-    steps: list[tuple[Point, Vector, State]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
 
 
-def descend(look: Look, rule: Rule, first: Evaluation, count: int, *, keep: bool = False) -> Trajectory:
-    """Take ``count`` steps of ``rule`` on G from the current point, moving nothing.
+def descend(
+    look: Look, rule: Rule, first: Evaluation, count: int, *, start: Point | None = None, keep: int = 0
+) -> Trajectory:
+    """Take ``count`` steps of ``rule`` on G from the current point or from ``start``, moving nothing.
 
-    Step ``t`` uses lower batch ``t``. ``first`` is G at the current point on batch 0, which the caller has already,
-    so the walk costs ``count - 1`` calls of the loss, and one copy of the lower variables (``count`` copies with
-    ``keep``).
+    Step ``t`` uses lower batch ``t``. ``first`` is G at the first point on batch 0, which the caller has already, so
+    the walk costs ``count - 1`` calls of the loss, and one copy of the lower variables, or one for each of the last
+    ``keep`` steps, which are recorded.
     """
-    point, state = look.point(), rule.start()
-    gradient = first.lower
-    trajectory = Trajectory(point)
+    point, state, gradient = look.point() if start is None else start, rule.start(), first.lower
+    steps: list[Step] = []
     for index in range(count):
         if index > 0:
             gradient = look.lower(index, at=point, wrt="lower").lower
-        if keep:
-            trajectory.steps.append((point, gradient, state))
+        if index >= count - keep:
+            steps.append(Step(index, start if index == 0 else point, gradient, state))
         point, state = rule.step(point, gradient, state)
-    # A variable that no gradient moved is still the parameter's own memory; the end point must survive an exchange
-    # with it.
+    # A variable that no gradient moved is still the parameter's own memory; the end point must survive an exchange.
     own = {tensor.data_ptr() for tensor in look.lower_level.tensors}
-    trajectory.end = [x.clone() if x.data_ptr() in own else x for x in point]
-    return trajectory
+    return Trajectory([x.clone() if x.data_ptr() in own else x for x in point], steps)
 
 
-def adjoint(look: Look, rule: Rule, trajectory: Trajectory, cotangent: Vector, route: Route) -> tuple[Vector, Vector]:
-    """Pull ``cotangent = dh/dw_k`` back through the steps; return ``(dh/dalpha, dh/dw_0)``.
+def adjoint(
+    look: Look,
+    rule: Rule,
+    steps: Sequence[Step],
+    cotangent: Vector,
+    route: Route,
+    *,
+    discount: Sequence[float | Tensor] | None = None,
+    to_start: bool = False,
+) -> tuple[Vector, Vector]:
+    """Pull ``cotangent = dh/dw_k`` back through ``steps``; return ``(dh/dalpha, dh/dw_0)``.
 
     With ``w' = step(w, g, s)`` and ``g = grad_w G(w, alpha)``, each step back is one product in elementwise
-    operations, which splits the cotangent over ``w``, ``g`` and ``s``, and one mixed product of G along the part of
-    ``g``::
+    operations, which splits the cotangent over ``w``, ``g`` and ``s``, and one product of G along the part of ``g``::
 
         alpha_bar += G_aw g_bar,    w_bar <- w_bar + G_ww g_bar
 
-    Cost: one mixed product per step; memory of one step beside the trajectory.
+    Args:
+        look: Where G is evaluated.
+        rule: The step that was taken.
+        steps: The trajectory's steps, first to last.
+        cotangent: ``dh/dw_k``.
+        route: How the products of G are computed.
+        discount: One factor per lower variable: ``w_bar <- factor * w_bar`` instead of the product with ``G_ww``
+            (EMLC, equation 11), so that every step costs an upper product alone.
+        to_start: Whether ``dh/dw_0`` is wanted; without it the first step costs an upper product alone.
+
+    Cost: one product per step; memory of one step beside the trajectory.
     """
     upper: Vector = [None] * len(look.upper_level.tensors)
     point_bar: Vector = list(cotangent)
-    state_bar: list[dict[str, Tensor]] = [{} for _ in trajectory.end]
-    for index, (point, gradient, state) in reversed(list(enumerate(trajectory.steps))):
-        point_bar, gradient_bar, state_bar = _pull_back(rule, point, gradient, state, point_bar, state_bar)
-        at = None if index == 0 else point
-        product_upper, product_lower = mixed_product(look, index, gradient_bar, at, route)
-        upper = add_scaled(upper, 1.0, product_upper)
-        point_bar = add_scaled(point_bar, 1.0, product_lower)
+    state_bar: list[dict[str, Tensor]] = [{} for _ in cotangent]
+    for step in reversed(steps):
+        point = look.point() if step.point is None else step.point
+        through_point, gradient_bar, state_bar = pull_back(rule, step, point, point_bar, state_bar)
+        if discount is not None:
+            product = upper_product(look, step.index, gradient_bar, step.point, route)
+            point_bar = [None if b is None else b * factor for b, factor in zip(point_bar, discount, strict=True)]
+        elif step is steps[0] and not to_start:
+            product = upper_product(look, step.index, gradient_bar, step.point, route)
+        else:
+            product, through_gradient = mixed_product(look, step.index, gradient_bar, step.point, route)
+            point_bar = add_scaled(through_point, 1.0, through_gradient)
+        upper = add_scaled(upper, 1.0, product)
     return upper, point_bar
 
 
-def _pull_back(
-    rule: Rule,
-    point: Point,
-    gradient: Vector,
-    state: State,
-    point_bar: Vector,
-    state_bar: Sequence[dict[str, Tensor]],
+def pull_back(
+    rule: Rule, step: Step, point: Point, point_bar: Vector, state_bar: Sequence[dict[str, Tensor]]
 ) -> tuple[Vector, Vector, list[dict[str, Tensor]]]:
     """The transposed derivative of one step with respect to its point, gradient and state."""
     with torch.enable_grad():
         leaf_point = [x.detach().requires_grad_() for x in point]
-        leaf_gradient = [None if g is None else g.detach().requires_grad_() for g in gradient]
+        leaf_gradient = [None if g is None else g.detach().requires_grad_() for g in step.gradient]
         leaf_state = [
             {name: s.detach() if name == "step" else s.detach().requires_grad_() for name, s in entry.items()}
-            for entry in state
+            for entry in step.state
         ]
         moved, after = rule.step(leaf_point, leaf_gradient, leaf_state)
-        outputs: list[Tensor] = []
-        weights: list[Tensor] = []
-        for x, bar in zip(moved, point_bar, strict=True):
-            if bar is not None and x.requires_grad:
-                outputs.append(x)
-                weights.append(bar)
-        for entry, bars in zip(after, state_bar, strict=True):
-            for name, bar in bars.items():
-                if entry[name].requires_grad:
-                    outputs.append(entry[name])
-                    weights.append(bar)
-    places = [(i, name) for i, entry in enumerate(leaf_state) for name, s in entry.items() if s.requires_grad]
+    pairs = [(x, bar) for x, bar in zip(moved, point_bar, strict=True) if bar is not None]
+    pairs += [(entry[name], bar) for entry, bars in zip(after, state_bar, strict=True) for name, bar in bars.items()]
+    pairs = [(x, bar) for x, bar in pairs if x.requires_grad]
+    size = len(point)
+    if not pairs:
+        return [None] * size, [None] * size, [{} for _ in point]
     present = [i for i, g in enumerate(leaf_gradient) if g is not None]
+    places = [(i, name) for i, entry in enumerate(leaf_state) for name, s in entry.items() if s.requires_grad]
     inputs = [*leaf_point, *(g for g in leaf_gradient if g is not None), *(leaf_state[i][name] for i, name in places)]
-    if not outputs:
-        return [None] * len(point), [None] * len(point), [{} for _ in point]
+    outputs, weights = zip(*pairs, strict=True)
     bars_found = torch.autograd.grad(outputs, inputs, grad_outputs=weights, allow_unused=True)
-    new_point = list(bars_found[: len(point)])
-    new_gradient: list[Tensor | None] = [None] * len(point)
-    for i, bar in zip(present, bars_found[len(point) : len(point) + len(present)], strict=True):
+    new_gradient: list[Tensor | None] = [None] * size
+    for i, bar in zip(present, bars_found[size : size + len(present)], strict=True):
         new_gradient[i] = bar
     new_state: list[dict[str, Tensor]] = [{} for _ in point]
-    for (i, name), bar in zip(places, bars_found[len(point) + len(present) :], strict=True):
+    for (i, name), bar in zip(places, bars_found[size + len(present) :], strict=True):
         if bar is not None:
             new_state[i][name] = bar
-    return new_point, new_gradient, new_state
+    return list(bars_found[:size]), new_gradient, new_state

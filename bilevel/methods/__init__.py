@@ -3,5 +3,24 @@
 from .bome import BOME
 from .dynamic_barrier import BarrierStats
 from .ebomlc import EBOMLC
+from .emlc import EMLC
+from .finite_difference import FiniteDifference
+from .implicit import Implicit, ImplicitStats
+from .mlc import MLC
+from .sama import SAMA
+from .sequential import HypergradientStats
+from .unrolled import Unrolled
 
-__all__ = ["BOME", "EBOMLC", "BarrierStats"]
+__all__ = [
+    "BOME",
+    "EBOMLC",
+    "EMLC",
+    "MLC",
+    "SAMA",
+    "BarrierStats",
+    "FiniteDifference",
+    "HypergradientStats",
+    "Implicit",
+    "ImplicitStats",
+    "Unrolled",
+]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 from ..barrier import Barrier, GradientNorm
+from ..optimizer import Common
 from ..products import Route
 from .barrier_terms import ValueGradient
 from .dynamic_barrier import DynamicBarrier, InnerStep, StepFrom
@@ -93,7 +94,7 @@ class BOME(DynamicBarrier):
         cutoff: float = 1e-12,
         multiplier_max: float | None = None,
         product: Route = "auto",
-        **common: Any,
+        **common: Unpack[Common],
     ) -> None:
         super().__init__(
             upper_loss,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from ..directions import Directions, Stats
 from ..errors import choice, count, message, number
 from ..evaluator import Evaluation, Look
 from ..hypergradient import adjoint, descend
-from ..optimizer import BilevelOptimizer
-from ..products import ROUTES, Route
+from ..optimizer import BilevelOptimizer, Common
+from ..products import ROUTES, Route, route_taken
 from ..variables import Level
 from ..vectors import Vector, add_scaled, dot, squared_norm, subtract
 from .barrier_terms import Terms, ValueGradient, gradient_claims, plain_products
@@ -81,7 +81,7 @@ class DynamicBarrier(BilevelOptimizer, ABC):
         cutoff: float,
         multiplier_max: float | None,
         product: Route,
-        **common: Any,
+        **common: Unpack[Common],
     ) -> None:
         owner = type(self).__name__
         count(owner, "inner_steps", inner_steps, minimum=1)
@@ -100,7 +100,7 @@ class DynamicBarrier(BilevelOptimizer, ABC):
             number(owner, "multiplier_max", multiplier_max, minimum=0.0)
         super().__init__(*losses, **common)
         if inner_step == "preview":
-            check_preview(owner, self.lower_optimizer)
+            check_preview(owner, self.lower_optimizer, 'inner_step="plain"')
         self.barrier = barrier
         self.inner_steps = inner_steps
         self.inner_lr = inner_lr
@@ -141,7 +141,7 @@ class DynamicBarrier(BilevelOptimizer, ABC):
             active=weight > 0,
             constraint=terms.constraint,
             gradient_norm=products.squared_norm.sqrt(),
-            product=look.product_routes.get("lower", self.product) if self.value_gradient == "unrolled" else None,
+            product=route_taken(look, "both", self.product) if self.value_gradient == "unrolled" else None,
         )
         return Directions(upper, lower, stats, start)
 
@@ -150,13 +150,13 @@ class DynamicBarrier(BilevelOptimizer, ABC):
         unrolled = self.value_gradient == "unrolled"
         g = look.lower()
         rule = self._rule()
-        walk = descend(look, rule, g, self.inner_steps, keep=unrolled)
+        walk = descend(look, rule, g, self.inner_steps, keep=self.inner_steps if unrolled else 0)
         # With w_T constant only alpha's gradient is needed there: the evaluation is forward-only through the lower
         # model.
         ahead = look.lower(at=walk.end, wrt="upper" if self.value_gradient == "value_function" else "both")
         q_upper, q_lower = subtract(g.upper, ahead.upper), self._lower_gradient(g, ahead)
         if unrolled:
-            through_upper, through_lower = adjoint(look, rule, walk, ahead.lower, self.product)
+            through_upper, through_lower = adjoint(look, rule, walk.steps, ahead.lower, self.product, to_start=True)
             q_upper, q_lower = subtract(q_upper, through_upper), subtract(g.lower, through_lower)
         wide = dot([g.value], [torch.ones_like(g.value)]) - dot([ahead.value], [torch.ones_like(ahead.value)])
         f = look.upper()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 from ..barrier import Aligned
 from ..errors import number
+from ..optimizer import Common
 from ..products import Route
 from .barrier_terms import ValueGradient
 from .dynamic_barrier import DynamicBarrier, InnerStep, StepFrom
@@ -94,7 +95,7 @@ class EBOMLC(DynamicBarrier):
         cutoff: float = 1e-12,
         multiplier_max: float | None = None,
         product: Route = "auto",
-        **common: Any,
+        **common: Unpack[Common],
     ) -> None:
         number(type(self).__name__, "delta", delta, minimum=0.0)
         number(type(self).__name__, "xi", xi, minimum=0.0)

@@ -1,0 +1,246 @@
+"""Solvers of ``(H + damping I) x = b`` for a symmetric H that is known through its products alone.
+
+A solver is a value: its numbers are its fields. Each returns the iterate that met the tolerance, never the one before,
+and says how far it came. On the CPU an iteration that has converged ends; on an accelerator, where asking would wait
+for the device, the remaining iterations run and leave the converged iterate as it is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import count, number
+from ..vectors import Vector, add_scaled, dot, squared_norm, subtract
+
+Product = Callable[[Vector], Vector]
+Rates = Sequence[float | Tensor]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solver found, as tensors on the device.
+
+    Attributes:
+        x: The iterate.
+        iterations: Products with H that changed the iterate.
+        residual: ``|b - (H + damping I) x| / |b|`` of this very iterate (0 for ``b = 0``).
+        converged: Whether ``residual <= tolerance``.
+    """
+
+    x: Vector
+    iterations: Tensor
+    residual: Tensor
+    converged: Tensor
+
+
+class Solver(ABC):
+    """Solves ``(H + damping I) x = b``; subclasses are values with at least the fields ``iterations`` and
+    ``damping``.
+    """
+
+    @abstractmethod
+    def solve(self, product: Product, right: Vector, start: Vector | None, rates: Rates) -> Solution:
+        """Solve with ``product(v) = H v`` from ``start`` (None: zero); ``rates`` are the lower learning rates."""
+
+
+@dataclass(frozen=True)
+class ConjugateGradient(Solver):
+    """Conjugate gradients, for a positive definite ``H + damping I``: at most ``n`` iterations for n distinct
+    eigenvalues.
+
+    A direction of no or negative curvature ends the iteration, not converged: raise the damping.
+
+    Args:
+        iterations: Most products with H, >= 1; default 20.
+        tolerance: Relative residual at which it has converged, >= 0; default 1e-6, what float32 products can reach.
+        damping: Added to H's diagonal, >= 0; default 0.
+
+    Raises:
+        TypeError, ValueError: A number is off.
+
+    Example:
+        >>> import torch, bilevel
+        >>> solver = bilevel.ConjugateGradient(iterations=5)
+        >>> found = solver.solve(lambda v: [2 * v[0]], [torch.tensor([2.0])], None, [0.1])  # 2 x = 2
+        >>> found.x[0].item(), found.converged.item()
+        (1.0, True)
+    """
+
+    iterations: int = 20
+    tolerance: float = 1e-6
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self, self.iterations, self.tolerance, self.damping)
+
+    def solve(self, product: Product, right: Vector, start: Vector | None, rates: Rates) -> Solution:
+        """Run the iteration ``x += a p, r -= a (H + d) p`` with ``a = |r|^2 / <p, (H + d) p>``."""
+        damped = _damped(product, self.damping)
+        x = _zeros_like(right) if start is None else list(start)
+        r = list(right) if start is None else subtract(right, damped(x))
+        p, rr, scale = r, squared_norm(r), squared_norm(right)
+        goal = self.tolerance**2 * scale
+        taken = torch.zeros_like(rr)
+        curved = torch.ones_like(rr, dtype=torch.bool)
+        for _ in range(self.iterations):
+            active = (rr > goal) & curved
+            if rr.device.type == "cpu" and not active:
+                break
+            hp = damped(p)
+            curvature = dot(p, hp)
+            curved = curved & (curvature > 0)
+            active = active & curved
+            zero = torch.zeros_like(rr)
+            a = torch.where(active, rr / torch.where(active, curvature, torch.ones_like(rr)), zero)
+            x, r = add_scaled(x, a, p), add_scaled(r, -a, hp)
+            shrunk = squared_norm(r)
+            p = add_scaled(r, torch.where(active, shrunk / torch.where(active, rr, torch.ones_like(rr)), zero), p)
+            rr = torch.where(active, shrunk, rr)
+            taken = taken + active
+        return Solution(x, taken, _relative(rr, scale), rr <= goal)
+
+
+@dataclass(frozen=True)
+class Neumann(Solver):
+    """The Neumann series ``x = a sum_{j <= n} (I - a (H + damping I))^j b``, for ``a < 2 / (largest eigenvalue)``.
+
+    Args:
+        iterations: n >= 0, the number of products with H; default 1, as in Betty. 0 gives ``a b``: the identity for H.
+        rate: a > 0; default None, the lower learning rate of each variable's group.
+        tolerance: Relative residual at which the series ends early, or None (default): it is then not measured before
+            the end, which costs no product. The residual of the result always is: one product more.
+        damping: Added to H's diagonal, >= 0; default 0.
+
+    Raises:
+        TypeError, ValueError: A number is off.
+
+    Example:
+        >>> import torch, bilevel
+        >>> solver = bilevel.Neumann(iterations=2, rate=0.5)
+        >>> solver.solve(lambda v: v, [torch.tensor([1.0])], None, [0.1]).x[0].item()  # 0.5 (1 + 1/2 + 1/4)
+        0.875
+    """
+
+    iterations: int = 1
+    rate: float | None = None
+    tolerance: float | None = None
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self, self.iterations, self.tolerance, self.damping, fewest=0, rate=self.rate)
+
+    def solve(self, product: Product, right: Vector, start: Vector | None, rates: Rates) -> Solution:
+        """Run ``x += a (b - (H + d) x)``, which adds the next term of the series."""
+        rates = rates if self.rate is None else [self.rate] * len(right)
+        first = _times(rates, right) if start is None else start
+        return _stationary(_damped(product, self.damping), right, first, self.iterations, self.tolerance, rates, 0.0)
+
+
+@dataclass(frozen=True)
+class FixedPoint(Solver):
+    """Fixed-point iteration of the adjoint of a lower step: ``p <- Phi_w^T p + b``, with ``x = a p`` solving ``H x =
+    b``.
+
+    ``Phi`` is gradient descent, or with ``momentum`` the heavy ball, whose buffer is then part of the adjoint's state.
+    Contracts wherever the lower steps do. Without momentum, n iterations are the Neumann series with n - 1.
+
+    Args:
+        iterations: n >= 1; default 20.
+        rate: a > 0 of the lower step; default None, the lower learning rate of each variable's group.
+        momentum: Of the heavy ball, in [0, 1); default 0.
+        tolerance: Relative residual at which it has converged, >= 0; default 1e-6.
+        damping: Added to H's diagonal, >= 0; default 0.
+
+    Raises:
+        TypeError, ValueError: A number is off.
+
+    Example:
+        >>> import torch, bilevel
+        >>> solver = bilevel.FixedPoint(iterations=60, rate=0.5, tolerance=1e-5)
+        >>> solver.solve(lambda v: v, [torch.tensor([1.0])], None, [0.1]).converged.item()
+        True
+    """
+
+    iterations: int = 20
+    rate: float | None = None
+    momentum: float = 0.0
+    tolerance: float = 1e-6
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self, self.iterations, self.tolerance, self.damping, rate=self.rate)
+        number(type(self).__name__, "momentum", self.momentum, minimum=0.0)
+        if self.momentum >= 1:
+            raise ValueError(
+                f"FixedPoint(momentum={self.momentum}): must be below 1, or the iteration never contracts."
+            )
+
+    def solve(self, product: Product, right: Vector, start: Vector | None, rates: Rates) -> Solution:
+        """Run the adjoint of the lower step; for a quadratic G it is the heavy ball on ``<x, H x>/2 - <b, x>``."""
+        rates = rates if self.rate is None else [self.rate] * len(right)
+        first = _times(rates, right) if start is None else start
+        damped = _damped(product, self.damping)
+        return _stationary(damped, right, first, self.iterations - 1, self.tolerance, rates, self.momentum)
+
+
+def _stationary(
+    product: Product, right: Vector, first: Vector, steps: int, tolerance: float | None, rates: Rates, momentum: float
+) -> Solution:
+    """``v <- m v + (b - A x); x <- x + a v`` from ``first``, where ``v`` starts as what led there; residuals are
+    exact.
+    """
+    scale = squared_norm(right)
+    goal = (tolerance or 0.0) ** 2 * scale
+    x, v = list(first), list(right)
+    r = subtract(right, product(x))
+    rr = squared_norm(r)
+    taken = torch.zeros_like(rr)
+    for _ in range(steps):
+        active = rr > goal if tolerance is not None else torch.ones_like(rr, dtype=torch.bool)
+        if rr.device.type == "cpu" and not active:
+            break
+        v = add_scaled(r, momentum, v)
+        x = add_scaled(x, active.to(rr.dtype), _times(rates, v))
+        r = subtract(right, product(x))
+        rr = squared_norm(r)
+        taken = taken + active
+    return Solution(x, taken, _relative(rr, scale), rr <= goal)
+
+
+def _check(
+    solver: Solver,
+    iterations: int,
+    tolerance: float | None,
+    damping: float,
+    *,
+    fewest: int = 1,
+    rate: float | None = None,
+) -> None:
+    owner = type(solver).__name__
+    count(owner, "iterations", iterations, minimum=fewest)
+    number(owner, "damping", damping, minimum=0.0)
+    if tolerance is not None:
+        number(owner, "tolerance", tolerance, minimum=0.0)
+    if rate is not None:
+        number(owner, "rate", rate, minimum=0.0, exclusive=True)
+
+
+def _damped(product: Product, damping: float) -> Product:
+    return product if damping == 0 else lambda v: add_scaled(product(v), damping, v)
+
+
+def _times(rates: Rates, vector: Vector) -> list[Tensor | None]:
+    return [None if v is None else (v * rate).to(v.dtype) for rate, v in zip(rates, vector, strict=True)]
+
+
+def _zeros_like(vector: Vector) -> list[Tensor | None]:
+    return [None if v is None else torch.zeros_like(v) for v in vector]
+
+
+def _relative(rr: Tensor, scale: Tensor) -> Tensor:
+    return torch.where(scale > 0, (rr / torch.where(scale > 0, scale, torch.ones_like(scale))).sqrt(), rr.sqrt())

@@ -1,0 +1,133 @@
+"""EMLC's meta-gradient (Taraday and Baskin, ICCV 2023): forward mode through the lower model, reverse through the
+upper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Unpack
+
+from ..descent import GradientDescent, Rule, current_rates
+from ..directions import Directions
+from ..errors import choice, number
+from ..evaluator import Evaluation, Look
+from ..handover import hand_over
+from ..hypergradient import adjoint
+from ..optimizer import Common
+from ..products import Route, upper_product
+from ..rollback import Saved
+from ..vectors import Scalar, Vector, add_scaled
+from .sequential import Sequential
+
+
+class EMLC(Sequential):
+    r"""The exact one-step meta-gradient, and its discounted k-step form, for any lower loss.
+
+    .. math::
+        w_{\tau+1} &= \text{your lower optimizer's step along } \nabla_w G(w_\tau, \alpha), \quad \tau < k \\
+        g &= \nabla_w F(w_k, \alpha) \\
+        \alpha &\leftarrow \alpha - \eta_\alpha \Big( \nabla_\alpha F(w_k, \alpha) - \eta \sum_{\tau < k}
+            \gamma^{k-1-\tau}\, G_{\alpha w}(w_\tau, \alpha)\, g \Big)
+
+    The paper states the products for cross-entropy with soft targets (equations 10 and 11), where
+    :math:`-G_{\alpha w}\, g` is the Jacobian-vector product of log-probabilities times the targets' Jacobian; here
+    they are those of your closure. As in the paper's code, the real steps use momentum and weight decay, the derivative
+    is that of plain gradient descent. Differences from that code: each product is paired with its own step (the code
+    pairs the blocks of the last step with the targets of the first), and there is no extra factor 1/k.
+
+    Args:
+        upper_loss: F, called once per step, after the lower steps; see :class:`bilevel.BilevelOptimizer`.
+        lower_loss: G, called once per lower step.
+        inner_steps: k >= 1. Default 1, where the meta-gradient is exact; the paper's CIFAR runs use 5.
+        discount: :math:`\gamma`, in [0, 1]; default None: ``1 - lr`` of each variable's group, the paper's choice.
+        memory: ``"store"`` (default) keeps a copy of the lower variables per step. ``"replay"`` keeps the first and
+            takes the k steps a second time: two copies whatever k is, k more gradients; the lower optimizer's hooks run
+            twice.
+        product: Route of the products of G: ``"auto"`` is forward mode, with double backward behind one warning that
+            names what has no forward rule; ``"forward"`` fails there instead.
+        atomic: Whether a step that fails half-way is taken back; see the concepts page. Default True.
+        common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
+            ``upper_buffers``, ``lower_buffers``: see :class:`bilevel.BilevelOptimizer`.
+
+    Raises:
+        TypeError, ValueError: An argument is off; the message says which and what to do.
+
+    Cost:
+        k gradients of G, one of F, k upper products of G (one dual evaluation each, no reverse pass through the lower
+        model). Memory: ``"store"`` k copies of the lower variables.
+
+    Example:
+        >>> import torch, bilevel
+        >>> lower = torch.nn.Linear(1, 1, bias=False)
+        >>> alpha = torch.zeros((), requires_grad=True)
+        >>> optimizer = bilevel.EMLC(
+        ...     lambda: (lower.weight - 1).square().sum(), lambda: (lower.weight - alpha).square().sum(),
+        ...     upper=alpha, lower=lower, upper_optimizer=torch.optim.SGD([alpha], lr=0.5),
+        ...     lower_optimizer=torch.optim.SGD(lower.parameters(), lr=0.1), inner_steps=5,
+        ... )
+        >>> for _ in range(100):
+        ...     stats = optimizer.step()
+        >>> print(f"{alpha.item():.3f}")
+        1.000
+
+    References:
+        Taraday and Baskin, `Enhanced Meta Label Correction for Coping with Label Corruption
+        <https://arxiv.org/abs/2305.12961>`_, ICCV 2023, propositions 1 and 3, equations 10 and 11.
+    """
+
+    trains_first = True
+
+    def __init__(
+        self,
+        upper_loss: Callable[..., Any],
+        lower_loss: Callable[..., Any],
+        *,
+        inner_steps: int = 1,
+        discount: float | None = None,
+        memory: Literal["store", "replay"] = "store",
+        product: Route = "auto",
+        atomic: bool = True,
+        **common: Unpack[Common],
+    ) -> None:
+        choice("EMLC", "memory", memory, ("store", "replay"))
+        if discount is not None:
+            number("EMLC", "discount", discount, minimum=0.0, maximum=1.0)
+        super().__init__(upper_loss, lower_loss, inner_steps=inner_steps, product=product, atomic=atomic, **common)
+        self.discount = discount
+        self.memory = memory
+
+    def _train_and_look(self, look: Look, *, real: bool) -> Directions:
+        rule = GradientDescent(current_rates(self._lower, None))
+        if self.memory == "replay":
+            first, f, through = self._replayed(look, real)
+        else:
+            first, steps = self._train(look, lambda: rule, real=real)
+            f = look.upper()
+            through, _ = adjoint(look, rule, steps, f.lower, self.product, discount=self._discounts())
+        return self._directions(look, f, first, add_scaled(f.upper, 1.0, through))
+
+    def _replayed(self, look: Look, real: bool) -> tuple[Evaluation, Evaluation, Vector]:
+        """Train, look at F, then walk the same k steps again from the first, with a product before each."""
+        beginning = Saved([self._lower])
+        first, _ = self._train(look, None, real=real)
+        f = look.upper()
+        beginning.restore()
+        rates, discounts = current_rates(self._lower, None), self._discounts()
+        through: Vector = [None] * len(self._upper.tensors)
+        for index in range(self.inner_steps):
+            left = self.inner_steps - 1 - index
+            weighted: Vector = [
+                None if g is None else (g * (-rate * factor**left)).to(g.dtype)
+                for g, rate, factor in zip(f.lower, rates, discounts, strict=True)
+            ]
+            through = add_scaled(through, 1.0, upper_product(look, index, weighted, None, self.product))
+            hand_over(self._lower, look.lower(index, wrt="lower").lower)
+        return first, f, through
+
+    def _discounts(self) -> list[Scalar]:
+        if self.discount is not None:
+            return [self.discount] * len(self._lower.tensors)
+        return [1 - rate for rate in current_rates(self._lower, None)]
+
+    def _rule(self) -> Rule:
+        return GradientDescent(current_rates(self._lower, None))

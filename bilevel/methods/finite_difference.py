@@ -1,0 +1,90 @@
+"""DARTS: the one-step hypergradient with its mixed product by a central difference (Liu, Simonyan and Yang, ICLR
+2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Unpack
+
+from ..directions import Directions
+from ..errors import number
+from ..evaluator import Look
+from ..hypergradient import Step, pull_back
+from ..optimizer import Common
+from ..products import upper_difference
+from ..vectors import add_scaled
+from .sequential import HypergradientStats, Sequential
+
+
+class FiniteDifference(Sequential):
+    r"""One virtual lower step, differentiated without any second-order graph.
+
+    .. math::
+        w' &= \Phi(w, \nabla_w G(w, \alpha)), \quad u = \nabla_w F(w', \alpha), \quad v = \Phi_g^\top u, \quad
+            \epsilon = r / \|v\| \\
+        \alpha &\leftarrow \alpha - \eta_\alpha \Big( \nabla_\alpha F(w', \alpha) +
+            \frac{\nabla_\alpha G(w + \epsilon v, \alpha) - \nabla_\alpha G(w - \epsilon v, \alpha)}{2 \epsilon} \Big)
+
+    :math:`\Phi` is the step of your lower optimizer from its real state (momentum and weight decay included, as in
+    DARTS), or plain gradient descent with ``inner_lr``; for SGD :math:`v = -\eta u`, and the points are DARTS's own,
+    :math:`w \pm r\, u / \|u\|`. Then w takes its ordinary step with the new upper variables. Copies are perturbed, not
+    the parameters. The order of the difference is two: its error falls with r squared until rounding takes over.
+
+    Args:
+        upper_loss: F, called once per step, at :math:`w'`; see :class:`bilevel.BilevelOptimizer`.
+        lower_loss: G, called four times per step, twice of them forward-only through the lower model.
+        inner_lr: Rate of a plain step; default None: follow the lower optimizer.
+        radius: r > 0, distance of the two points from w; default 0.01 (DARTS).
+        atomic: Whether a step that fails half-way is taken back; see the concepts page. Default True.
+        common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
+            ``upper_buffers``, ``lower_buffers``: see :class:`bilevel.BilevelOptimizer`.
+
+    Raises:
+        TypeError, ValueError: An argument is off, or the lower optimizer cannot be followed; the message says what can.
+
+    Cost:
+        Two gradients of G (one of them the ordinary step), one of F, two gradients of G in alpha alone. Memory: one
+        copy of the lower variables.
+
+    Example:
+        >>> import torch, bilevel
+        >>> problem = bilevel.problems.quadratic(seed=0)
+        >>> upper_optimizer, lower_optimizer = problem.optimizers()
+        >>> losses, levels = (problem.upper_loss, problem.lower_loss), dict(
+        ...     upper=problem.upper, lower=problem.lower,
+        ...     upper_optimizer=upper_optimizer, lower_optimizer=lower_optimizer,
+        ... )
+        >>> approximate = bilevel.FiniteDifference(*losses, **levels).directions().upper["0"]
+        >>> torch.allclose(approximate, bilevel.Unrolled(*losses, **levels).directions().upper["0"])
+        True
+
+    References:
+        Liu, Simonyan and Yang, `DARTS <https://arxiv.org/abs/1806.09055>`_, ICLR 2019, equations 7 and 8, and its code.
+    """
+
+    def __init__(
+        self,
+        upper_loss: Callable[..., Any],
+        lower_loss: Callable[..., Any],
+        *,
+        inner_lr: float | None = None,
+        radius: float = 0.01,
+        atomic: bool = True,
+        **common: Unpack[Common],
+    ) -> None:
+        number("FiniteDifference", "radius", radius, minimum=0.0, exclusive=True)
+        super().__init__(upper_loss, lower_loss, inner_steps=1, inner_lr=inner_lr, atomic=atomic, **common)
+        self._check_rule()
+        self.radius = radius
+
+    def _look_ahead(self, look: Look) -> Directions:
+        g = look.lower(wrt="lower")
+        rule = self._rule()
+        step = Step(0, None, g.lower, rule.start())
+        ahead, _ = rule.step(look.point(), g.lower, step.state)
+        f = look.upper(at=ahead)
+        _, direction, _ = pull_back(rule, step, look.point(), f.lower, [{} for _ in ahead])
+        through = upper_difference(look, 0, direction, None, radius=self.radius)
+        stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product="difference")
+        return self._directions(look, f, g, add_scaled(f.upper, 1.0, through), stats)

@@ -1,0 +1,157 @@
+"""Approximate implicit differentiation: the hypergradient of a solved lower problem, by a linear system."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+from torch import Tensor
+
+from ..descent import GradientDescent, Rule, current_rates
+from ..directions import Directions, Stats
+from ..errors import choice, message
+from ..evaluator import Look
+from ..hypergradient import ConjugateGradient, Solver
+from ..optimizer import Common
+from ..products import Route, mixed_product, route_taken, upper_product
+from ..vectors import Vector, subtract
+from .sequential import HypergradientStats, Sequential
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImplicitStats(HypergradientStats):
+    """The numbers of one step of :class:`Implicit`.
+
+    Attributes:
+        iterations: Iterations of the solver that changed its iterate.
+        residual: ``|f_w - (G_ww + damping I) p| / |f_w|`` of the returned p.
+        converged: Whether the residual met the solver's tolerance. If not, the direction is used all the same: look
+            here, and raise the iterations or the damping.
+
+    Example:
+        >>> import torch, bilevel
+        >>> one = torch.tensor(1.0)
+        >>> stats = bilevel.ImplicitStats(one, one, iterations=5 * one, residual=0 * one, converged=one > 0)
+        >>> stats.as_dict()["converged"]
+        1.0
+    """
+
+    iterations: Tensor
+    residual: Tensor
+    converged: Tensor
+
+
+class Implicit(Sequential):
+    r"""Lower steps, then the implicit-function hypergradient at the point they reach.
+
+    .. math::
+        (G_{ww} + \text{damping}\, I)\, p = \nabla_w F, \qquad
+        \alpha \leftarrow \alpha - \eta_\alpha (\nabla_\alpha F - G_{\alpha w}\, p)
+
+    Exact where :math:`\nabla_w G = 0`, the solver converged and damping is 0; otherwise biased by all three.
+
+    Args:
+        upper_loss: F, called once per step, after the lower steps; see :class:`bilevel.BilevelOptimizer`.
+        lower_loss: G, called once per lower step, and once per product with the Hessian. Products are on the last
+            lower batch.
+        inner_steps: Real lower steps per call, >= 0; default 1. 0: the lower problem is solved by other means, and
+            ``step`` moves the upper variables alone.
+        solver: ``ConjugateGradient()`` (default), ``Neumann()`` or ``FixedPoint()``, or a ``Solver`` of your own.
+        warm_start: Start the solver from the last p (default True: the system changes slowly between steps). The last p
+            is part of ``state_dict``.
+        product: Route of the products of G.
+        atomic: Whether a step that fails half-way is taken back; see the concepts page. Default True.
+        common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
+            ``upper_buffers``, ``lower_buffers``: see :class:`bilevel.BilevelOptimizer`.
+
+    Raises:
+        TypeError, ValueError: An argument is off; the message says which and what to do.
+
+    Cost:
+        k gradients of G, one of F, one mixed product per iteration of the solver, one upper product. Memory: a few
+        copies of the lower variables, whatever k is.
+
+    Example:
+        >>> import torch, bilevel
+        >>> problem = bilevel.problems.quadratic(seed=0)
+        >>> solved = problem.lower.data.copy_(problem.lower_optimum(problem.upper.detach()))  # by other means
+        >>> upper_optimizer, lower_optimizer = problem.optimizers()
+        >>> optimizer = bilevel.Implicit(
+        ...     problem.upper_loss, problem.lower_loss, upper=problem.upper, lower=problem.lower,
+        ...     upper_optimizer=upper_optimizer, lower_optimizer=lower_optimizer, inner_steps=0,
+        ... )
+        >>> torch.allclose(optimizer.directions().upper["0"], problem.hypergradient(problem.upper), atol=1e-6)
+        True
+
+    References:
+        Pedregosa, `Hyperparameter optimization with approximate gradient <https://arxiv.org/abs/1602.02355>`_, ICML
+        2016; Lorraine et al., `Optimizing Millions of Hyperparameters by Implicit Differentiation
+        <https://arxiv.org/abs/1911.02590>`_, AISTATS 2020.
+    """
+
+    trains_first = True
+    fewest_steps = 0
+
+    def __init__(
+        self,
+        upper_loss: Callable[..., Any],
+        lower_loss: Callable[..., Any],
+        *,
+        inner_steps: int = 1,
+        solver: Solver | None = None,
+        warm_start: bool = True,
+        product: Route = "auto",
+        atomic: bool = True,
+        **common: Unpack[Common],
+    ) -> None:
+        if solver is not None and not isinstance(solver, Solver):
+            advice = "must be a solver value, such as bilevel.ConjugateGradient(iterations=20)."
+            raise TypeError(message("Implicit", "solver", solver, advice))
+        choice("Implicit", "warm_start", warm_start, (True, False))
+        super().__init__(upper_loss, lower_loss, inner_steps=inner_steps, product=product, atomic=atomic, **common)
+        self.solver = ConjugateGradient() if solver is None else solver
+        self.warm_start = warm_start
+        self._last: dict[str, Tensor] = {}
+        self._found: dict[str, Tensor] = {}
+
+    def _train_and_look(self, look: Look, *, real: bool) -> Directions:
+        first, _ = self._train(look, None, real=real)
+        last = self.lower_batches - 1
+        f = look.upper()
+
+        def hessian(v: Vector) -> Vector:
+            return mixed_product(look, last, v, None, self.product)[1]
+
+        start = [self._last.get(name) for name in self._lower.names] if self.warm_start and self._last else None
+        found = self.solver.solve(hessian, f.lower, start, current_rates(self._lower, None))
+        self._found = self._named([None] * len(self._upper.names), found.x)[1]
+        through = upper_product(look, last, found.x, None, self.product)
+        self._evaluator.lower_loss.check_use("upper", through)
+        stats = ImplicitStats(
+            f.value,
+            first.value,
+            upper_aux=f.aux,
+            lower_aux=first.aux,
+            product=route_taken(look, "both", self.product),
+            iterations=found.iterations,
+            residual=found.residual,
+            converged=found.converged,
+        )
+        upper, _ = self._named(subtract(f.upper, through), [None] * len(self._lower.names))
+        return Directions(upper, {}, stats)
+
+    def _step(self, look: Look) -> Stats:
+        stats = super()._step(look)
+        if self.warm_start and not stats.skipped:
+            self._last = self._found
+        return stats
+
+    def _rule(self) -> Rule:
+        return GradientDescent(current_rates(self._lower, None))
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"last": self._last}
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        self._last = dict(state["last"])

@@ -1,0 +1,127 @@
+"""MLC's meta-gradient with its projected discount (Zheng, Awadallah and Dumais, AAAI 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from ..descent import Preview, check_preview
+from ..directions import Directions, Stats
+from ..errors import choice, count
+from ..evaluator import Look
+from ..hypergradient import Step, pull_back
+from ..optimizer import BilevelOptimizer, Common
+from ..products import ROUTES, Route, route_taken, upper_product
+from ..vectors import Vector, add_scaled, dot, squared_norm
+from .sequential import HypergradientStats
+
+
+class MLC(BilevelOptimizer):
+    r"""One lower step per call; the upper variables move every ``inner_steps`` calls, along an accumulated estimate.
+
+    .. math::
+        d &= \nabla_w G(w, \alpha), \quad w_+ = \Phi(w, d), \quad g_0 = \nabla_w F(w), \quad g_1 = \nabla_w F(w_+) \\
+        m &\leftarrow \nabla_\alpha F(w_+) - \nabla_\alpha \langle d, S g_1 \rangle + \gamma\, m, \quad
+            \gamma = \frac{\langle (I - S)\, g_1, g_0 \rangle}{\|g_0\|^2}, \quad S = -\partial \Phi / \partial d
+
+    :math:`\Phi` is the step of your lower optimizer from its real state; for SGD without dampening, S is the learning
+    rate. w takes that step with d, computed with the old upper variables. The upper loss gets a fresh batch at each
+    call. The Hessian of G is replaced by the identity in :math:`\gamma`, which projects on one direction; EMLC uses
+    ``1 - lr``.
+
+    Args:
+        upper_loss: F, called once per step (twice with ``inner_steps > 1``); see :class:`bilevel.BilevelOptimizer`.
+        lower_loss: G, called once per step.
+        inner_steps: Calls of ``step`` per upper update, >= 1; default 1 (MLC on CIFAR; 5 on Clothing1M). With 1, gamma
+            plays no part and :math:`g_0` is not computed, unlike in the paper's code.
+        product: Route of the product of G.
+        common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
+            ``upper_buffers``, ``lower_buffers``: see :class:`bilevel.BilevelOptimizer`.
+
+    Raises:
+        TypeError, ValueError: An argument is off, or the lower optimizer cannot be followed; the message says what can.
+
+    Cost:
+        One gradient of G and one of F (two with ``inner_steps > 1``), one upper product of G. Memory: a copy of the
+        lower variables, and of the upper ones.
+
+    Example:
+        >>> import torch, bilevel
+        >>> lower = torch.nn.Linear(1, 1, bias=False)
+        >>> alpha = torch.zeros((), requires_grad=True)
+        >>> optimizer = bilevel.MLC(
+        ...     lambda: (lower.weight - 1).square().sum(), lambda: (lower.weight - alpha).square().sum(),
+        ...     upper=alpha, lower=lower, upper_optimizer=torch.optim.SGD([alpha], lr=0.5),
+        ...     lower_optimizer=torch.optim.SGD(lower.parameters(), lr=0.1), inner_steps=2,
+        ... )
+        >>> [optimizer.step().upper_moved for _ in range(4)]
+        [False, True, False, True]
+
+    References:
+        Zheng, Awadallah and Dumais, `Meta Label Correction for Noisy Label Learning
+        <https://arxiv.org/abs/1911.03809>`_, AAAI 2021, and its code.
+    """
+
+    def __init__(
+        self,
+        upper_loss: Callable[..., Any],
+        lower_loss: Callable[..., Any],
+        *,
+        inner_steps: int = 1,
+        product: Route = "auto",
+        **common: Unpack[Common],
+    ) -> None:
+        count("MLC", "inner_steps", inner_steps, minimum=1)
+        choice("MLC", "product", product, ROUTES)
+        super().__init__(upper_loss, lower_loss, **common)
+        check_preview("MLC", self.lower_optimizer, "EMLC, which follows none")
+        self.inner_steps = inner_steps
+        self.product = product
+        self._accumulated: dict[str, Tensor] = {}
+        self._calls = 0
+
+    def _answer(self, look: Look) -> Directions:
+        return self._estimate(look)[0]
+
+    def _step(self, look: Look) -> Stats:
+        answer, estimate = self._estimate(look)
+        stats = self._move(answer, look)
+        if not stats.skipped:
+            self._calls = (self._calls + 1) % self.inner_steps
+            self._accumulated = {} if stats.upper_moved else estimate
+        return stats
+
+    def _estimate(self, look: Look) -> tuple[Directions, dict[str, Tensor]]:
+        """Return the directions of this call and the accumulated estimate m."""
+        g = look.lower(wrt="lower")
+        rule = Preview(self._lower)
+        step = Step(0, None, g.lower, rule.start())
+        ahead, _ = rule.step(look.point(), g.lower, rule.start())
+        f = look.upper(at=ahead)
+        _, through_step, _ = pull_back(rule, step, look.point(), f.lower, [{} for _ in ahead])
+        product = upper_product(look, 0, through_step, None, self.product)
+        self._evaluator.lower_loss.check_use("upper", product)
+        m: Vector = add_scaled(f.upper, 1.0, product)
+        value, aux = f.value, f.aux
+        if self.inner_steps > 1:
+            here = look.upper()
+            value, aux = here.value, here.aux
+            squared = squared_norm(here.lower)
+            projection = dot(add_scaled(f.lower, 1.0, through_step), here.lower)
+            gamma = torch.where(squared > 0, projection / torch.where(squared > 0, squared, 1.0), 0.0)
+            m = add_scaled(m, gamma, [self._accumulated.get(name) for name in self._upper.names])
+        estimate, lower = self._named(m, g.lower)
+        due = self._calls + 1 == self.inner_steps
+        stats = HypergradientStats(
+            value, g.value, upper_aux=aux, lower_aux=g.aux, product=route_taken(look, "upper", self.product)
+        )
+        return Directions(estimate if due else {}, lower, stats), estimate
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"accumulated": self._accumulated, "calls": self._calls}
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        self._accumulated, self._calls = dict(state["accumulated"]), int(state["calls"])

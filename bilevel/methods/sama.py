@@ -1,0 +1,111 @@
+"""SAMA: scalable meta learning, algorithmically adapted (Choe et al., NeurIPS 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from ..descent import GradientDescent, Preview, Rule, check_preview, current_rates
+from ..directions import Directions
+from ..errors import number
+from ..evaluator import Look
+from ..hypergradient import Step
+from ..optimizer import Common
+from ..products import upper_difference
+from ..vectors import Vector, subtract
+from .sequential import HypergradientStats, Sequential
+
+
+class SAMA(Sequential):
+    r"""Lower steps, then a first-order hypergradient that knows the lower optimizer.
+
+    .. math::
+        u &= D\, \nabla_w F(w, \alpha), \quad e = R / \|u\| \\
+        \alpha &\leftarrow \alpha - \eta_\alpha \Big( \nabla_\alpha F -
+            \frac{\nabla_\alpha G(w + e u, \alpha) - \nabla_\alpha G(w - e u, \alpha)}{2 e} \Big)
+
+    The base Jacobian is taken for the identity. D is the derivative of the optimizer's update in the last gradient g:
+    the identity for SGD (the learning rate is left out, as in the code), and for Adam, elementwise, with the moments
+    before that gradient,
+
+    .. math:: D = \eta\, \frac{(1 - b_1) b_2 v - b_1 (1 - b_2)\, g\, m}{(\sqrt{v_+} + \epsilon)^3}, \quad
+        v_+ = b_2 v + (1 - b_2) g^2
+
+    (0 where :math:`v_+ = 0`; no bias correction, as in the code). Copies are perturbed, not the parameters.
+
+    Args:
+        upper_loss: F, called once per step, after the lower steps; see :class:`bilevel.BilevelOptimizer`.
+        lower_loss: G, called ``inner_steps + 2`` times per step, the last two forward-only through the lower model.
+        inner_steps: Real lower steps per call, >= 1; default 1.
+        radius: R > 0; default 1.0, as in Betty.
+        atomic: Whether a step that fails half-way is taken back; see the concepts page. Default True.
+        common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
+            ``upper_buffers``, ``lower_buffers``: see :class:`bilevel.BilevelOptimizer`.
+
+    Raises:
+        TypeError, ValueError: An argument is off, or the lower optimizer is neither SGD, Adam nor AdamW.
+
+    Cost:
+        k gradients of G, one of F, two gradients of G in alpha alone. Memory: one copy of the lower variables.
+
+    Example:
+        >>> import torch, bilevel
+        >>> problem = bilevel.problems.quadratic(seed=0)
+        >>> upper_optimizer, lower_optimizer = problem.optimizers()
+        >>> optimizer = bilevel.SAMA(
+        ...     problem.upper_loss, problem.lower_loss, upper=problem.upper, lower=problem.lower,
+        ...     upper_optimizer=upper_optimizer, lower_optimizer=lower_optimizer,
+        ... )
+        >>> optimizer.step().upper_moved
+        True
+
+    References:
+        Choe et al., `Making Scalable Meta Learning Practical <https://arxiv.org/abs/2310.05674>`_, NeurIPS 2023, and
+        the code in Betty.
+    """
+
+    trains_first = True
+
+    def __init__(
+        self,
+        upper_loss: Callable[..., Any],
+        lower_loss: Callable[..., Any],
+        *,
+        inner_steps: int = 1,
+        radius: float = 1.0,
+        atomic: bool = True,
+        **common: Unpack[Common],
+    ) -> None:
+        number("SAMA", "radius", radius, minimum=0.0, exclusive=True)
+        super().__init__(upper_loss, lower_loss, inner_steps=inner_steps, atomic=atomic, **common)
+        check_preview("SAMA", self.lower_optimizer, "Neumann(0) in Implicit, which knows no optimizer")
+        self.radius = radius
+
+    def _train_and_look(self, look: Look, *, real: bool) -> Directions:
+        g, steps = self._train(look, lambda: Preview(self._lower), real=real)
+        f = look.upper()
+        direction = self._adapted(steps[-1], f.lower)
+        through = upper_difference(look, self.lower_batches - 1, direction, None, radius=self.radius)
+        stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product="difference")
+        return self._directions(look, f, g, subtract(f.upper, through), stats)
+
+    def _adapted(self, last: Step, upper: Vector) -> Vector:
+        """Return ``u = D grad_w F``."""
+        if isinstance(self.lower_optimizer, torch.optim.SGD):
+            return upper
+        terms = zip(self._lower.groups(), last.gradient, last.state, upper, strict=True)
+        return [None if u is None or g is None else _adam_slope(group, g, s) * u for group, g, s, u in terms]
+
+    def _rule(self) -> Rule:
+        return GradientDescent(current_rates(self._lower, None))
+
+
+def _adam_slope(group: dict[str, Any], g: Tensor, state: dict[str, Tensor]) -> Tensor:
+    beta1, beta2 = group["betas"]
+    m, v = state.get("exp_avg", torch.zeros_like(g)), state.get("exp_avg_sq", torch.zeros_like(g))
+    after = beta2 * v + (1 - beta2) * g * g
+    slope = group["lr"] * ((1 - beta1) * beta2 * v - beta1 * (1 - beta2) * g * m) / (after.sqrt() + group["eps"]) ** 3
+    return torch.where(after > 0, slope, 0.0).to(g.dtype)

@@ -1,0 +1,233 @@
+"""Sequential methods: they answer with an upper direction, and their ``step`` also takes the real lower steps.
+
+Two orders exist. *Look first*: the upper direction comes from virtual lower steps, the upper variables move, then the
+lower ones take their ordinary step. *Train first*: the lower variables take real steps, the upper direction follows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from ..checking import Claim, shifted
+from ..descent import FOLLOWED, GradientDescent, Preview, Rule, check_preview, current_rates
+from ..directions import Directions, Stats
+from ..errors import choice, count, number
+from ..evaluator import Evaluation, Look
+from ..handover import hand_over, is_finite
+from ..hypergradient import Step, adjoint, descend
+from ..optimizer import BilevelOptimizer, Common
+from ..products import ROUTES, Route, route_taken
+from ..rollback import Saved
+from ..variables import Level
+from ..vectors import Vector, add_scaled, dot, squared_norm, subtract
+
+
+@dataclass(frozen=True, kw_only=True)
+class HypergradientStats(Stats):
+    """The numbers of one step of a hypergradient method.
+
+    Attributes:
+        product: Route of the products of G that was taken, or None if there was none.
+
+    Example:
+        >>> import torch, bilevel
+        >>> one = torch.tensor(1.0)
+        >>> bilevel.HypergradientStats(one, one, product="forward").product
+        'forward'
+    """
+
+    product: str | None = None
+
+
+class Sequential(BilevelOptimizer, ABC):
+    """Methods with an upper direction only.
+
+    Args:
+        inner_steps: Lower steps per call of ``step``.
+        inner_lr: Plain gradient descent with this rate for the lower steps that are differentiated; None: follow the
+            lower optimizer.
+        product: Route of the products of G.
+        atomic: Whether a step that fails, or is not finite, after the first real optimizer step is taken back. Costs
+            a copy of the level that moves first and of its optimizer state. Without it such a step stays half taken.
+        common: The arguments of :class:`bilevel.BilevelOptimizer`.
+    """
+
+    trains_first = False
+    exact = False  # whether the upper direction is the total derivative, for check_directions
+    fewest_steps = 1
+
+    def __init__(
+        self,
+        *losses: Any,
+        inner_steps: int,
+        inner_lr: float | None = None,
+        product: Route = "auto",
+        atomic: bool = True,
+        **common: Unpack[Common],
+    ) -> None:
+        owner = type(self).__name__
+        count(owner, "inner_steps", inner_steps, minimum=self.fewest_steps)
+        if inner_lr is not None:
+            number(owner, "inner_lr", inner_lr, minimum=0.0, exclusive=True)
+        choice(owner, "product", product, ROUTES)
+        choice(owner, "atomic", atomic, (True, False))
+        super().__init__(*losses, **common)
+        self.inner_steps = inner_steps
+        self.inner_lr = inner_lr
+        self.product = product
+        self.atomic = atomic
+
+    @property
+    def lower_batches(self) -> int:
+        """``inner_steps``: one lower batch for all lower steps, or one each."""
+        return max(self.inner_steps, 1)
+
+    def _look_ahead(self, look: Look) -> Directions:
+        """Look first: answer from virtual steps, moving nothing."""
+        raise NotImplementedError
+
+    def _train_and_look(self, look: Look, *, real: bool) -> Directions:
+        """Train first: take the real lower steps and answer at the point they reach.
+
+        ``real`` steps are refused if they are not finite; those of ``directions`` are taken back anyway.
+        """
+        raise NotImplementedError
+
+    def _answer(self, look: Look) -> Directions:
+        if not self.trains_first:
+            return self._look_ahead(look)
+        saved = Saved([self._lower])
+        try:
+            return self._train_and_look(look, real=False)
+        finally:
+            saved.restore()
+
+    def _step(self, look: Look) -> Stats:
+        return self._train_then_correct(look) if self.trains_first else self._correct_then_train(look)
+
+    def _correct_then_train(self, look: Look) -> Stats:
+        """Move the upper variables; then G at the current w with the new ones gives the ordinary lower step."""
+        answer = self._look_ahead(look)
+        with self._taken_back_on_error(self._upper) as saved:
+            stats = self._move(answer, look)
+            if stats.skipped:
+                return stats
+            g = look.lower(wrt="lower")
+            if not self._is_finite(g):
+                look.replay.undo_buffers()
+                if saved is not None:
+                    saved.restore()
+                return replace(stats, upper_moved=False, skipped=True)
+        hand_over(self._lower, g.lower)
+        return stats
+
+    def _train_then_correct(self, look: Look) -> Stats:
+        with self._taken_back_on_error(self._lower) as saved:
+            try:
+                stats = self._move(self._train_and_look(look, real=True), look)
+            except _SkippedError as bad:
+                look.replay.undo_buffers()
+                stats = HypergradientStats(torch.full_like(bad.loss, float("nan")), bad.loss, skipped=True)
+            if stats.skipped and saved is not None:
+                saved.restore()
+        return stats
+
+    def _train(self, look: Look, rule: Callable[[], Rule] | None, *, real: bool) -> tuple[Evaluation, list[Step]]:
+        """Take the real lower steps; return G before the first.
+
+        With ``rule`` the steps are recorded: copies of each point and state, as its derivative will need them.
+        """
+        steps: list[Step] = []
+        first: Evaluation | None = None
+        for index in range(self.inner_steps):
+            g = look.lower(index, wrt="lower", trains=True)
+            first = first or g
+            if rule is not None:
+                state = [{name: s.clone() for name, s in entry.items()} for entry in rule().start()]
+                steps.append(Step(index, [x.clone() for x in look.point()], g.lower, state))
+            if real and not self._is_finite(g):
+                raise _SkippedError(g.value)
+            hand_over(self._lower, g.lower)
+        return first or look.lower(wrt="lower"), steps
+
+    def _rule(self) -> Rule:
+        """The lower step that is differentiated."""
+        if self.inner_lr is not None:
+            return GradientDescent(current_rates(self._lower, self.inner_lr))
+        return Preview(self._lower)
+
+    def _check_rule(self) -> None:
+        if self.inner_lr is None:
+            check_preview(type(self).__name__, self.lower_optimizer, "inner_lr=<a rate> for plain gradient descent")
+
+    def _directions(
+        self, look: Look, f: Evaluation, g: Evaluation, upper: Vector, stats: Stats | None = None
+    ) -> Directions:
+        self._evaluator.lower_loss.check_use("upper", upper)
+        named, _ = self._named(upper, [None] * len(self._lower.names))
+        if stats is None:
+            taken = route_taken(look, "upper", self.product)
+            stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=taken)
+        return Directions(named, {}, stats)
+
+    @contextmanager
+    def _taken_back_on_error(self, *levels: Level) -> Iterator[Saved | None]:
+        saved = Saved(levels) if self.atomic else None
+        try:
+            yield saved
+        except BaseException:
+            if saved is not None:
+                saved.restore()
+            raise
+
+    def _is_finite(self, g: Evaluation) -> bool:
+        """Whether an ordinary lower step may be taken; waits for the device unless ``on_nonfinite="ignore"``."""
+        if self.on_nonfinite == "ignore":
+            return True
+        _, lower = self._named([None] * len(self._upper.names), g.lower)
+        ordinary = Directions({}, lower, Stats(upper_loss=g.value, lower_loss=g.value))
+        return is_finite(type(self).__name__, ordinary, self.on_nonfinite == "raise")
+
+    def _claims(self, look: Look, probe: Callable[[Level], Vector]) -> list[Claim]:
+        """Exact methods: the total derivative of F after the lower steps. Others: how far they are from it."""
+        answer = self._answer(look)
+        upper = [answer.upper.get(name) for name in self._upper.names]
+        follows = self.inner_lr is not None or type(self.lower_optimizer) in FOLLOWED
+        rule = self._rule() if follows else GradientDescent(current_rates(self._lower, None))
+        steps = max(self.inner_steps, 1)
+
+        def total(size: float) -> Tensor:
+            with shifted(look, size, up, still):
+                walk = descend(look, rule, look.lower(wrt="lower"), steps)
+                return look.upper(at=walk.end).value
+
+        up, still = probe(self._upper), [None] * len(self._lower.names)
+        if self.exact:
+            return [Claim("<dF/dalpha, u>", dot(upper, up), total)]
+        walk = descend(look, rule, look.lower(wrt="lower"), steps, keep=steps)
+        f = look.upper(at=walk.end)
+        through, _ = adjoint(look, rule, walk.steps, f.lower, "reverse")
+        reference = add_scaled(f.upper, 1.0, through)
+        size = squared_norm(reference).sqrt()
+        cosine = dot(upper, reference) / (squared_norm(upper).sqrt() * size)
+        relative = squared_norm(subtract(upper, reference)).sqrt() / size
+        return [
+            Claim(f"exact {steps}-step <dF/dalpha, u>", dot(reference, up), total),
+            Claim("cosine with it", cosine, expected=1.0, verdict=False),
+            Claim("relative error", relative, expected=0.0, verdict=False),
+        ]
+
+
+class _SkippedError(Exception):
+    """A real lower step was not finite under ``on_nonfinite="skip"``."""
+
+    def __init__(self, loss: Tensor) -> None:
+        super().__init__()
+        self.loss = loss
