@@ -30,8 +30,8 @@ check: $(DEV) ## linter, formatter and type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(DEV) ## build the documentation, warnings are errors
-	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build
+docs: $(DEV) ## build the documentation anew, warnings are errors
+	$(BIN)/python -m sphinx -q -E -W --keep-going docs docs/_build
 
 tests: $(DEV) ## run the tests, with every example in docstrings, README and docs
 	$(BIN)/python -m pytest

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .errors import count, number
 from .evaluator import Look
 from .variables import Level
 from .vectors import Vector, add_scaled, exchange
@@ -110,13 +111,15 @@ def check_directions(optimizer: Checkable, *batches: Any, samples: int = 2, tole
         optimizer: Any optimizer of this library.
         batches: As for ``step``.
         samples: Random probes per gradient, >= 1; each costs up to a dozen loss calls per line of the report.
-        tolerance: Largest relative difference that passes. Kinks (ReLU at 0) near the point can exceed it: check at
-            another batch.
+        tolerance: Largest relative difference that passes, >= 0. Kinks (ReLU at 0) near the point can exceed it: check
+            at another batch. A ``.detach()`` inside a loss hides from autograd what finite differences see: write
+            ``bilevel.hold(tensor)`` instead, which is a constant for both.
 
     Returns:
         A report; ``report.passed`` is the verdict, ``print(report)`` shows a table.
 
     Raises:
+        TypeError, ValueError: ``samples`` or ``tolerance`` is off.
         RuntimeError: From your closure, if it mixes in float32 tensors of its own; pass them through the batch or
             ``other=``.
 
@@ -130,13 +133,16 @@ def check_directions(optimizer: Checkable, *batches: Any, samples: int = 2, tole
         >>> bilevel.check_directions(optimizer).passed
         True
     """
+    count("check_directions", "samples", samples, minimum=1)
+    number("check_directions", "tolerance", tolerance, minimum=0.0)
     upper, lower = optimizer._levels()
     generator = torch.Generator().manual_seed(0)
 
     def probe(level: Level) -> Vector:
         return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device) for t in level.tensors]
 
-    wide = _float64(optimizer._all_modules(), [*upper.tensors, *lower.tensors])
+    # The optimizers' state as well: methods that take real lower steps take them here, and torch mixes no dtypes.
+    wide = _float64(optimizer._all_modules(), [*upper.tensors, *lower.tensors, *_state(upper), *_state(lower)])
     lines: dict[str, Comparison] = {}
     with wide, optimizer._look([_widened(batch) for batch in batches]) as look:
         for _ in range(samples):
@@ -188,6 +194,11 @@ def _widened(batch: Any) -> Any:
         return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
     return tree_map(widen, batch)
+
+
+def _state(level: Level) -> list[Tensor]:
+    entries = [entry for key, entry in level.optimizer.state.items() if isinstance(key, Tensor)]
+    return [x for entry in entries for name, x in entry.items() if isinstance(x, Tensor) and name != "step"]
 
 
 @contextmanager

@@ -26,14 +26,17 @@ class Loss:
         self.name = name
         self._function = function
 
-    def __call__(self, batch: Any, devices: Iterable[torch.device]) -> tuple[Tensor, Any]:
-        """Evaluate on ``batch`` and return the scalar and the detached ``aux``."""
+    def __call__(self, batch: Any, devices: Iterable[torch.device], *, frozen: bool = False) -> tuple[Tensor, Any]:
+        """Evaluate on ``batch`` and return the scalar and the detached ``aux``.
+
+        ``frozen`` says that the lower variables need no gradient in this evaluation.
+        """
         returned = self._function() if batch is MISSING else self._function(batch)
         value, aux = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
-        self._check(value, set(devices))
+        self._check(value, set(devices), frozen)
         return value, tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, aux)
 
-    def _check(self, value: object, devices: set[torch.device]) -> None:
+    def _check(self, value: object, devices: set[torch.device], frozen: bool) -> None:
         expected = f"{self.name} returned {{}}, expected a scalar tensor, or (scalar tensor, aux). {{}}"
         if not isinstance(value, Tensor):
             shown = f"a {type(value).__name__}"
@@ -49,6 +52,8 @@ class Loss:
             advice = f"The variables are on {on}. Move the batch to the device of the model."
             raise ClosureError(expected.format(f"a tensor on {value.device}", advice))
         if not value.requires_grad:
+            if frozen:
+                self.check_use("upper", [])
             advice = "Nothing in it depends on a variable: was it detached, or computed under torch.no_grad()?"
             raise ClosureError(expected.format("a scalar without a graph", advice))
 
@@ -73,14 +78,15 @@ def sequence_number() -> int:
     return int(probe.grad_fn._sequence_nr()) if probe.grad_fn is not None else 0
 
 
-def captured(value: Tensor, since: float, names: dict[int, str]) -> list[str]:
+def captured(value: Tensor, since: float, names: dict[int, str], beyond: Iterable[Tensor] = ()) -> list[str]:
     """Name the variables that reach ``value`` through operations recorded before ``since``.
 
     Such an operation ran outside the call: its result was captured, and would keep the value of the point it was
-    computed at however the variables are moved. ``names`` maps the ``id`` of a variable to its name.
+    computed at however the variables are moved. ``names`` maps the ``id`` of a variable to its name. The search does
+    not go ``beyond`` these tensors.
     """
     found: dict[str, None] = {}
-    seen: set[tuple[Any, bool]] = set()
+    seen: set[tuple[Any, bool]] = {(x.grad_fn, stale) for x in beyond for stale in (False, True)}
     stack: list[tuple[Any, bool]] = [(value.grad_fn, False)]
     while stack:
         node, stale = stack.pop()
@@ -97,6 +103,8 @@ def captured(value: Tensor, since: float, names: dict[int, str]) -> list[str]:
     return list(found)
 
 
-def leaves_of(value: Tensor, names: dict[int, str]) -> list[str]:
-    """Name the variables that the graph of ``value`` ends in, out of those in ``names``."""
-    return captured(value, float("inf"), names)
+def leaves_of(value: Tensor, names: dict[int, str], beyond: Iterable[Tensor] = ()) -> list[str]:
+    """Name the variables that the graph of ``value`` ends in, out of those in ``names``; not ``beyond`` these
+    tensors.
+    """
+    return captured(value, float("inf"), names, beyond)

@@ -161,8 +161,9 @@ class Look:
             if substitute is None:
                 graph = loss(batch, devices)
             else:
+                frozen = not any(value.requires_grad for value in substitute)
                 container = _Container([module for module, _ in self._evaluator.modules], self.lower_level.tensors)
-                graph = container.call(substitute, lambda: loss(batch, devices))
+                graph = container.call(substitute, lambda: loss(batch, devices, frozen=frozen))
             yield graph
 
     def _lower_batch(self, index: int) -> tuple[int, Any]:
@@ -177,7 +178,7 @@ class Look:
         checking = self._evaluator.looks_to_check > 0
         with self._prepared(key, at, current=at is None, freeze=not lower, trains=trains):
             since = sequence_number() if checking else 0
-            value, aux = loss(batch, self._evaluator.devices)
+            value, aux = loss(batch, self._evaluator.devices, frozen=not lower)
             if checking:
                 self._refuse_captured(loss, value, since)
             gradients = torch.autograd.grad(value, upper + lower, allow_unused=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .directions import Directions
 from .errors import NonFiniteError, message
 from .variables import Level
-from .vectors import Vector, all_finite
+from .vectors import Vector, all_finite, own_memory
 
 
 def match(owner: str, level: Level, named: Mapping[str, Tensor]) -> Vector:
@@ -30,26 +30,45 @@ def match(owner: str, level: Level, named: Mapping[str, Tensor]) -> Vector:
     return [named.get(name) for name in level.names]
 
 
-def is_finite(owner: str, directions: Directions, must_be: bool) -> bool:
-    """Return whether losses and directions are finite; waits for the device once. Raises instead if ``must_be``."""
+def checked(directions: Directions) -> dict[str, Vector]:
+    """Name what of ``directions`` must be finite."""
     stats = directions.stats
-    checks = {
-        "upper_loss": all_finite([stats.upper_loss]),
-        "lower_loss": all_finite([stats.lower_loss]),
-        "the upper direction": all_finite(list(directions.upper.values())),
-        "the lower direction": all_finite(list(directions.lower.values())),
-        "the inner point": all_finite(list((directions.start or {}).values())),
+    return {
+        "upper_loss": [stats.upper_loss],
+        "lower_loss": [stats.lower_loss],
+        "the upper direction": list(directions.upper.values()),
+        "the lower direction": list(directions.lower.values()),
+        "the inner point": list((directions.start or {}).values()),
     }
-    verdicts = {name: verdict for name, verdict in checks.items() if verdict is not None}
+
+
+def are_finite(owner: str, checks: Mapping[str, Vector], must_be: bool, moved: str) -> bool:
+    """Return whether all named vectors are finite; waits for the device once. Raises instead if ``must_be``, and says
+    what was ``moved``.
+    """
+    verdicts = {name: v for name, v in ((name, all_finite(vector)) for name, vector in checks.items()) if v is not None}
     device = next(iter(verdicts.values())).device
     finite = torch.stack([v.to(device, non_blocking=True) for v in verdicts.values()]).tolist()
     bad = [name for name, good in zip(verdicts, finite, strict=True) if not good]
     if bad and must_be:
         raise NonFiniteError(
-            f"{owner}.step: {' and '.join(bad)} held NaN or infinity; nothing was moved. "
+            f"{owner}.step: {' and '.join(bad)} held NaN or infinity; {moved}. "
             'Lower the learning rates, or pass on_nonfinite="skip" to drop such steps.'
         )
     return not bad
+
+
+def check_state(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a loaded state of other shapes, which torch would only notice in the middle of its next step.
+
+    That state is elementwise is known of torch's own optimizers, Adafactor apart.
+    """
+    if not type(optimizer).__module__.startswith("torch.optim.") or isinstance(optimizer, torch.optim.Adafactor):
+        return
+    for tensor, entry in optimizer.state.items():
+        for name, value in entry.items():
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape != tensor.shape:
+                raise ValueError(f"{name} of shape {tuple(value.shape)} for a parameter of shape {tuple(tensor.shape)}")
 
 
 def place(level: Level, values: Mapping[str, Tensor]) -> None:
@@ -60,6 +79,6 @@ def place(level: Level, values: Mapping[str, Tensor]) -> None:
 def hand_over(level: Level, direction: Vector) -> None:
     """What a training loop does: zero_grad, fill ``.grad``, step. Stale gradients of frozen parameters go too."""
     level.optimizer.zero_grad(set_to_none=True)
-    for tensor, part in zip(level.tensors, direction, strict=True):
+    for tensor, part in zip(level.tensors, own_memory(direction), strict=True):
         tensor.grad = part
     level.optimizer.step()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, Literal, Required, TypedDict
+from typing import Any, ClassVar, Literal, Required, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,10 @@ from .closures import MISSING
 from .directions import Directions, Stats
 from .errors import choice, message
 from .evaluator import Evaluator, Look
-from .handover import hand_over, is_finite, match, place
+from .handover import are_finite, check_state, checked, hand_over, match, place
 from .replay import Policy
 from .variables import Level, Variables, check_disjoint
-from .vectors import Vector
+from .vectors import Vector, own_memory
 
 OnNonFinite = Literal["raise", "skip", "ignore"]
 Losses = Callable[..., Any]
@@ -64,6 +64,9 @@ class BilevelOptimizer(ABC):
         lower_buffers: The same for the lower modules.
     """
 
+    follows_maximize: ClassVar[bool] = False  # whether a lower optimizer may walk uphill
+    _after_failure = "nothing was moved"
+
     def __init__(
         self,
         upper_loss: Losses,
@@ -84,10 +87,9 @@ class BilevelOptimizer(ABC):
             choice(owner, argument, policy, ("once", "every", "never"))
         self.on_nonfinite = on_nonfinite
         self._upper = Level(owner, "upper", upper, upper_optimizer)
-        self._lower = Level(owner, "lower", lower, lower_optimizer)
+        self._lower = Level(owner, "lower", lower, lower_optimizer, may_maximize=self.follows_maximize)
         check_disjoint(self._upper, self._lower)
-        several = isinstance(other, Iterable) and not isinstance(other, nn.Module)
-        extra = list(other) if several else [other]
+        extra = [other] if isinstance(other, nn.Module) or not isinstance(other, Iterable) else list(other)
         for item in extra:
             if not isinstance(item, nn.Module):
                 advice = "must be modules. Tensors need no mention: nothing moves them."
@@ -150,6 +152,9 @@ class BilevelOptimizer(ABC):
         Every ``.grad`` that the optimizers hold is replaced; afterwards ``.grad`` holds the direction. Tensors are
         copied, so hooks that clip in place leave ``directions`` as they are.
         """
+        if not isinstance(directions, Directions):
+            advice = "must be what directions(...) returned, or Directions.mean of several."
+            raise TypeError(message(f"{type(self).__name__}.apply", "directions", type(directions).__name__, advice))
         self._refresh()
         own = replace(
             directions,
@@ -195,6 +200,8 @@ class BilevelOptimizer(ABC):
             # Copies, because torch keeps the tensors it is given and would write into the caller's checkpoint.
             self._upper.optimizer.load_state_dict(deepcopy(state_dict["upper_optimizer"]))
             self._lower.optimizer.load_state_dict(deepcopy(state_dict["lower_optimizer"]))
+            check_state(self._upper.optimizer)
+            check_state(self._lower.optimizer)
             self._load_own_state(deepcopy(state_dict["state"]))
         except Exception as error:
             for optimizer, state in before:
@@ -230,8 +237,8 @@ class BilevelOptimizer(ABC):
 
     def _named(self, upper: Vector, lower: Vector) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Name the tensors of two vectors, leaving out variables without direction."""
-        named_upper = {name: d for name, d in zip(self._upper.names, upper, strict=True) if d is not None}
-        named_lower = {name: d for name, d in zip(self._lower.names, lower, strict=True) if d is not None}
+        named_upper = {n: d for n, d in zip(self._upper.names, own_memory(upper), strict=True) if d is not None}
+        named_lower = {n: d for n, d in zip(self._lower.names, own_memory(lower), strict=True) if d is not None}
         return named_upper, named_lower
 
     @contextmanager
@@ -272,11 +279,18 @@ class BilevelOptimizer(ABC):
         # Each time: what was refused once must not pass the next time, when it is no longer a change.
         check_disjoint(self._upper, self._lower)
 
-    def _move(self, directions: Directions, look: Look | None) -> Stats:
+    def _are_finite(self, checks: Mapping[str, Vector]) -> bool:
+        """Apply ``on_nonfinite`` to the named vectors; False means that the step is to be skipped."""
+        if self.on_nonfinite == "ignore":
+            return True
+        return are_finite(type(self).__name__, checks, self.on_nonfinite == "raise", self._after_failure)
+
+    def _move(self, directions: Directions, look: Look | None, also: Mapping[str, Vector] | None = None) -> Stats:
+        """Hand directions to the torch optimizers, if they and what ``also`` names are finite."""
         owner = type(self).__name__
         upper = match(owner, self._upper, directions.upper)
         lower = match(owner, self._lower, directions.lower)
-        if self.on_nonfinite != "ignore" and not is_finite(owner, directions, self.on_nonfinite == "raise"):
+        if not self._are_finite({**checked(directions), **(also or {})}):
             if look is not None:
                 look.replay.undo_buffers()
             return replace(directions.stats, upper_moved=False, skipped=True)

@@ -206,30 +206,30 @@ def _reverse_upper(look: Look, index: int, direction: Vector, at: Point | None) 
 
 
 def _double_backward(look: Look, index: int, direction: Vector, at: Point | None, inputs: Sequence[Tensor]) -> Vector:
-    with look.lower_graph(index, at) as (value, _), _two_derivatives():
+    with look.lower_graph(index, at) as (value, _), two_derivatives(DIFFERENCE):
         gradients = torch.autograd.grad(value, look.lower_level.tensors, create_graph=True, allow_unused=True)
         pairs = [(g, v) for g, v in zip(gradients, direction, strict=True) if g is not None and v is not None]
         pairs = [(g, v) for g, v in pairs if g.requires_grad]
         if not pairs:  # G is linear in w: no second derivatives at all
             return [None] * len(inputs)
-        _refuse_wrong_rules([value, *(g for g, _ in pairs)])
+        refuse_wrong_rules([value, *(g for g, _ in pairs)], DIFFERENCE)
         outputs, cotangents = zip(*pairs, strict=True)
         return torch.autograd.grad(outputs, inputs, grad_outputs=cotangents, allow_unused=True)
 
 
 @contextmanager
-def _two_derivatives() -> Iterator[None]:
-    """Say in one line what has no second derivative."""
+def two_derivatives(advice: str) -> Iterator[None]:
+    """Say in one line what has no second derivative, and what to do instead."""
     try:
         yield
     except RuntimeError as error:
         text = _first_line(error)
         if not any(mark in text for mark in NO_SECOND_RULE):
             raise
-        raise ClosureError(f"lower_loss has no double backward: {text} {DIFFERENCE}") from error
+        raise ClosureError(f"lower_loss has no double backward: {text} {advice}") from error
 
 
-def _refuse_wrong_rules(values: Sequence[Tensor]) -> None:
+def refuse_wrong_rules(values: Sequence[Tensor], advice: str) -> None:
     """Refuse the operations for which torch has no second derivative but answers with a number."""
     seen: set[Node] = set()
     stack = [value.grad_fn for value in values]
@@ -239,7 +239,7 @@ def _refuse_wrong_rules(values: Sequence[Tensor]) -> None:
             continue
         seen.add(node)
         if node.name() in WRONG_SECOND_RULES:
-            raise ClosureError(f"lower_loss has no double backward: {WRONG_SECOND_RULES[node.name()]} {DIFFERENCE}")
+            raise ClosureError(f"lower_loss has no double backward: {WRONG_SECOND_RULES[node.name()]} {advice}")
         stack.extend(parent for parent, _ in node.next_functions)
 
 

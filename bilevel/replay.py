@@ -68,6 +68,7 @@ class Buffers:
                     self._places.append((part, name))
                     self._owners.append(owner)
         self._moved: dict[torch.device, Tensor] = {}
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}  # by place in _absent: the buffer, and its value then
         self._element_owners: dict[Kind, Tensor] = {}
 
     def __len__(self) -> int:
@@ -109,6 +110,20 @@ class Buffers:
                 merged = torch.where(moved, standing.values[kind], now.values[kind])
                 _scatter([now.objects[i] for i in which], merged)
 
+    def note_made(self, *, anew: bool) -> None:
+        """Remember the buffers that a loss made where there was None; ``anew``: also those remembered before."""
+        for place, (module, name) in enumerate(self._absent):
+            buffer = module._buffers[name]
+            if buffer is not None and (anew or place not in self._made):
+                self._made[place] = (buffer, buffer.detach().clone())
+
+    def keep_made(self) -> None:
+        """Put the remembered ones back, as they were then."""
+        for place, (buffer, value) in self._made.items():
+            module, name = self._absent[place]
+            module._buffers[name] = buffer
+            buffer.data.copy_(value)
+
     def _live(self) -> list[Tensor]:
         live: list[Tensor] = []
         for module, name in self._places:
@@ -141,7 +156,9 @@ class Buffers:
 def _by_kind(tensors: Sequence[Tensor]) -> dict[Kind, list[int]]:
     kinds: dict[Kind, list[int]] = {}
     for index, tensor in enumerate(tensors):
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(index)
+        # An expanded buffer cannot be written in place, neither by a loss nor here: its object is all there is to keep.
+        if not any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            kinds.setdefault((tensor.device, tensor.dtype), []).append(index)
     return kinds
 
 
@@ -271,9 +288,12 @@ class Replay:
                 random.restore()
             if not trains and (not current or batch in self._moved):
                 self._buffers.restore(standing)
-            elif len(self._buffers):
-                self._moved.add(batch)
-                self._move_buffers(standing, each_time=trains)
+            else:
+                self._buffers.note_made(anew=trains)
+                if len(self._buffers):
+                    self._moved.add(batch)
+                    self._move_buffers(standing, each_time=trains)
+            self._buffers.keep_made()
 
     def undo_buffers(self) -> None:
         """Take back every move of the buffers since the step began."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -21,18 +21,17 @@ class Saved:
         self._levels = [(level, _held(level)) for level in levels]
         self._values = [[tensor.detach().clone() for tensor in held] for _, held in self._levels]
         self._grads = [[tensor.grad for tensor in held] for _, held in self._levels]
-        self._states = [_copied(level.optimizer.state) for level, _ in self._levels]
+        self._states = [_Entries(level.optimizer.state) for level, _ in self._levels]
 
     def restore(self) -> None:
-        """Put everything back, bit for bit."""
-        for (level, held), values, grads, state in zip(
+        """Put everything back, bit for bit, into the tensors that held it."""
+        for (level, held), values, grads, entries in zip(
             self._levels, self._values, self._grads, self._states, strict=True
         ):
             torch._foreach_copy_([tensor.data for tensor in held], values)
             for tensor, grad in zip(held, grads, strict=True):
                 tensor.grad = grad
-            level.optimizer.state.clear()
-            level.optimizer.state.update(_copied(state))
+            entries.restore(level.optimizer.state)
 
     def values(self, level: Level) -> list[Tensor]:
         """Return the copies of a level's variables, in parameter order."""
@@ -48,9 +47,22 @@ def _held(level: Level) -> list[Tensor]:
     return [tensor for group in level.optimizer.param_groups for tensor in group["params"]]
 
 
-def _copied(state: Any) -> dict[Any, Any]:
-    """Copy optimizer state under the same keys (the parameters themselves, which deepcopy would duplicate)."""
-    return {
-        key: {name: value.clone() if isinstance(value, Tensor) else deepcopy(value) for name, value in entry.items()}
-        for key, entry in state.items()
-    }
+class _Entries:
+    """A copy of optimizer state, under the same keys (the parameters themselves, which deepcopy would duplicate)."""
+
+    def __init__(self, state: Mapping[Any, dict[str, Any]]) -> None:
+        found = [(key, name, value) for key, entry in state.items() for name, value in entry.items()]
+        self._keys = list(state)
+        self._tensors = [item for item in found if isinstance(item[2], Tensor)]
+        self._copies = [value.clone() for _, _, value in self._tensors]
+        self._rest = [(key, name, deepcopy(value)) for key, name, value in found if not isinstance(value, Tensor)]
+
+    def restore(self, state: dict[Any, dict[str, Any]]) -> None:
+        state.clear()
+        state.update((key, {}) for key in self._keys)
+        if self._copies:
+            torch._foreach_copy_([value.data for _, _, value in self._tensors], self._copies)
+        for key, name, value in self._tensors:
+            state[key][name] = value
+        for key, name, value in self._rest:
+            state[key][name] = deepcopy(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from inspect import Parameter as Argument
 from inspect import signature
@@ -24,8 +25,17 @@ class Level:
     module) or called ``i`` (a bare tensor), and ``(name, tensor)`` pairs keep their names.
     """
 
-    def __init__(self, owner: str, side: str, variables: Variables, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        owner: str,
+        side: str,
+        variables: Variables,
+        optimizer: torch.optim.Optimizer,
+        *,
+        may_maximize: bool = False,
+    ) -> None:
         self.owner = owner
+        self._may_maximize = may_maximize
         self.side = side
         self.optimizer = optimizer
         self._sources = self._read(variables)
@@ -38,9 +48,9 @@ class Level:
 
     def refresh(self) -> bool:
         """Collect the variables anew; return whether the set changed, and refuse a set its optimizer does not move."""
-        found = {name: tensor for name, tensor in self._candidates() if tensor.requires_grad}
-        names = tuple(found)
-        tensors = tuple(found.values())
+        found = [(name, tensor) for name, tensor in self._candidates() if tensor.requires_grad]
+        names = tuple(name for name, _ in found)
+        tensors = tuple(tensor for _, tensor in found)
         held = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
         marks = (tuple(map(id, tensors)), tuple((id(t), t.requires_grad) for t in held))
         if marks == getattr(self, "_marks", None):
@@ -104,6 +114,10 @@ class Level:
         if not tensors:
             advice = "holds no tensor with requires_grad. Is everything frozen? Unfreeze what this level moves."
             raise ValueError(self.argument(", ".join(name or type(s).__name__ for name, s in self._sources), advice))
+        twice = [name for name, times in Counter(names).items() if times > 1]
+        if twice:
+            advice = "names more than one variable. Pass the modules, or give each (name, parameter) pair its own name."
+            raise ValueError(self.argument(_listed(twice), advice))
         for name, tensor in zip(names, tensors, strict=True):
             if isinstance(tensor, nn.parameter.UninitializedParameter):
                 advice = (
@@ -136,7 +150,7 @@ class Level:
                 f"would never get a direction. Name their module in {self.side}=, or give them another optimizer."
             )
             raise ValueError(message(self.owner, f"{self.side}_optimizer", type(self.optimizer).__name__, advice))
-        if any(group.get("maximize") for group in self.optimizer.param_groups):
+        if not self._may_maximize and any(group.get("maximize") for group in self.optimizer.param_groups):
             advice = "has maximize=True, which would walk against the descent directions. Negate the loss instead."
             raise ValueError(message(self.owner, f"{self.side}_optimizer", type(self.optimizer).__name__, advice))
 

@@ -69,6 +69,23 @@ def add_scaled(a: Vector, scale: Scalar, b: Vector) -> list[Tensor | None]:
     return result
 
 
+def own_memory(a: Vector) -> list[Tensor | None]:
+    """Return ``a``, with a copy of every tensor that is expanded or shares memory with another.
+
+    Autograd gives one tensor to two variables that are added, and an expanded one to a variable that is summed. As
+    ``.grad`` they would be changed twice, or fail, where a user's hook clips in place.
+    """
+    result = list(a)
+    seen: set[int] = set()
+    for index, x in enumerate(a):
+        if x is not None:
+            storage = x.untyped_storage()
+            if storage.data_ptr() in seen or storage.nbytes() != x.numel() * x.element_size():
+                result[index] = x.clone()
+            seen.add(storage.data_ptr())
+    return result
+
+
 def all_finite(a: Vector) -> Tensor | None:
     """Return a 0-dim bool: is every entry finite? ``None`` for a vector without tensors."""
     present = [i for i, x in enumerate(a) if x is not None and x.numel() > 0]

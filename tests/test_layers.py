@@ -27,11 +27,13 @@ LAYERS = [
     "hypergradient",  # its files may use each other
     "directions",
     "handover",
+    "rollback",
     "checking",
     "optimizer",
     "methods.barrier_terms",
     "methods.barrier_terms",
     "methods.dynamic_barrier",
+    "methods.sequential",
     "methods",  # every other file in it: a method, which uses no other method
     "problems",
 ]

@@ -53,7 +53,8 @@ class ConjugateGradient(Solver):
     """Conjugate gradients, for a positive definite ``H + damping I``: at most ``n`` iterations for n distinct
     eigenvalues.
 
-    A direction of no or negative curvature ends the iteration, not converged: raise the damping.
+    A direction of no or negative curvature ends the iteration, not converged: raise the damping. No curvature is one
+    below the rounding of the largest seen: along it the step would be noise of any size.
 
     Args:
         iterations: Most products with H, >= 1; default 20.
@@ -76,24 +77,28 @@ class ConjugateGradient(Solver):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self, self.iterations, self.tolerance, self.damping)
+        _check(self, self.iterations, self.damping)
+        number("ConjugateGradient", "tolerance", self.tolerance, minimum=0.0)
 
     def solve(self, product: Product, right: Vector, start: Vector | None, rates: Rates) -> Solution:
         """Run the iteration ``x += a p, r -= a (H + d) p`` with ``a = |r|^2 / <p, (H + d) p>``."""
         damped = _damped(product, self.damping)
-        x = _zeros_like(right) if start is None else list(start)
+        scale = squared_norm(right)
+        x = _zeros_like(right) if start is None else _unless_zero(scale, start)
         r = list(right) if start is None else subtract(right, damped(x))
-        p, rr, scale = r, squared_norm(r), squared_norm(right)
+        p, rr = r, squared_norm(r)
         goal = self.tolerance**2 * scale
-        taken = torch.zeros_like(rr)
+        taken, steepest = torch.zeros_like(rr), torch.zeros_like(rr)
+        unit = max(torch.finfo(part.dtype).eps for part in right if part is not None)
         curved = torch.ones_like(rr, dtype=torch.bool)
         for _ in range(self.iterations):
             active = (rr > goal) & curved
-            if rr.device.type == "cpu" and not active:
+            if _may_ask(rr) and not active:
                 break
             hp = damped(p)
-            curvature = dot(p, hp)
-            curved = curved & (curvature > 0)
+            curvature, length = dot(p, hp), squared_norm(p)
+            steepest = torch.maximum(steepest, curvature / torch.where(active, length, torch.ones_like(rr)))
+            curved = curved & (curvature > unit * steepest * length)
             active = active & curved
             zero = torch.zeros_like(rr)
             a = torch.where(active, rr / torch.where(active, curvature, torch.ones_like(rr)), zero)
@@ -132,13 +137,15 @@ class Neumann(Solver):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self, self.iterations, self.tolerance, self.damping, fewest=0, rate=self.rate)
+        _check(self, self.iterations, self.damping, fewest=0, rate=self.rate)
+        if self.tolerance is not None:
+            number("Neumann", "tolerance", self.tolerance, minimum=0.0)
 
     def solve(self, product: Product, right: Vector, start: Vector | None, rates: Rates) -> Solution:
         """Run ``x += a (b - (H + d) x)``, which adds the next term of the series."""
         rates = rates if self.rate is None else [self.rate] * len(right)
-        first = _times(rates, right) if start is None else start
-        return _stationary(_damped(product, self.damping), right, first, self.iterations, self.tolerance, rates, 0.0)
+        damped = _damped(product, self.damping)
+        return _stationary(damped, right, start, self.iterations, self.tolerance, rates, 0.0)
 
 
 @dataclass(frozen=True)
@@ -173,8 +180,9 @@ class FixedPoint(Solver):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self, self.iterations, self.tolerance, self.damping, rate=self.rate)
-        number(type(self).__name__, "momentum", self.momentum, minimum=0.0)
+        _check(self, self.iterations, self.damping, rate=self.rate)
+        number("FixedPoint", "tolerance", self.tolerance, minimum=0.0)
+        number("FixedPoint", "momentum", self.momentum, minimum=0.0)
         if self.momentum >= 1:
             raise ValueError(
                 f"FixedPoint(momentum={self.momentum}): must be below 1, or the iteration never contracts."
@@ -183,26 +191,32 @@ class FixedPoint(Solver):
     def solve(self, product: Product, right: Vector, start: Vector | None, rates: Rates) -> Solution:
         """Run the adjoint of the lower step; for a quadratic G it is the heavy ball on ``<x, H x>/2 - <b, x>``."""
         rates = rates if self.rate is None else [self.rate] * len(right)
-        first = _times(rates, right) if start is None else start
         damped = _damped(product, self.damping)
-        return _stationary(damped, right, first, self.iterations - 1, self.tolerance, rates, self.momentum)
+        return _stationary(damped, right, start, self.iterations - 1, self.tolerance, rates, self.momentum)
 
 
 def _stationary(
-    product: Product, right: Vector, first: Vector, steps: int, tolerance: float | None, rates: Rates, momentum: float
+    product: Product,
+    right: Vector,
+    start: Vector | None,
+    steps: int,
+    tolerance: float | None,
+    rates: Rates,
+    momentum: float,
 ) -> Solution:
-    """``v <- m v + (b - A x); x <- x + a v`` from ``first``, where ``v`` starts as what led there; residuals are
-    exact.
-    """
+    """``v <- m v + (b - A x); x <- x + a v`` from rest at ``start``, or after its first step from 0, which is known."""
     scale = squared_norm(right)
     goal = (tolerance or 0.0) ** 2 * scale
-    x, v = list(first), list(right)
+    if start is None:
+        x, v = _times(rates, right), list(right)
+    else:
+        x, v = _unless_zero(scale, start), _zeros_like(right)
     r = subtract(right, product(x))
     rr = squared_norm(r)
     taken = torch.zeros_like(rr)
     for _ in range(steps):
         active = rr > goal if tolerance is not None else torch.ones_like(rr, dtype=torch.bool)
-        if rr.device.type == "cpu" and not active:
+        if _may_ask(rr) and not active:
             break
         v = add_scaled(r, momentum, v)
         x = add_scaled(x, active.to(rr.dtype), _times(rates, v))
@@ -212,20 +226,10 @@ def _stationary(
     return Solution(x, taken, _relative(rr, scale), rr <= goal)
 
 
-def _check(
-    solver: Solver,
-    iterations: int,
-    tolerance: float | None,
-    damping: float,
-    *,
-    fewest: int = 1,
-    rate: float | None = None,
-) -> None:
+def _check(solver: Solver, iterations: int, damping: float, *, fewest: int = 1, rate: float | None = None) -> None:
     owner = type(solver).__name__
     count(owner, "iterations", iterations, minimum=fewest)
     number(owner, "damping", damping, minimum=0.0)
-    if tolerance is not None:
-        number(owner, "tolerance", tolerance, minimum=0.0)
     if rate is not None:
         number(owner, "rate", rate, minimum=0.0, exclusive=True)
 
@@ -236,6 +240,16 @@ def _damped(product: Product, damping: float) -> Product:
 
 def _times(rates: Rates, vector: Vector) -> list[Tensor | None]:
     return [None if v is None else (v * rate).to(v.dtype) for rate, v in zip(rates, vector, strict=True)]
+
+
+def _may_ask(value: Tensor) -> bool:
+    """Whether reading a value costs nothing; on an accelerator it waits for the device."""
+    return value.device.type == "cpu"
+
+
+def _unless_zero(scale: Tensor, start: Vector) -> list[Tensor | None]:
+    """``start``, but 0 where the right-hand side is: no relative residual would ever be small there."""
+    return add_scaled([None] * len(start), (scale > 0).to(scale.dtype), start)
 
 
 def _zeros_like(vector: Vector) -> list[Tensor | None]:

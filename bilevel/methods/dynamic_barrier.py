@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack
 
-import torch
 from torch import Tensor
 
 from ..barrier import Barrier, Products, multiplier
@@ -20,7 +19,7 @@ from ..hypergradient import adjoint, descend
 from ..optimizer import BilevelOptimizer, Common
 from ..products import ROUTES, Route, route_taken
 from ..variables import Level
-from ..vectors import Vector, add_scaled, dot, squared_norm, subtract
+from ..vectors import Vector, accumulation_dtype, add_scaled, dot, squared_norm, subtract
 from .barrier_terms import Terms, ValueGradient, gradient_claims, plain_products
 
 InnerStep = Literal["plain", "preview"]
@@ -122,10 +121,10 @@ class DynamicBarrier(BilevelOptimizer, ABC):
         terms = self._terms(look)
         f, q_upper, q_lower = terms.upper, terms.upper_gradient, terms.lower_gradient
         products = Products(
-            upper=dot(f.upper, q_upper),
-            lower=dot(f.lower, q_lower),
-            squared_norm=squared_norm(q_upper) + squared_norm(q_lower),
-            value=terms.constraint,
+            upper=_on(f, dot(f.upper, q_upper)),
+            lower=_on(f, dot(f.lower, q_lower)),
+            squared_norm=_on(f, squared_norm(q_upper)) + _on(f, squared_norm(q_lower)),
+            value=_on(f, terms.constraint),
         )
         weight = self.damping * multiplier(
             self.barrier, products, eps=self.eps, cutoff=self.cutoff, maximum=self.multiplier_max
@@ -158,9 +157,10 @@ class DynamicBarrier(BilevelOptimizer, ABC):
         if unrolled:
             through_upper, through_lower = adjoint(look, rule, walk.steps, ahead.lower, self.product, to_start=True)
             q_upper, q_lower = subtract(q_upper, through_upper), subtract(g.lower, through_lower)
-        wide = dot([g.value], [torch.ones_like(g.value)]) - dot([ahead.value], [torch.ones_like(ahead.value)])
+        wide = accumulation_dtype(g.value.device)
+        constraint = g.value.to(wide) - ahead.value.to(wide)
         f = look.upper()
-        return Terms(f, g, walk.end, wide, q_upper, q_lower)
+        return Terms(f, g, walk.end, constraint, q_upper, q_lower)
 
     def _lower_gradient(self, g: Evaluation, ahead: Evaluation) -> Vector:
         """grad_w q, where it needs no derivative of the walk."""
@@ -186,3 +186,8 @@ class DynamicBarrier(BilevelOptimizer, ABC):
         if self.inner_step == "preview":
             return Preview(self._lower, self.inner_lr)
         return GradientDescent(current_rates(self._lower, self.inner_lr))
+
+
+def _on(evaluation: Evaluation, product: Tensor) -> Tensor:
+    """Bring a product to the device of a loss: the levels may live on different ones."""
+    return product.to(evaluation.value.device, non_blocking=True)

@@ -101,15 +101,15 @@ class EMLC(Sequential):
         if self.memory == "replay":
             first, f, through = self._replayed(look, real)
         else:
-            first, steps = self._train(look, lambda: rule, real=real)
+            first, steps = self._train(look, real=real, rule=lambda: rule, keep=self.inner_steps)
             f = look.upper()
             through, _ = adjoint(look, rule, steps, f.lower, self.product, discount=self._discounts())
-        return self._directions(look, f, first, add_scaled(f.upper, 1.0, through))
+        return self._directions(look, f, first, through)
 
     def _replayed(self, look: Look, real: bool) -> tuple[Evaluation, Evaluation, Vector]:
         """Train, look at F, then walk the same k steps again from the first, with a product before each."""
         beginning = Saved([self._lower])
-        first, _ = self._train(look, None, real=real)
+        first, _ = self._train(look, real=real)
         f = look.upper()
         beginning.restore()
         rates, discounts = current_rates(self._lower, None), self._discounts()

@@ -13,7 +13,6 @@ from ..evaluator import Look
 from ..hypergradient import Step, pull_back
 from ..optimizer import Common
 from ..products import upper_difference
-from ..vectors import add_scaled
 from .sequential import HypergradientStats, Sequential
 
 
@@ -63,6 +62,8 @@ class FiniteDifference(Sequential):
         Liu, Simonyan and Yang, `DARTS <https://arxiv.org/abs/1806.09055>`_, ICLR 2019, equations 7 and 8, and its code.
     """
 
+    follows_maximize = True
+
     def __init__(
         self,
         upper_loss: Callable[..., Any],
@@ -87,4 +88,4 @@ class FiniteDifference(Sequential):
         _, direction, _ = pull_back(rule, step, look.point(), f.lower, [{} for _ in ahead])
         through = upper_difference(look, 0, direction, None, radius=self.radius)
         stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product="difference")
-        return self._directions(look, f, g, add_scaled(f.upper, 1.0, through), stats)
+        return self._directions(look, f, g, through, stats)

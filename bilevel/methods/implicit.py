@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor
 
 from ..descent import GradientDescent, Rule, current_rates
@@ -116,7 +117,7 @@ class Implicit(Sequential):
         self._found: dict[str, Tensor] = {}
 
     def _train_and_look(self, look: Look, *, real: bool) -> Directions:
-        first, _ = self._train(look, None, real=real)
+        first, _ = self._train(look, real=real)
         last = self.lower_batches - 1
         f = look.upper()
 
@@ -140,6 +141,13 @@ class Implicit(Sequential):
         )
         upper, _ = self._named(subtract(f.upper, through), [None] * len(self._lower.names))
         return Directions(upper, {}, stats)
+
+    def _stats_of_skipped(self, lower_loss: Tensor) -> Stats:
+        unknown = torch.full_like(lower_loss, float("nan"))
+        none = torch.zeros_like(lower_loss)
+        return ImplicitStats(
+            unknown, lower_loss, skipped=True, iterations=none, residual=unknown, converged=none.to(torch.bool)
+        )
 
     def _step(self, look: Look) -> Stats:
         stats = super()._step(look)

@@ -8,6 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from ..checking import Claim
 from ..descent import Preview, check_preview
 from ..directions import Directions, Stats
 from ..errors import choice, count
@@ -15,8 +16,9 @@ from ..evaluator import Look
 from ..hypergradient import Step, pull_back
 from ..optimizer import BilevelOptimizer, Common
 from ..products import ROUTES, Route, route_taken, upper_product
+from ..variables import Level
 from ..vectors import Vector, add_scaled, dot, squared_norm
-from .sequential import HypergradientStats
+from .sequential import HypergradientStats, derivative_claims
 
 
 class MLC(BilevelOptimizer):
@@ -65,6 +67,8 @@ class MLC(BilevelOptimizer):
         <https://arxiv.org/abs/1911.03809>`_, AAAI 2021, and its code.
     """
 
+    follows_maximize = True
+
     def __init__(
         self,
         upper_loss: Callable[..., Any],
@@ -88,7 +92,8 @@ class MLC(BilevelOptimizer):
 
     def _step(self, look: Look) -> Stats:
         answer, estimate = self._estimate(look)
-        stats = self._move(answer, look)
+        # Checked before it is due: an estimate that is not finite would never be got rid of, once accumulated.
+        stats = self._move(answer, look, {"the accumulated estimate": list(estimate.values())})
         if not stats.skipped:
             self._calls = (self._calls + 1) % self.inner_steps
             self._accumulated = {} if stats.upper_moved else estimate
@@ -119,6 +124,12 @@ class MLC(BilevelOptimizer):
             value, g.value, upper_aux=aux, lower_aux=g.aux, product=route_taken(look, "upper", self.product)
         )
         return Directions(estimate if due else {}, lower, stats), estimate
+
+    def _claims(self, look: Look, probe: Callable[[Level], Vector]) -> list[Claim]:
+        _, estimate = self._estimate(look)
+        upper = [estimate.get(name) for name in self._upper.names]
+        exact = self.inner_steps == 1  # else the accumulated estimate is compared with the last step's derivative
+        return derivative_claims(look, Preview(self._lower), 1, upper, probe(self._upper), exact=exact)
 
     def _own_state(self) -> dict[str, Any]:
         return {"accumulated": self._accumulated, "calls": self._calls}

@@ -85,12 +85,12 @@ class SAMA(Sequential):
         self.radius = radius
 
     def _train_and_look(self, look: Look, *, real: bool) -> Directions:
-        g, steps = self._train(look, lambda: Preview(self._lower), real=real)
+        g, steps = self._train(look, real=real, rule=lambda: Preview(self._lower), keep=1)
         f = look.upper()
         direction = self._adapted(steps[-1], f.lower)
-        through = upper_difference(look, self.lower_batches - 1, direction, None, radius=self.radius)
+        product = upper_difference(look, self.lower_batches - 1, direction, None, radius=self.radius)
         stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product="difference")
-        return self._directions(look, f, g, subtract(f.upper, through), stats)
+        return self._directions(look, f, g, subtract([None] * len(product), product), stats)
 
     def _adapted(self, last: Step, upper: Vector) -> Vector:
         """Return ``u = D grad_w F``."""

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ..checking import Claim, shifted
-from ..descent import FOLLOWED, GradientDescent, Preview, Rule, check_preview, current_rates
+from ..descent import FOLLOWED, GradientDescent, Point, Preview, Rule, check_preview, current_rates
 from ..directions import Directions, Stats
 from ..errors import choice, count, number
 from ..evaluator import Evaluation, Look
-from ..handover import hand_over, is_finite
+from ..handover import hand_over
 from ..hypergradient import Step, adjoint, descend
 from ..optimizer import BilevelOptimizer, Common
 from ..products import ROUTES, Route, route_taken
@@ -83,6 +83,8 @@ class Sequential(BilevelOptimizer, ABC):
         self.inner_lr = inner_lr
         self.product = product
         self.atomic = atomic
+        if not atomic:
+            self._after_failure = "earlier moves of this step stay (atomic=False)"
 
     @property
     def lower_batches(self) -> int:
@@ -120,11 +122,11 @@ class Sequential(BilevelOptimizer, ABC):
             if stats.skipped:
                 return stats
             g = look.lower(wrt="lower")
-            if not self._is_finite(g):
+            if not self._may_train(g):
                 look.replay.undo_buffers()
                 if saved is not None:
                     saved.restore()
-                return replace(stats, upper_moved=False, skipped=True)
+                return replace(stats, upper_moved=saved is None, skipped=True)
         hand_over(self._lower, g.lower)
         return stats
 
@@ -134,25 +136,32 @@ class Sequential(BilevelOptimizer, ABC):
                 stats = self._move(self._train_and_look(look, real=True), look)
             except _SkippedError as bad:
                 look.replay.undo_buffers()
-                stats = HypergradientStats(torch.full_like(bad.loss, float("nan")), bad.loss, skipped=True)
+                stats = self._stats_of_skipped(bad.loss)
             if stats.skipped and saved is not None:
                 saved.restore()
         return stats
 
-    def _train(self, look: Look, rule: Callable[[], Rule] | None, *, real: bool) -> tuple[Evaluation, list[Step]]:
+    def _stats_of_skipped(self, lower_loss: Tensor) -> Stats:
+        """What is known of a step whose real lower steps ended in ``lower_loss``, not finite."""
+        return HypergradientStats(torch.full_like(lower_loss, float("nan")), lower_loss, skipped=True)
+
+    def _train(
+        self, look: Look, *, real: bool, rule: Callable[[], Rule] | None = None, keep: int = 0
+    ) -> tuple[Evaluation, list[Step]]:
         """Take the real lower steps; return G before the first.
 
-        With ``rule`` the steps are recorded: copies of each point and state, as its derivative will need them.
+        The last ``keep`` steps are recorded: copies of each point and of the state of ``rule``, as its derivative will
+        need them.
         """
         steps: list[Step] = []
         first: Evaluation | None = None
         for index in range(self.inner_steps):
             g = look.lower(index, wrt="lower", trains=True)
             first = first or g
-            if rule is not None:
+            if rule is not None and index >= self.inner_steps - keep:
                 state = [{name: s.clone() for name, s in entry.items()} for entry in rule().start()]
                 steps.append(Step(index, [x.clone() for x in look.point()], g.lower, state))
-            if real and not self._is_finite(g):
+            if real and not self._may_train(g):
                 raise _SkippedError(g.value)
             hand_over(self._lower, g.lower)
         return first or look.lower(wrt="lower"), steps
@@ -168,10 +177,11 @@ class Sequential(BilevelOptimizer, ABC):
             check_preview(type(self).__name__, self.lower_optimizer, "inner_lr=<a rate> for plain gradient descent")
 
     def _directions(
-        self, look: Look, f: Evaluation, g: Evaluation, upper: Vector, stats: Stats | None = None
+        self, look: Look, f: Evaluation, g: Evaluation, through: Vector, stats: Stats | None = None
     ) -> Directions:
-        self._evaluator.lower_loss.check_use("upper", upper)
-        named, _ = self._named(upper, [None] * len(self._lower.names))
+        """Answer with the sum of F's own gradient and the part ``through`` the lower steps."""
+        self._evaluator.lower_loss.check_use("upper", through)
+        named, _ = self._named(add_scaled(f.upper, 1.0, through), [None] * len(self._lower.names))
         if stats is None:
             taken = route_taken(look, "upper", self.product)
             stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=taken)
@@ -187,42 +197,22 @@ class Sequential(BilevelOptimizer, ABC):
                 saved.restore()
             raise
 
-    def _is_finite(self, g: Evaluation) -> bool:
-        """Whether an ordinary lower step may be taken; waits for the device unless ``on_nonfinite="ignore"``."""
-        if self.on_nonfinite == "ignore":
-            return True
-        _, lower = self._named([None] * len(self._upper.names), g.lower)
-        ordinary = Directions({}, lower, Stats(upper_loss=g.value, lower_loss=g.value))
-        return is_finite(type(self).__name__, ordinary, self.on_nonfinite == "raise")
+    def _may_train(self, g: Evaluation) -> bool:
+        """Whether a real lower step may be taken; waits for the device unless ``on_nonfinite="ignore"``."""
+        return self._are_finite({"lower_loss": [g.value], "the gradient of a lower step": g.lower})
 
     def _claims(self, look: Look, probe: Callable[[Level], Vector]) -> list[Claim]:
-        """Exact methods: the total derivative of F after the lower steps. Others: how far they are from it."""
         answer = self._answer(look)
         upper = [answer.upper.get(name) for name in self._upper.names]
         follows = self.inner_lr is not None or type(self.lower_optimizer) in FOLLOWED
         rule = self._rule() if follows else GradientDescent(current_rates(self._lower, None))
-        steps = max(self.inner_steps, 1)
+        return derivative_claims(
+            look, rule, max(self.inner_steps, 1), upper, probe(self._upper), exact=self.exact, start=self._start_point
+        )
 
-        def total(size: float) -> Tensor:
-            with shifted(look, size, up, still):
-                walk = descend(look, rule, look.lower(wrt="lower"), steps)
-                return look.upper(at=walk.end).value
-
-        up, still = probe(self._upper), [None] * len(self._lower.names)
-        if self.exact:
-            return [Claim("<dF/dalpha, u>", dot(upper, up), total)]
-        walk = descend(look, rule, look.lower(wrt="lower"), steps, keep=steps)
-        f = look.upper(at=walk.end)
-        through, _ = adjoint(look, rule, walk.steps, f.lower, "reverse")
-        reference = add_scaled(f.upper, 1.0, through)
-        size = squared_norm(reference).sqrt()
-        cosine = dot(upper, reference) / (squared_norm(upper).sqrt() * size)
-        relative = squared_norm(subtract(upper, reference)).sqrt() / size
-        return [
-            Claim(f"exact {steps}-step <dF/dalpha, u>", dot(reference, up), total),
-            Claim("cosine with it", cosine, expected=1.0, verdict=False),
-            Claim("relative error", relative, expected=0.0, verdict=False),
-        ]
+    def _start_point(self) -> Point | None:
+        """The lower point that the steps start from, if not the current one."""
+        return None
 
 
 class _SkippedError(Exception):
@@ -231,3 +221,37 @@ class _SkippedError(Exception):
     def __init__(self, loss: Tensor) -> None:
         super().__init__()
         self.loss = loss
+
+
+def derivative_claims(
+    look: Look,
+    rule: Rule,
+    steps: int,
+    upper: Vector,
+    probe: Vector,
+    *,
+    exact: bool,
+    start: Callable[[], Point | None] = lambda: None,
+) -> list[Claim]:
+    """Exact methods: the total derivative of F after the lower steps. Others: how far they are from it."""
+
+    def total(size: float) -> Tensor:
+        with shifted(look, size, probe, [None] * len(look.lower_level.names)):
+            point = start()
+            walk = descend(look, rule, look.lower(at=point, wrt="lower"), steps, start=point)
+            return look.upper(at=walk.end).value
+
+    if exact:
+        return [Claim("<dF/dalpha, u>", dot(upper, probe), total)]
+    walk = descend(look, rule, look.lower(wrt="lower"), steps, keep=steps)
+    f = look.upper(at=walk.end)
+    through, _ = adjoint(look, rule, walk.steps, f.lower, "reverse")
+    reference = add_scaled(f.upper, 1.0, through)
+    size = squared_norm(reference).sqrt()
+    cosine = dot(upper, reference) / (squared_norm(upper).sqrt() * size)
+    relative = squared_norm(subtract(upper, reference)).sqrt() / size
+    return [
+        Claim(f"exact {steps}-step <dF/dalpha, u>", dot(reference, probe), total),
+        Claim("cosine with it", cosine, expected=1.0, verdict=False),
+        Claim("relative error", relative, expected=0.0, verdict=False),
+    ]

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
 
 from ..closures import leaves_of
+from ..descent import Point
 from ..directions import Directions
 from ..errors import ClosureError, choice, count, message
 from ..evaluator import Evaluation, Look
 from ..hypergradient import adjoint, descend
 from ..optimizer import Common
-from ..products import Route
+from ..products import Route, refuse_wrong_rules, two_derivatives
+from ..variables import Level
 from ..vectors import Vector, add_scaled
 from .sequential import HypergradientStats, Sequential
 
 Mode = Literal["adjoint", "graph"]
+FIRST_ORDER = 'Use mode="adjoint" with product="difference", or a first-order method such as BOME or FiniteDifference.'
+RECOMPUTED = (
+    'A loss uses checkpointing, or other hooks on saved tensors, which mode="graph" cannot keep: what they recompute '
+    'would be of other values. Use mode="adjoint", whose memory does not grow with inner_steps.'
+)
 Start = Callable[[], Iterable[Tensor] | Mapping[str, Tensor]]
 
 
@@ -78,6 +86,7 @@ class Unrolled(Sequential):
     """
 
     exact = True
+    follows_maximize = True
 
     def __init__(
         self,
@@ -139,40 +148,43 @@ class Unrolled(Sequential):
         through, start_bar = adjoint(look, rule, walk.steps, f.lower, self.product, to_start=start is not None)
         if start is not None:
             through = add_scaled(through, 1.0, _chained(start, self._upper.tensors, start_bar))
-        return self._directions(look, f, g, add_scaled(f.upper, 1.0, through))
+        return self._directions(look, f, g, through)
 
     def _train_and_look(self, look: Look, *, real: bool) -> Directions:
         rule = self._rule()
-        g, steps = self._train(look, self._rule, real=real)
+        g, steps = self._train(look, real=real, rule=self._rule, keep=self._differentiated)
         f = look.upper()
-        through, _ = adjoint(look, rule, steps[-self._differentiated :], f.lower, self.product)
-        return self._directions(look, f, g, add_scaled(f.upper, 1.0, through))
+        through, _ = adjoint(look, rule, steps, f.lower, self.product)
+        return self._directions(look, f, g, through)
 
     def _by_graph(self, look: Look, start: list[Tensor] | None) -> Directions:
         """Keep the graph of the differentiated steps and of F at their end, and go back through it once."""
         rule, state = self._rule(), self._rule().start()
         skipped = self.inner_steps - self._differentiated
-        first: Tensor | None = None
+        first: tuple[Tensor, Any] | None = None
         point = look.point()
         for index in range(skipped):
             g = look.lower(index, at=None if index == 0 else point, wrt="lower")
-            first = g.value if first is None else first
+            first = first or (g.value, g.aux)
             point, state = rule.step(point, g.lower, state)
-        with torch.enable_grad():
+        with torch.enable_grad(), two_derivatives(FIRST_ORDER), _kept_graph():
             w = [x.detach().clone().requires_grad_() for x in point] if start is None else start
             for index in range(skipped, self.inner_steps):
-                with look.lower_graph(index, substitute=w) as (value, _):
-                    self._refuse_unreached(look, value)
+                with look.lower_graph(index, substitute=w) as (value, aux):
                     gradient = torch.autograd.grad(value, w, create_graph=True, allow_unused=True)
-                first = value.detach() if first is None else first
+                if index == skipped:  # where the graph begins; later ones hold the earlier ones
+                    self._check_lower_graph(value, w, gradient)
+                first = first or (value.detach(), aux)
                 w, state = rule.step(w, gradient, state)
             with look.upper_graph(substitute=w) as (value, aux):
-                upper = torch.autograd.grad(value, self._upper.tensors, allow_unused=True)
-        stats = HypergradientStats(
-            value.detach(), first if first is not None else value, upper_aux=aux, product="graph"
-        )
-        evaluation = Evaluation(value.detach(), upper, [])
-        return self._directions(look, evaluation, evaluation, upper, stats)
+                self._refuse_unreached("upper_loss", value, w)
+                found = torch.autograd.grad(value, [*self._upper.tensors, *w], allow_unused=True)
+        upper, lower = found[: len(self._upper.tensors)], found[len(self._upper.tensors) :]
+        self._evaluator.upper_loss.check_use("lower", lower)
+        lower_loss, lower_aux = first or (value.detach(), None)
+        stats = HypergradientStats(value.detach(), lower_loss, upper_aux=aux, lower_aux=lower_aux, product="graph")
+        f = Evaluation(value.detach(), [None] * len(upper), lower)  # its own gradient is part of the graph's
+        return self._directions(look, f, f, upper, stats)
 
     @property
     def _differentiated(self) -> int:
@@ -183,11 +195,18 @@ class Unrolled(Sequential):
             return None
         with torch.enable_grad():
             found = self.start()
-        values = [found[name] for name in self._lower.names] if isinstance(found, Mapping) else list(found)
-        shapes, expected = [tuple(x.shape) for x in values], [tuple(x.shape) for x in self._lower.tensors]
-        if shapes != expected:
-            advice = f"returned shapes {shapes[:3]}..., expected those of the lower variables, {expected[:3]}..."
-            raise ValueError(message("Unrolled", "start", "...", advice))
+        values = _in_order(found, self._lower.names)
+        kinds, expected = _kinds(values), _kinds(self._lower.tensors)
+        if kinds != expected:
+            wrong = next((i for i, (a, b) in enumerate(zip(kinds, expected, strict=False)) if a != b), None)
+            advice = (
+                f"returned {len(kinds)} tensors for the {len(expected)} lower variables."
+                if wrong is None
+                else f"returned {kinds[wrong]} for {self._lower.names[wrong]}, expected {expected[wrong]}."
+            )
+            raise ValueError(
+                message("Unrolled", "start", "...", f"{advice} Return one tensor like each lower variable.")
+            )
         if not any(x.requires_grad for x in values):
             raise ValueError(message("Unrolled", "start", "...", "depends on no upper variable. Was it detached?"))
         # + 0: an upper variable that is itself the start (MAML) must not be taken for the lower variable in its place.
@@ -199,14 +218,63 @@ class Unrolled(Sequential):
             return super()._correct_then_train(look)
         return self._move(self._look_ahead(look), look)  # w is computed from the upper variables: nothing to train
 
-    def _refuse_unreached(self, look: Look, value: Tensor) -> None:
-        names = dict(zip(map(id, self._lower.tensors), self._lower.names, strict=True))
-        missed = leaves_of(value, names)
-        if missed and self.start is None:
+    def _start_point(self) -> Point | None:
+        start = self._start()
+        return None if start is None else [x.detach().clone() for x in start]
+
+    def _check_lower_graph(self, value: Tensor, w: list[Tensor], gradient: Vector) -> None:
+        """Check what evaluations and products check in adjoint mode."""
+        loss = self._evaluator.lower_loss
+        self._refuse_unreached("lower_loss", value, w)
+        loss.check_use("lower", gradient)
+        if self.start is None and not leaves_of(value, _names(self._upper)):
+            loss.check_use("upper", [])
+        refuse_wrong_rules([value, *(g for g in gradient if g is not None)], FIRST_ORDER)
+
+    def _refuse_unreached(self, loss: str, value: Tensor, w: list[Tensor]) -> None:
+        missed = leaves_of(value, _names(self._lower), beyond=w)
+        if missed:
             raise ClosureError(
-                f"lower_loss reads {', '.join(missed)} other than from a module given as lower=, where no substitute "
+                f"{loss} reads {', '.join(missed)} other than from a module given as lower=, where no substitute "
                 'reaches it. Read the module\'s attribute inside the loss, or use mode="adjoint".'
             )
+
+
+def _in_order(found: Any, names: tuple[str, ...]) -> list[Tensor]:
+    """Return what ``start`` returned, in parameter order."""
+    if isinstance(found, Mapping):
+        missing = [name for name in names if name not in found]
+        if missing:
+            advice = f"returned no {', '.join(missing[:3])}. Name every lower variable, or return them in order."
+            raise ValueError(message("Unrolled", "start", "...", advice))
+        values = [found[name] for name in names]
+    else:
+        values = list(found) if isinstance(found, Iterable) and not isinstance(found, Tensor) else [found]
+    for value in values:
+        if not isinstance(value, Tensor):
+            advice = f"returned a {type(value).__name__} among its values. Return one tensor like each lower variable."
+            raise TypeError(message("Unrolled", "start", "...", advice))
+    return values
+
+
+def _kinds(tensors: Iterable[Tensor]) -> list[tuple[tuple[int, ...], torch.dtype, torch.device]]:
+    return [(tuple(x.shape), x.dtype, x.device) for x in tensors]
+
+
+def _names(level: Level) -> dict[int, str]:
+    return dict(zip(map(id, level.tensors), level.names, strict=True))
+
+
+@contextmanager
+def _kept_graph() -> Iterator[None]:
+    """Refuse checkpointing: recomputed at the end, a step would read the variables and not what was substituted."""
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(RECOMPUTED):
+            yield
+    except RuntimeError as error:
+        if RECOMPUTED not in str(error):
+            raise
+        raise ClosureError(RECOMPUTED) from error
 
 
 def _chained(start: list[Tensor], upper: tuple[Tensor, ...], bars: Vector) -> Vector:

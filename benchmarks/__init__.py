@@ -1,0 +1,1 @@
+"""What a step costs, measured against the same mathematics written by hand."""

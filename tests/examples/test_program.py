@@ -1,0 +1,157 @@
+"""`cifar.py` from its command line to its files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.noisy_labels import cifar, command_line, compare, results
+from examples.noisy_labels.compare import Outcome
+from examples.noisy_labels.evaluation import recovery
+from examples.noisy_labels.settings import Settings
+
+REPOSITORY = Path(__file__).parents[2]
+SHORT = ["--dataset", "digits", "--epochs", "2", "--log-interval", "5"]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cifar.main([*SHORT, "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "overlap 0" in lines[0]
+    assert re.search(r"1247 noisy images \(\d\d\.\d\d % of the labels are wrong\), 50 trusted, 500 test", lines[0])
+    number = r"\d+\.\d"
+    assert re.fullmatch(
+        rf"ebomlc on digits flip 40 %, seed 1: test accuracy {number} %, labels right {number} % "
+        rf"\(wrong ones recovered {number} %, right ones broken {number} %\), {number} s per epoch",
+        lines[-1],
+    )
+    for name in ("curves.png", "labels.png", "suspicious.png"):
+        assert (tmp_path / name).read_bytes().startswith(PNG)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["epochs"], config["method"], config["delta"]) == (2, "ebomlc", 1.0)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    events = [record["event"] for record in records]
+    assert events == ["start", "step", "step", "epoch", "step", "step", "epoch", "end"]  # 12 steps an epoch
+    assert {"test_accuracy", "right", "recovered", "broken", "multiplier", "lr", "seconds"} <= records[3].keys()
+    assert records[-1]["line"] == lines[-1]
+
+
+def test_corrected_labels_are_written_for_every_noisy_image(tmp_path: Path) -> None:
+    assert cifar.main([*SHORT, "--out", str(tmp_path)]) == 0
+    with (tmp_path / "corrected_labels.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0]) == ["index", "given", "corrected", "probability", "suspicion"]
+    assert len({row["index"] for row in rows}) == len(rows) == 1247
+    assert sorted(int(row["suspicion"]) for row in rows) == list(range(1, 1248))
+    assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
+
+
+def test_suspicion_ranks_the_least_probable_given_label_first() -> None:
+    probabilities = torch.tensor([[0.7, 0.3], [0.1, 0.9], [0.6, 0.4]])
+    assert results.suspicion_rank(probabilities, torch.tensor([0, 0, 1])).tolist() == [3, 1, 2]
+
+
+def test_recovery_counts_what_it_says() -> None:
+    from types import SimpleNamespace
+
+    true, given = torch.tensor([0, 0, 0, 0, 1]), torch.tensor([0, 0, 1, 1, 0])
+    corrected = torch.nn.functional.one_hot(torch.tensor([0, 1, 0, 1, 1]), 2).float()
+    # 2 given labels were right, of which 1 is broken; 3 were wrong, of which 2 came right; 3 of 5 are right now.
+    answer = recovery(corrected, SimpleNamespace(true=true, given=given))  # type: ignore[arg-type]
+    assert answer == pytest.approx({"right": 3 / 5, "recovered": 2 / 3, "broken": 1 / 2})
+
+
+@pytest.mark.parametrize("start", [["examples/noisy_labels/cifar.py"], ["-m", "examples.noisy_labels.cifar"]])
+def test_script_and_module_say_where_images_can_come_from(start: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, *start, "--data", str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "--data FOLDER" in done.stderr
+    assert "--dataset digits" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_compare_prints_a_table_and_draws_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cifar.main([*SHORT, "--compare", "--seeds", "1,2", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    for method in compare.METHODS:
+        assert re.search(rf"^{method} +\d+\.\d ± \d+\.\d", text, re.MULTILINE)
+    assert (tmp_path / "comparison.png").read_bytes().startswith(PNG)
+    outcomes = json.loads((tmp_path / "comparison.json").read_text())["outcomes"]
+    expected = [(seed, method) for seed in (1, 2) for method in compare.METHODS]
+    assert [(outcome["seed"], outcome["method"]) for outcome in outcomes] == expected
+
+
+def test_table_takes_differences_seed_by_seed() -> None:
+    scores = {"ce": (0.5, 0.7), "clean": (0.6, 0.8), "ce-clean": (0.9, 0.6), "ebomlc": (0.7, 0.9)}
+    outcomes = [
+        Outcome(method, seed, scores[method][seed], 0.9, 0.8, 0.1, 1.0) for seed in (0, 1) for method in compare.METHODS
+    ]
+    rows = {line.split()[0]: line for line in compare.table(outcomes).splitlines()}
+    assert "60.0 ± 14.1" in rows["ce"]
+    assert "20.0 ± 0.0" in rows["ce"]
+    assert "2 of 2" in rows["ce"]
+    assert "5.0 ± 35.4" in rows["ce-clean"]  # differences -0.2 and 0.3
+    assert "1 of 2" in rows["ce-clean"]
+
+
+def test_a_run_is_not_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log.jsonl").write_text("")
+    assert cifar.main([*SHORT, "--out", str(tmp_path)]) == 1
+    assert "Use --resume, --overwrite or another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume"], "there is no run to resume"),
+        (["--rate", "1.5"], "must be between 0 and 1"),
+        (["--method", "magic"], "invalid choice"),
+        (["--dataset", "digits", "--preset", "paper"], "describes training on CIFAR"),
+        (["--dataset", "digits", "--noise", "asymmetric"], "exists for cifar10 and cifar100 only"),
+        (["--noise", "flip", "--exclude-true"], "never draws the true class"),
+        (["--epochs", "0"], "must be at least 1"),
+        (["--config", "missing.json"], "No such file"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command_line.parse([*arguments, "--out", str(tmp_path / "nothing")])
+    assert message in capsys.readouterr().err
+
+
+def test_resuming_with_other_options_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Settings(dataset="digits", delta=1.0).save(tmp_path / "config.json")
+    kept = command_line.parse(["--resume", "--delta", "1", "--data", "elsewhere", "--out", str(tmp_path)])
+    assert (kept.settings.delta, kept.settings.data) == (1.0, "elsewhere")
+    with pytest.raises(SystemExit):
+        command_line.parse(["--resume", "--delta", "0.5", "--out", str(tmp_path)])
+    assert "the saved run has delta = 1.0, not 0.5" in capsys.readouterr().err
+
+
+def test_a_saved_configuration_can_be_given_again(tmp_path: Path) -> None:
+    settings = Settings(dataset="digits", network="mlp", noise="flip", milestones=(3, 4), seed=7)
+    settings.save(tmp_path / "config.json")
+    assert command_line.parse(["--config", str(tmp_path / "config.json")]).settings == settings
+    assert command_line.parse(["--config", str(tmp_path / "config.json"), "--seed", "8"]).settings.seed == 8
+
+
+def test_presets_fill_in_what_is_not_said() -> None:
+    paper = command_line.parse(["--preset", "paper"]).settings
+    assert (paper.network, paper.epochs, paper.batch_size, paper.lr) == ("resnet32", 120, 100, 0.1)
+    assert paper.drops == [80, 100]
+    assert (paper.meta_lr, paper.delta, paper.xi, paper.rho) == (3e-4, 0.25, 0.5, 0.2)
+    quick = command_line.parse(["--preset", "quick", "--epochs", "3"]).settings
+    assert (quick.network, quick.epochs) == ("small", 3)
+    assert command_line.parse(["--dataset", "digits", "--method", "ce"]).settings.network == "mlp"

@@ -1,0 +1,152 @@
+"""A run that was stopped and resumed ends with the numbers of one that was not, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from examples.noisy_labels import checkpoint, cifar, interruption, pictures
+from examples.noisy_labels.training import Run
+
+REPOSITORY = Path(__file__).parents[2]
+# Batch statistics, crops, momentum, Adam, a schedule and an incomplete pass over the clean set: all that has state.
+NETWORK = ["--network", "small", "--train-images", "120", "--clean-fraction", "0.25", "--batch-size", "20"]
+NETWORK += ["--epochs", "3", "--log-interval", "2"]
+
+Advance = Callable[[Run], dict[str, torch.Tensor]]
+
+
+class KilledError(Exception):
+    """Stands for a SIGKILL: nothing is saved after it."""
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of a log without the times, which differ between any two runs."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in ("seconds", "line")} for record in records]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    recipe = checkpoint.load(folder / checkpoint.NAME, torch.device("cpu"))["run"]["recipe"]
+    parts = (name for name in ("classifier", "corrector") if name in recipe)
+    return {f"{part}.{name}": value for part in parts for name, value in recipe[part].items()}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    assert log_of(one) == log_of(other)
+    first, second = weights_of(one), weights_of(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert (one / "corrected_labels.csv").read_text() == (other / "corrected_labels.csv").read_text()
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("curves", "label_heatmap", "suspicious"):  # drawn in test_program.py; slow, and not the point here
+        monkeypatch.setattr(pictures, name, lambda *_: None)
+
+
+@pytest.mark.parametrize("method", ["ce", "ebomlc"])
+def test_a_killed_run_is_resumed_exactly(
+    method: str, cifar10_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["--data", str(cifar10_folder), "--method", method, *NETWORK]
+    whole = tmp_path / "whole"
+    assert cifar.main([*command, "--out", str(whole)]) == 0
+    # Four steps an epoch: killed before the first checkpoint, in the second epoch, in the third.
+    for steps in (3, 6, 10):
+        broken = tmp_path / f"broken after {steps}"
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "advance", dying(Run.advance, steps))
+            with pytest.raises(KilledError):
+                cifar.main([*command, "--out", str(broken)])
+        torch.rand(3)  # another process would not have this random state
+        assert cifar.main(["--resume", "--out", str(broken)]) == 0
+        assert_same(whole, broken)
+
+
+def dying(advance: Advance, steps: int) -> Advance:
+    """Return `advance`, which is killed after so many steps."""
+    left = iter(range(steps))
+
+    def step(run: Run) -> dict[str, torch.Tensor]:
+        if next(left, None) is None:
+            raise KilledError
+        return advance(run)
+
+    return step
+
+
+def test_an_interrupted_run_saves_the_very_step(
+    cifar10_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--data", str(cifar10_folder), "--corrupt-clean", "0.5", *NETWORK]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert cifar.main([*command, "--out", str(whole)]) == 0
+    advance = Run.advance
+
+    def interrupted(run: Run) -> dict[str, torch.Tensor]:
+        if (run.epoch, run.step) == (1, 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return advance(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "advance", interrupted)
+        assert cifar.main([*command, "--out", str(broken)]) == interruption.EXIT_CODE
+    assert "stopped in epoch 2 after step 3; to go on: --resume --out" in capsys.readouterr().err
+    progress = checkpoint.load(broken / checkpoint.NAME, torch.device("cpu"))["run"]["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 3)
+    assert cifar.main([*command, "--resume", "auto", "--out", str(broken)]) == 0
+    assert_same(whole, broken)
+
+
+def test_sigterm_stops_a_process_and_it_can_go_on(tmp_path: Path) -> None:
+    command = ["--dataset", "digits", "--epochs", "40", "--log-interval", "1"]
+    script = [sys.executable, str(REPOSITORY / "examples" / "noisy_labels" / "cifar.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    broken = tmp_path / "broken"
+    process = subprocess.Popen(
+        [*script, *command, "--out", str(broken)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    deadline, log = time.monotonic() + 60, broken / "log.jsonl"
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 20):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == interruption.EXIT_CODE, errors
+    assert "to go on: --resume" in errors
+    assert log_of(broken)[-1]["event"] != "end"
+    assert not list(broken.glob("*.unfinished"))
+
+
+def test_a_finished_run_only_writes_its_results_again(tmp_path: Path) -> None:
+    command = ["--dataset", "digits", "--epochs", "1", "--out", str(tmp_path)]
+    assert cifar.main(command) == 0
+    before = weights_of(tmp_path)
+    assert cifar.main([*command, "--resume"]) == 0
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(tmp_path).items())
+    assert [record["event"] for record in log_of(tmp_path)] == ["start", "epoch", "end"]
+
+
+def test_a_checkpoint_that_runs_code_is_refused(tmp_path: Path) -> None:
+    torch.save({"run": os.system}, tmp_path / checkpoint.NAME)
+    with pytest.raises(Exception, match=r"\.system"):
+        checkpoint.load(tmp_path / checkpoint.NAME, torch.device("cpu"))
+
+
+def test_a_broken_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / checkpoint.NAME
+    checkpoint.save(file, {"run": 1})
+    with pytest.raises(Exception, match="pickle"):
+        checkpoint.save(file, {"run": lambda: None})
+    assert checkpoint.load(file, torch.device("cpu")) == {"run": 1}

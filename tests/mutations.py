@@ -1,0 +1,651 @@
+"""Mutations of the library, each with the test that must notice it: they show that the tests can fail.
+
+    python tests/mutations.py             every mutation, a few seconds each
+    python tests/mutations.py --only 7    one, by number or by part of its description
+    python tests/mutations.py --list
+
+Each is applied to a copy of the package in a temporary folder, where only the named test is run. Before that, all named
+tests must pass on the unchanged copy. The exit status is 1 if a mutation survives, if its old text is not there exactly
+once, or if its test cannot be run.
+"""
+
+# ruff: noqa: T201 (a script that reports on standard output)
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 300
+ENDED = 100  # tells an exit status of pytest from that of a process that died of something else
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One change of the code: what it breaks, in which file of ``bilevel/``, and the test expected to notice."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+def step_of(case: str) -> str:
+    """The comparison with the plain reference, for one row of its table."""
+    return f"test_directions.py::test_four_steps_equal_the_reference[{case}]"
+
+
+BARRIER, TERMS = "barrier.py", "methods/dynamic_barrier.py"
+DESCENT, WALK = "descent.py", "hypergradient/trajectory.py"
+EVALUATOR, REPLAY, PRODUCTS = "evaluator.py", "replay.py", "products.py"
+
+MUTATIONS = [
+    # The gradients of q
+    Mutation(
+        "sign of grad_alpha q",
+        TERMS,
+        "subtract(g.upper, ahead.upper)",
+        "subtract(ahead.upper, g.upper)",
+        "test_identities.py::test_grad_alpha_q_is_the_corrector_pulled_by_the_change_of_log_probabilities",
+    ),
+    Mutation(
+        "sign of Q",
+        TERMS,
+        "constraint = g.value.to(wide) - ahead.value.to(wide)",
+        "constraint = ahead.value.to(wide) - g.value.to(wide)",
+        step_of("barrier value"),
+    ),
+    Mutation(
+        "difference read as value_function",
+        TERMS,
+        'if self.value_gradient == "difference" else g.lower',
+        'if self.value_gradient == "differences" else g.lower',
+        step_of("difference"),
+    ),
+    Mutation(
+        "unrolled: nothing through the steps in alpha",
+        TERMS,
+        "subtract(q_upper, through_upper)",
+        "q_upper",
+        step_of("unrolled"),
+    ),
+    Mutation(
+        "Q on the last batch",
+        TERMS,
+        "ahead = look.lower(at=walk.end",
+        "ahead = look.lower(self.inner_steps - 1, at=walk.end",
+        step_of("three steps, three batches"),
+    ),
+    Mutation(
+        "one inner step too few",
+        TERMS,
+        "walk = descend(look, rule, g, self.inner_steps,",
+        "walk = descend(look, rule, g, max(1, self.inner_steps - 1),",
+        step_of("three steps, one batch"),
+    ),
+    # The multiplier
+    Mutation(
+        "norm over the lower level alone",
+        TERMS,
+        "_on(f, squared_norm(q_upper)) + ",
+        "",
+        step_of("ebomlc"),
+    ),
+    Mutation(
+        "inner product over the lower level alone",
+        TERMS,
+        "upper=_on(f, dot(f.upper, q_upper))",
+        "upper=0 * _on(f, dot(f.upper, q_upper))",
+        step_of("gradient norm, F of alpha"),
+    ),
+    Mutation(
+        "eps left out", BARRIER, "torch.ones_like(squared), squared) + eps)", "squared, squared))", step_of("eps")
+    ),
+    Mutation(
+        "cutoff left out",
+        BARRIER,
+        "negligible = squared <= cutoff",
+        "negligible = squared <= 0",
+        step_of("cutoff above the norm"),
+    ),
+    Mutation(
+        "cutoff exclusive",
+        BARRIER,
+        "negligible = squared <= cutoff",
+        "negligible = squared < cutoff",
+        "test_barrier.py::test_cutoff_is_inclusive_and_a_step",
+    ),
+    Mutation(
+        "no maximum",
+        BARRIER,
+        "found = found.clamp(max=maximum)",
+        "pass",
+        step_of("multiplier_max"),
+    ),
+    Mutation(
+        "multiplier may be negative",
+        BARRIER,
+        "excess = torch.relu(barrier(products) - products.total)",
+        "excess = barrier(products) - products.total",
+        "test_identities.py::test_an_inactive_barrier_leaves_grad_f_alone",
+    ),
+    Mutation(
+        "constraint of the wrong sense",
+        BARRIER,
+        "torch.relu(barrier(products) - products.total)",
+        "torch.relu(barrier(products) + products.total)",
+        "test_identities.py::test_an_active_barrier_meets_its_constraint_with_equality",
+    ),
+    Mutation(
+        "Value without its clamp",
+        BARRIER,
+        "products.value.clamp(min=0.0)",
+        "products.value",
+        "test_barrier.py::test_value_never_asks_for_an_increase_of_q",
+    ),
+    Mutation(
+        "Aligned without its alignment",
+        BARRIER,
+        "self.delta * products.squared_norm + products.upper",
+        "self.delta * products.squared_norm",
+        "test_barrier.py::test_equation_10_gives_equation_11",
+    ),
+    Mutation(
+        "no damping",
+        TERMS,
+        "weight = self.damping * multiplier(",
+        "weight = 1.0 * multiplier(",
+        "test_identities.py::test_damping_violates_the_constraint_by_what_it_takes_away",
+    ),
+    Mutation(
+        "gradient norm reported squared",
+        TERMS,
+        "gradient_norm=products.squared_norm.sqrt()",
+        "gradient_norm=products.squared_norm",
+        step_of("bome"),
+    ),
+    # The lower step
+    Mutation(
+        "the first group's rate for all groups",
+        DESCENT,
+        '    return [group["lr"] for group in level.groups()]',
+        '    return [level.groups()[0]["lr"] for group in level.groups()]',
+        step_of("bome"),
+    ),
+    Mutation(
+        "inner_lr ignored",
+        DESCENT,
+        "    if rate is not None:\n        return [rate] * len(level.tensors)\n",
+        "",
+        step_of("inner_lr"),
+    ),
+    Mutation(
+        "inner_lr ignored by the preview",
+        DESCENT,
+        'group["lr"] if rate is None else rate for group',
+        'group["lr"] for group',
+        step_of("preview with inner_lr"),
+    ),
+    Mutation(
+        "preview without momentum",
+        DESCENT,
+        'group["momentum"] * held + (1',
+        "0 * held + (1",
+        step_of("preview of momentum"),
+    ),
+    Mutation(
+        "preview without dampening",
+        DESCENT,
+        '(1 - group["dampening"]) * g',
+        "g",
+        step_of("preview of dampening"),
+    ),
+    Mutation(
+        "preview without Nesterov's step",
+        DESCENT,
+        'if group["nesterov"] else buffer',
+        "if False else buffer",
+        step_of("preview of nesterov"),
+    ),
+    Mutation(
+        "preview of SGD without weight decay",
+        DESCENT,
+        '        g = g + group["weight_decay"] * x\n    if group["momentum"] != 0:',
+        '        pass\n    if group["momentum"] != 0:',
+        step_of("preview of weight decay"),
+    ),
+    Mutation(
+        "preview of AdamW without weight decay",
+        DESCENT,
+        'x = (x - rate * group["weight_decay"] * x).to(x.dtype)',
+        "pass",
+        step_of("preview of adamw"),
+    ),
+    Mutation(
+        "preview of AdamW as Adam",
+        DESCENT,
+        'if group.get("decoupled_weight_decay"):',
+        "if False:",
+        step_of("preview of adamw"),
+    ),
+    Mutation(
+        "preview of Adam starts its count anew",
+        DESCENT,
+        'state["step"] + 1 if "step" in state',
+        'state["step"] * 0 + 1 if "step" in state',
+        step_of("preview of adam"),
+    ),
+    Mutation(
+        "preview of AMSGrad forgets the maximum",
+        DESCENT,
+        "v = v if held is None else torch.maximum(held, v)",
+        "v = v",
+        step_of("preview of amsgrad"),
+    ),
+    Mutation(
+        "derivative of Adam at a gradient of zero",
+        DESCENT,
+        "    ratio = torch.where(seen, ratio, ratio.detach())\n",
+        "",
+        "test_descent.py::test_adam_at_a_gradient_of_zero",
+    ),
+    Mutation(
+        "derivative of the root at zero",
+        DESCENT,
+        "torch.where(seen, torch.where(seen, v, 1.0).sqrt(), 0.0)",
+        "v.sqrt()",
+        "test_descent.py::test_adam_at_a_gradient_of_zero",
+    ),
+    # The walk back
+    Mutation(
+        "the walk back loses the optimizer's state",
+        WALK,
+        "            new_state[i][name] = bar\n",
+        "            pass\n",
+        step_of("unrolled preview of momentum"),
+    ),
+    Mutation(
+        "the walk back loses the direct part",
+        WALK,
+        "point_bar = add_scaled(through_point, 1.0, through_gradient)",
+        "point_bar = through_gradient",
+        step_of("unrolled"),
+    ),
+    Mutation(
+        "the walk back loses the curvature",
+        WALK,
+        "point_bar = add_scaled(through_point, 1.0, through_gradient)",
+        "point_bar = through_point",
+        step_of("unrolled"),
+    ),
+    Mutation(
+        "the walk back uses one batch",
+        WALK,
+        "mixed_product(look, step.index, gradient_bar",
+        "mixed_product(look, 0, gradient_bar",
+        step_of("two steps, two batches, unrolled"),
+    ),
+    Mutation(
+        "the walk back stays at the current point",
+        WALK,
+        "product, through_gradient = mixed_product(look, step.index, gradient_bar, step.point, route)",
+        "product, through_gradient = mixed_product(look, step.index, gradient_bar, None, route)",
+        step_of("unrolled, reverse"),
+    ),
+    Mutation(
+        "the end point is the parameters' own memory",
+        WALK,
+        "x.clone() if x.data_ptr() in own else x for x in point",
+        "x for x in point",
+        "test_trajectory.py::test_a_variable_that_g_does_not_use_is_carried_along",
+    ),
+    # Evaluations elsewhere leave no trace
+    Mutation(
+        "values are not taken out again",
+        EVALUATOR,
+        "                if at is not None:\n                    exchange(parameters, at)\n"
+        "                torch.clear_autocast_cache()\n",
+        "                torch.clear_autocast_cache()\n",
+        "test_contract.py::test_directions_move_nothing",
+    ),
+    Mutation(
+        "requires_grad stays off",
+        EVALUATOR,
+        "variable.requires_grad_(True)",
+        "pass",
+        "test_contract.py::test_directions_move_nothing",
+    ),
+    Mutation(
+        "the last evaluation is not forward-only",
+        EVALUATOR,
+        "                if freeze:\n",
+        "                if False:\n",
+        "test_contract.py::test_calls_of_the_losses_are_the_documented_ones",
+    ),
+    Mutation(
+        "captured tensors are not noticed",
+        "closures.py",
+        "stale = stale or node._sequence_nr() < since",
+        "stale = False",
+        "test_evaluator.py::test_a_captured_value_of_a_lower_variable_is_refused",
+    ),
+    Mutation(
+        "a target without a gradient is not noticed",
+        EVALUATOR,
+        'loss.check_use("upper", evaluation.upper)',
+        "pass",
+        "test_identities.py::test_a_target_that_carries_no_gradient_is_refused",
+    ),
+    Mutation(
+        "look-ahead evaluations move buffers",
+        REPLAY,
+        "                self._buffers.restore(standing)\n            elif",
+        "                pass\n            elif",
+        "test_replay.py::test_buffers_move_once_a_step_by_the_lower_loss",
+    ),
+    Mutation(
+        "the second loss at the current point moves buffers again",
+        REPLAY,
+        "                self._buffers.keep_noted(standing)\n",
+        "                pass\n",
+        "test_replay.py::test_buffers_move_once_a_step_by_the_lower_loss",
+    ),
+    Mutation(
+        "random state is not replayed",
+        REPLAY,
+        "            first_random.restore()\n",
+        "            pass\n",
+        "test_replay.py::test_dropout_cancels_in_q",
+    ),
+    Mutation(
+        "random state stays where a look-ahead left it",
+        REPLAY,
+        "            if again:\n                random.restore()\n",
+        "",
+        "test_replay.py::test_the_random_state_is_that_of_one_evaluation_of_each_batch",
+    ),
+    Mutation(
+        "held tensors are not replayed",
+        REPLAY,
+        "return self.values[self.cursor - 1].clone()",
+        "return tensor.detach()",
+        "test_identities.py::test_grad_alpha_q_is_the_corrector_pulled_by_the_change_of_log_probabilities",
+    ),
+    Mutation(
+        "held tensors carry a gradient",
+        REPLAY,
+        "            return tensor.detach()\n",
+        "            return tensor\n",
+        "test_replay.py::test_hold_cuts_the_gradient_inside_a_step_and_is_the_identity_outside",
+    ),
+    Mutation(
+        "training flags stay as a loss set them",
+        REPLAY,
+        "                part.training = training\n",
+        "                pass\n",
+        "test_replay.py::test_flags_that_a_loss_sets_hold_until_its_call_ends",
+    ),
+    Mutation(
+        "after an error the random state is not put back",
+        REPLAY,
+        "        self._start_random.restore()\n",
+        "",
+        "test_contract.py::test_a_loss_that_raises_at_any_call_changes_nothing",
+    ),
+    Mutation(
+        "directions keep their moves of buffers",
+        "optimizer.py",
+        "            look.replay.undo()\n            return answer",
+        "            return answer",
+        "test_replay.py::test_directions_give_buffers_back",
+    ),
+    Mutation(
+        "aux of the look-ahead",
+        TERMS,
+        "return Terms(f, g, walk.end",
+        "return Terms(f, Evaluation(g.value, g.upper, g.lower, ahead.aux), walk.end",
+        "test_contract.py::test_aux_is_that_of_the_current_point_and_detached",
+    ),
+    # Products
+    Mutation(
+        "what no substitute reaches is not noticed",
+        PRODUCTS,
+        "    if missed:\n        raise _NoForwardMode(",
+        "    if False:\n        raise _NoForwardMode(",
+        "test_products.py::test_a_captured_parameter_of_a_module_is_named",
+    ),
+    Mutation(
+        "double backward forgets alpha",
+        PRODUCTS,
+        "return products[: len(upper)], products[len(upper) :]",
+        "return [None] * len(upper), products[len(upper) :]",
+        step_of("unrolled, reverse"),
+    ),
+    # Arithmetic
+    Mutation(
+        "products accumulated in float32",
+        "vectors.py",
+        'return torch.float32 if device.type == "mps" else torch.float64',
+        "return torch.float32",
+        "test_vectors.py::test_products_of_float32_do_not_overflow_or_underflow",
+    ),
+    Mutation(
+        "an exchange that copies one way",
+        "vectors.py",
+        "torch._foreach_copy_(right, kept)",
+        "pass",
+        "test_vectors.py::test_exchange_is_an_involution_bit_for_bit",
+    ),
+    # Handing over, checkpoints
+    Mutation(
+        "the lower direction is not looked at",
+        "handover.py",
+        '        "the lower direction": list(directions.lower.values()),\n',
+        "",
+        "test_nonfinite.py::test_apply_checks_what_it_is_given",
+    ),
+    Mutation(
+        "raise is silent",
+        "handover.py",
+        "    if bad and must_be:\n",
+        "    if False:\n",
+        "test_nonfinite.py::test_raise_changes_nothing",
+    ),
+    Mutation(
+        "a skipped step moves buffers",
+        "optimizer.py",
+        "                look.replay.undo_buffers()\n            return replace(directions.stats",
+        "                pass\n            return replace(directions.stats",
+        "test_nonfinite.py::test_skip_moves_neither_level_nor_any_state",
+    ),
+    Mutation(
+        "stale gradients of frozen parameters stay",
+        "handover.py",
+        "    level.optimizer.zero_grad(set_to_none=True)\n",
+        "",
+        "test_newcomer.py::test_frozen_layers_with_stale_gradients_stand_still",
+    ),
+    Mutation(
+        "step_from ignored",
+        TERMS,
+        'if self.step_from == "inner" else None',
+        "if False else None",
+        step_of("step from inner"),
+    ),
+    Mutation(
+        "the lower step starts from w whatever step_from says",
+        "optimizer.py",
+        "            place(self._lower, directions.start)\n",
+        "            pass\n",
+        step_of("step from inner, adam"),
+    ),
+    Mutation(
+        "a saved state goes on with the optimizer",
+        "optimizer.py",
+        '"lower_optimizer": deepcopy(self._lower.optimizer.state_dict()),',
+        '"lower_optimizer": self._lower.optimizer.state_dict(),',
+        "test_contract.py::test_later_steps_do_not_change_a_saved_state",
+    ),
+    Mutation(
+        "a refused state stays half loaded",
+        "optimizer.py",
+        "                optimizer.load_state_dict(state)\n",
+        "                pass\n",
+        "test_contract.py::test_a_wrong_state_is_refused_and_changes_nothing",
+    ),
+    Mutation(
+        "apply hands over the caller's own tensors",
+        "optimizer.py",
+        "lower={name: d.clone() for name, d in directions.lower.items()}",
+        "lower=directions.lower",
+        "test_contract.py::test_apply_leaves_the_directions_as_they_are",
+    ),
+    Mutation(
+        "variables unfrozen later are ignored",
+        "variables.py",
+        "        self.names, self.tensors, self._marks = names, tensors, marks\n",
+        "        if not self.names:\n            self.names, self.tensors, self._marks = names, tensors, marks\n",
+        "test_errors.py::test_an_unfrozen_variable_in_its_optimizer_is_picked_up",
+    ),
+    # The check of directions, and the problems
+    Mutation(
+        "the check passes whatever it finds",
+        "checking.py",
+        "return Comparison(claim.name, computed, expected, best, best <= tolerance)",
+        "return Comparison(claim.name, computed, expected, best, True)",
+        "test_checking.py::test_a_wrong_backward_in_a_loss_is_found_where_it_is",
+    ),
+    Mutation(
+        "the check leaves float64 behind",
+        "checking.py",
+        "            tensor.data = data\n            tensor.grad = grad",
+        "            tensor.data = data.double()\n            tensor.grad = grad",
+        "test_checking.py::test_everything_is_restored_bit_for_bit",
+    ),
+    Mutation(
+        "the check loses gradients",
+        "checking.py",
+        "            tensor.grad = grad\n",
+        "            pass\n",
+        "test_checking.py::test_everything_is_restored_bit_for_bit",
+    ),
+    Mutation(
+        "hypergradient of the quadratic family",
+        "problems.py",
+        "torch.linalg.solve(self.hessian, upper)",
+        "upper",
+        "test_problems.py::test_quadratic_hypergradient_agrees_with_central_differences",
+    ),
+]
+
+
+def run_pytest(folder: Path, tests: list[str], output: Path) -> None:
+    """Run tests in ``folder``, in a process of its own, and end it with ``ENDED`` plus pytest's exit status."""
+    import torch  # here, because the parent has no need of it
+
+    torch.set_num_threads(1)
+    sys.dont_write_bytecode = True  # two changes of one file within a second would share its byte code
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    options = ["-x", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-W", "error"]
+    status = int(pytest.main([*options, *(str(folder / "tests" / test) for test in tests)]))
+    if "bilevel" in sys.modules and Path(sys.modules["bilevel"].__file__ or "").parent.parent == folder:
+        sys.exit(ENDED + status)
+
+
+class Workshop:
+    """A copy of what the tests need, in which one file at a time is changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.output = folder / "output.txt"
+        ignore = shutil.ignore_patterns("__pycache__", "examples")
+        for name in ("bilevel", "tests"):
+            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        # Processes that start with torch imported: importing it anew takes longer than most of the tests.
+        forks = "forkserver" in multiprocessing.get_all_start_methods()
+        self._processes: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+        if forks:
+            self._processes.set_forkserver_preload(["torch", "torch.autograd.forward_ad", "numpy"])
+
+    def run(self, tests: Iterable[str]) -> int:
+        """Run tests on the copy; return pytest's exit status, or -1 if it did not come to one."""
+        process = self._processes.Process(target=run_pytest, args=(self.folder, list(tests), self.output))
+        process.start()
+        process.join(SECONDS)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        return max(-1, process.exitcode - ENDED)
+
+    def verdict(self, mutation: Mutation) -> str:
+        """Apply one mutation, run its test, undo it; return ``killed`` or what went wrong."""
+        path = self.folder / "bilevel" / mutation.file
+        source = path.read_text()
+        if (times := source.count(mutation.old)) != 1:
+            return f"OUT OF DATE: its old text is there {times} times"
+        path.write_text(source.replace(mutation.old, mutation.new))
+        try:
+            status = self.run([mutation.test])
+        finally:
+            path.write_text(source)
+        # 1: tests ran and failed. Anything else, a test that cannot be collected for one, shows nothing.
+        return {1: "killed", 0: "SURVIVED"}.get(status, f"NOT RUN: pytest ended with {status}")
+
+
+def chosen(only: str | None) -> list[tuple[int, Mutation]]:
+    """The numbered mutations, or those that ``only`` names by number or by a part of their description."""
+    numbered = list(enumerate(MUTATIONS, start=1))
+    if only is None:
+        return numbered
+    if only.isdigit():
+        return [(n, m) for n, m in numbered if n == int(only)]
+    return [(n, m) for n, m in numbered if only in m.what]
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description="Mutate the library and see that the named tests notice.")
+    parser.add_argument("--only", metavar="N", help="a number, or a part of a description")
+    parser.add_argument("--list", action="store_true", help="list the mutations and their tests")
+    options = parser.parse_args(arguments)
+    selected = chosen(options.only)
+    if options.list:
+        for n, mutation in selected:
+            print(f"{n:3} {mutation.what}\n      bilevel/{mutation.file}: {mutation.test}")
+        return 0
+    if not selected:
+        print(f"no mutation is called {options.only}")
+        return 1
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        workshop = Workshop(Path(folder).resolve())
+        if workshop.run(dict.fromkeys(m.test for _, m in selected)):
+            print(workshop.output.read_text())
+            print("the named tests do not pass on the unchanged code; nothing was mutated")
+            return 1
+        failures = 0
+        for n, mutation in selected:
+            verdict = workshop.verdict(mutation)
+            failures += verdict != "killed"
+            print(f"{n:3} {verdict:9} {mutation.what}", flush=True)
+    print(f"{len(selected) - failures} of {len(selected)} killed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
