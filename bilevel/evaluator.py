@@ -66,6 +66,7 @@ class Evaluator:
         self.modules = modules
         self.looks_to_check = CHECKED_LOOKS
         self.product_routes: dict[str, str] = {}
+        self.told: set[str] = set()
 
     @property
     def devices(self) -> set[torch.device]:
@@ -75,6 +76,7 @@ class Evaluator:
         """The set of variables changed: what was found out about the closures no longer holds."""
         self.looks_to_check = CHECKED_LOOKS
         self.product_routes.clear()
+        self.told.clear()
 
     @contextmanager
     def look(self, upper_batch: Any, lower_batches: Sequence[Any]) -> Iterator[Look]:
@@ -107,6 +109,11 @@ class Look:
     def product_routes(self) -> dict[str, str]:
         """Which route serves mixed products of a loss, once one was found to fail; kept from step to step."""
         return self._evaluator.product_routes
+
+    @property
+    def told(self) -> set[str]:
+        """What the user was already warned about; kept from step to step."""
+        return self._evaluator.told
 
     def point(self) -> list[Tensor]:
         """Return the current values of the lower variables: views, not copies."""

@@ -74,8 +74,8 @@ def degenerate(dtype: torch.dtype = torch.float64) -> Problem:
 
     .. math:: f = (v - \theta_1)^2 / 2 + (\theta_0 - 1)^2 / 2, \quad g = \theta_0^2 / 2 - v \theta_0
 
-    Published: start 0, all rates 0.5, lower clamp 100, ``GradientNorm(0.5)``, T = 1, 2000 steps. Solution ``v = 1,
-        theta = (1, 1)``, f = 0.
+    Published: start 0, all rates 0.5, lower clamp 100, ``GradientNorm(0.5)``, T = 1, 2000 steps.
+    Solution ``v = 1, theta = (1, 1)``, f = 0.
 
     Example:
         >>> import bilevel
@@ -135,9 +135,9 @@ def coreset(start: int = 0, dtype: torch.dtype = torch.float64) -> Problem:
 
     .. math:: f = 0.1 \|\theta - x_0\|^2, \quad g = \|X^\top \mathrm{softmax}(v) - \theta\|^2
 
-    Published: ``v = 0``, three starts of theta, rates 0.05, ``GradientNorm(0.5)``, T = 10, eps 1e-4, 5000 steps. The
-        solution is the projection
-    of ``x_0`` on the convex hull, ``theta = (1.8, 0.4)``, f = 0.72; its weights (0, 0.8, 0, 0.2) lie at infinity in v.
+    Published: ``v = 0``, three starts of theta, rates 0.05, ``GradientNorm(0.5)``, T = 10, eps 1e-4, 5000 steps.
+    The solution is the projection of ``x_0`` on the convex hull, ``theta = (1.8, 0.4)``, f = 0.72; its weights
+    (0, 0.8, 0, 0.2) lie at infinity in v.
 
     Args:
         start: Which of the three published starts, 0 to 2.

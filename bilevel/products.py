@@ -108,7 +108,9 @@ def _by_route(
     except _NoForwardMode as problem:
         if route == "forward":
             raise ClosureError(f"{problem} {FIRST_ORDER}") from problem.__cause__
-        warnings.warn(f"{problem} Falling back to double backward for this optimizer.", stacklevel=2)
+        if str(problem) not in look.told:  # for a product of the other kind
+            warnings.warn(f"{problem} Falling back to double backward for this optimizer.", stacklevel=2)
+            look.told.add(str(problem))
         look.product_routes[kind] = "reverse"
         return reverse()
 
@@ -222,6 +224,8 @@ def two_derivatives(advice: str) -> Iterator[None]:
     """Say in one line what has no second derivative, and what to do instead."""
     try:
         yield
+    except ClosureError:
+        raise
     except RuntimeError as error:
         text = _first_line(error)
         if not any(mark in text for mark in NO_SECOND_RULE):
@@ -244,7 +248,8 @@ def refuse_wrong_rules(values: Sequence[Tensor], advice: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    line = str(error).partition("\n")[0].rstrip()
+    return line if line.endswith(".") else f"{line}."
 
 
 def _difference(look: Look, index: int, direction: Vector, at: Point | None) -> Product:

@@ -33,14 +33,6 @@ class Saved:
                 tensor.grad = grad
             entries.restore(level.optimizer.state)
 
-    def values(self, level: Level) -> list[Tensor]:
-        """Return the copies of a level's variables, in parameter order."""
-        for (owner, held), values in zip(self._levels, self._values, strict=True):
-            if owner is level:
-                of = {id(tensor): value for tensor, value in zip(held, values, strict=True)}
-                return [of[id(tensor)] for tensor in level.tensors]
-        raise KeyError(level.side)
-
 
 def _held(level: Level) -> list[Tensor]:
     # Everything the optimizer could touch, frozen members of its groups included.

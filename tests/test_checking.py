@@ -174,7 +174,7 @@ FAULTS: dict[str, tuple[str, str, Callable[[Any], Any], list[str]]] = {
     "sign of q": ("bome", "subtract", lambda _: wrong_sign, ["<grad q, u> (both levels)"]),
     "sign of q, difference": ("difference", "subtract", lambda _: wrong_sign, ["<grad q, u> (both levels)"]),
     "multiplier": ("bome", "multiplier", lambda f: scaled(f, 1.00001), ["multiplier"]),
-    "inner products": ("bome", "dot", lambda f: scaled(f, 1.01), ["Q", "multiplier"]),
+    "inner products": ("bome", "dot", lambda f: scaled(f, 1.01), ["multiplier"]),
     "norm": ("ebomlc", "squared_norm", lambda f: scaled(f, 1.01), ["multiplier"]),
     "adjoint": ("unrolled", "adjoint", lambda f: scaled(f, 1.0001), ["<grad q, u> (both levels)"]),
 }

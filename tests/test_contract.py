@@ -241,8 +241,8 @@ def test_each_call_gets_its_batch_itself(case: Case) -> None:
         after = after[1:]
     if case.then:
         assert after.pop() is batches[1]  # the ordinary step is on the first
-    # What is left are products, which go back over the steps.
-    assert [id(batch) for batch in after] == sorted(map(id, after), key=[id(b) for b in batches[::-1]].index)
+    # What is left are products of the steps, in whatever order.
+    assert {id(batch) for batch in after} <= {id(batch) for batch in batches[1:]}
 
 
 @every_case
@@ -373,7 +373,7 @@ class RaisesGoingBack(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        return RaisesGoingBack.apply(tangents[0])  # type: ignore[no-any-return]
+        return RaisesGoingBack.apply(tangents[0])
 
 
 @every_case
@@ -392,7 +392,7 @@ def test_a_loss_that_raises_at_any_call_changes_nothing(case: Case, verb: str, w
                 return loss
             problem.classifier.eval()  # a loss may leave flags behind
             if where == "backward":
-                return RaisesGoingBack.apply(loss)  # type: ignore[no-any-return]
+                return RaisesGoingBack.apply(loss)
             raise error
 
         problem.calls.clear()
@@ -626,7 +626,7 @@ def test_the_guard_against_synchronisation_works(
 def test_options_are_keyword_only() -> None:
     problem = Problem()
     with pytest.raises(TypeError, match="positional"):
-        bilevel.BOME(problem.upper_loss, problem.lower_loss, problem.corrector)  # type: ignore[call-arg, misc]
+        bilevel.BOME(problem.upper_loss, problem.lower_loss, problem.corrector)
 
 
 def test_the_optimizers_are_the_users_own() -> None:

@@ -1,4 +1,4 @@
-"""``EMLC``: the sum of equation 11 with its blocks paired in the right order, and the identities of the one-step form."""
+"""``EMLC``: the sum of equation 11, its blocks paired in the right order, and the identities of the one-step form."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ CONSTRUCTION: dict[str, Bad] = {
         ValueError, r"lower_optimizer=RMSprop\): cannot be .* as a function.*SGD, Adam, AdamW"),
     "an option that does not exist": (built(learning_rate=0.1), TypeError, "learning_rate"),
     "an abstract class": (
-        lambda p: bilevel.BilevelOptimizer(p.upper_loss, p.lower_loss), TypeError, "abstract"),  # type: ignore[abstract, call-arg]
+        lambda p: bilevel.BilevelOptimizer(p.upper_loss, p.lower_loss), TypeError, "abstract"),
 }  # fmt: skip
 
 
@@ -419,6 +419,17 @@ def test_a_tensor_added_to_an_optimizer_but_to_no_level_is_refused() -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match=r"upper_optimizer=Adam\): holds 1 trainable tensors? outside.*\(2, 7\)"):
             optimizer.step(*problem.batches())
+
+
+def test_a_tensor_outside_the_level_may_be_in_the_optimizer_as_long_as_it_is_frozen() -> None:
+    problem = Problem()
+    stranger = torch.ones(2, 7)
+    problem.upper_optimizer.add_param_group({"params": [stranger]})
+    optimizer = problem.optimizer(CASES["bome"])
+    optimizer.step(*problem.batches())
+    stranger.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"upper_optimizer=Adam\): holds 1 trainable.*\(2, 7\)"):
+        optimizer.step(*problem.batches())
 
 
 def test_a_variable_that_joins_both_levels_is_refused_each_time() -> None:

@@ -521,11 +521,21 @@ def test_autocast_around_a_step_gives_what_autocast_inside_the_losses_gives(opti
 
 def test_after_a_step_the_autocast_cache_holds_no_look_ahead_values() -> None:
     zoo, x = narrow_zoo(inside=False)
-    optimizer = build(zoo)
+    plain, values = zoo.lower_loss, []
+
+    def fail_ahead(x: Tensor) -> Tensor:
+        values.append(plain(x))
+        if len(values) == 2:
+            raise KeyError("in the look-ahead evaluation, so that none at the current point follows")
+        return values[-1]
+
+    zoo.lower_loss = fail_ahead
+    optimizer = build(zoo, value_gradient="difference")
     with cast():
-        before = zoo.lower_loss(x).detach()
-        optimizer.directions(x, x)
-        assert torch.equal(zoo.lower_loss(x).detach(), before)
+        before = plain(x).detach()
+        with pytest.raises(KeyError):
+            optimizer.directions(x, x)
+        assert torch.equal(plain(x).detach(), before)
 
 
 def test_the_arithmetic_of_directions_is_not_autocast() -> None:

@@ -331,15 +331,16 @@ def test_clipping_by_a_hook_before_the_step(case: Case) -> None:
     assert 0.5e-2 * steps < nn.utils.get_total_norm(moved) < 1.001e-2 * steps
 
 
-def test_clipping_works_on_gradients_that_autograd_shares_or_expands() -> None:
-    # Only F uses a and b, through a sum: autograd then gives both the same expanded tensor.
+@pytest.mark.parametrize("scale", [torch.ones(()), torch.ones(3)], ids=["expanded", "shared"])
+def test_clipping_works_on_gradients_that_autograd_shares_or_expands(scale: Tensor) -> None:
+    # Only F uses a and b, through their sum: autograd then gives both the same tensor, without a barrier to add to it.
     w, alpha = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
     a, b = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
     lower_optimizer = SGD([w, a, b], lr=1.0)
     lower_optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_value_([a, b], 0.25))
     lower_optimizer.register_step_pre_hook(lambda *_: [p.grad.mul_(0.5) for p in (a, b)] and None)
     optimizer = bilevel.BOME(
-        lambda: w.square().sum() + (a + b).sum(),
+        lambda: w.square().sum() + ((a + b) * scale).sum(),
         lambda: (w - alpha).square().sum(),
         upper=alpha,
         lower=[w, a, b],
@@ -467,7 +468,7 @@ def test_warm_up_steps_of_the_users_own_between_steps() -> None:
             p.grad = None  # whatever warming up left behind does not count
         other.step(*batches)
         assert_same(problem.parameters(), twin.parameters())
-    assert int(problem.classifier.norm.num_batches_tracked) == 6  # type: ignore[arg-type]
+    assert int(problem.classifier.norm.num_batches_tracked) == 6
 
 
 # --- everyday use -------------------------------------------------------------------------------------------------

@@ -266,33 +266,6 @@ def test_without_the_start_the_upper_part_is_the_same(kind: str) -> None:
     assert relative(alone, whole) < 1e-13
 
 
-@pytest.mark.parametrize("route", EXACT)
-def test_discounted_walk_back(route: Route) -> None:
-    """EMLC, equation 11: ``w_bar <- factor * w_bar`` in the place of ``(I - lr G_ww) w_bar``, one factor per variable.
-
-    By hand: ``alpha_bar = -lr sum_t G_aw(w_t) w_bar_t`` with ``w_bar_t = factor^(k-1-t) dh/dw_k``.
-    """
-    count, factors = 3, [0.9, 0.5, 0.25, 1.0]
-    problem = Problem("plain", count)
-    with problem.evaluator.look(problem.batches[0], problem.batches) as look:
-        rule = problem.rule()
-        trajectory = descend(look, rule, look.lower(), count, keep=count)
-        end_bar = cotangent(trajectory.end)
-        upper, _ = adjoint(look, rule, trajectory.steps, end_bar, route, discount=factors)
-    alpha = [p.detach().clone().requires_grad_() for p in problem.upper.parameters()]
-    w = [p.detach().clone() for p in problem.lower.parameters()]
-    expected = [torch.zeros_like(a) for a in alpha]
-    for t in range(count):
-        leaves = [x.clone().requires_grad_() for x in w]
-        gradients = torch.autograd.grad(plain_loss(alpha, leaves, problem.batches[t]), leaves, create_graph=True)
-        bars = [f ** (count - 1 - t) * b for f, b in zip(factors, end_bar, strict=True)]
-        pairing = torch.stack([(g * b).sum() for g, b in zip(gradients, bars, strict=True)]).sum()
-        for total, part in zip(expected, torch.autograd.grad(pairing, alpha), strict=True):
-            total -= LR * part
-        w = [x - LR * g.detach() for x, g in zip(w, gradients, strict=True)]
-    assert relative(upper, expected) < 1e-10
-
-
 # --- what a walk costs and leaves -------------------------------------------------------------------------------------
 
 

@@ -61,7 +61,6 @@ def adjoint(
     cotangent: Vector,
     route: Route,
     *,
-    discount: Sequence[float | Tensor] | None = None,
     to_start: bool = False,
 ) -> tuple[Vector, Vector]:
     """Pull ``cotangent = dh/dw_k`` back through ``steps``; return ``(dh/dalpha, dh/dw_0)``.
@@ -77,8 +76,6 @@ def adjoint(
         steps: The trajectory's steps, first to last.
         cotangent: ``dh/dw_k``.
         route: How the products of G are computed.
-        discount: One factor per lower variable: ``w_bar <- factor * w_bar`` instead of the product with ``G_ww``
-            (EMLC, equation 11), so that every step costs an upper product alone.
         to_start: Whether ``dh/dw_0`` is wanted; without it the first step costs an upper product alone.
 
     Cost: one product per step; memory of one step beside the trajectory.
@@ -89,10 +86,7 @@ def adjoint(
     for step in reversed(steps):
         point = look.point() if step.point is None else step.point
         through_point, gradient_bar, state_bar = pull_back(rule, step, point, point_bar, state_bar)
-        if discount is not None:
-            product = upper_product(look, step.index, gradient_bar, step.point, route)
-            point_bar = [None if b is None else b * factor for b, factor in zip(point_bar, discount, strict=True)]
-        elif step is steps[0] and not to_start:
+        if step is steps[0] and not to_start:
             product = upper_product(look, step.index, gradient_bar, step.point, route)
         else:
             product, through_gradient = mixed_product(look, step.index, gradient_bar, step.point, route)

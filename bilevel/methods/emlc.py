@@ -10,13 +10,12 @@ from typing import Any, Literal, Unpack
 from ..descent import GradientDescent, Rule, current_rates
 from ..directions import Directions
 from ..errors import choice, number
-from ..evaluator import Evaluation, Look
+from ..evaluator import Look
 from ..handover import hand_over
-from ..hypergradient import adjoint
 from ..optimizer import Common
 from ..products import Route, upper_product
 from ..rollback import Saved
-from ..vectors import Scalar, Vector, add_scaled
+from ..vectors import Vector, add_scaled
 from .sequential import Sequential
 
 
@@ -97,37 +96,29 @@ class EMLC(Sequential):
         self.memory = memory
 
     def _train_and_look(self, look: Look, *, real: bool) -> Directions:
-        rule = GradientDescent(current_rates(self._lower, None))
-        if self.memory == "replay":
-            first, f, through = self._replayed(look, real)
-        else:
-            first, steps = self._train(look, real=real, rule=lambda: rule, keep=self.inner_steps)
-            f = look.upper()
-            through, _ = adjoint(look, rule, steps, f.lower, self.product, discount=self._discounts())
-        return self._directions(look, f, first, through)
-
-    def _replayed(self, look: Look, real: bool) -> tuple[Evaluation, Evaluation, Vector]:
-        """Train, look at F, then walk the same k steps again from the first, with a product before each."""
-        beginning = Saved([self._lower])
-        first, _ = self._train(look, real=real)
+        beginning = Saved([self._lower]) if self.memory == "replay" else None
+        first, steps = self._train(look, real=real, rule=self._rule, keep=0 if beginning else self.inner_steps)
         f = look.upper()
-        beginning.restore()
-        rates, discounts = current_rates(self._lower, None), self._discounts()
+        if beginning:
+            beginning.restore()
         through: Vector = [None] * len(self._upper.tensors)
         for index in range(self.inner_steps):
-            left = self.inner_steps - 1 - index
-            weighted: Vector = [
-                None if g is None else (g * (-rate * factor**left)).to(g.dtype)
-                for g, rate, factor in zip(f.lower, rates, discounts, strict=True)
-            ]
-            through = add_scaled(through, 1.0, upper_product(look, index, weighted, None, self.product))
-            hand_over(self._lower, look.lower(index, wrt="lower").lower)
-        return first, f, through
+            point = None if beginning else steps[index].point
+            weighted = self._weighted(f.lower, age=self.inner_steps - 1 - index)
+            product = upper_product(look, index, weighted, point, self.product)
+            through = add_scaled(through, -1.0, product)
+            if beginning:  # the next of the k steps once more
+                hand_over(self._lower, look.lower(index, wrt="lower").lower)
+        return self._directions(look, f, first, through)
 
-    def _discounts(self) -> list[Scalar]:
-        if self.discount is not None:
-            return [self.discount] * len(self._lower.tensors)
-        return [1 - rate for rate in current_rates(self._lower, None)]
+    def _weighted(self, g: Vector, age: int) -> Vector:
+        """Return ``lr * discount^age * g``, the direction of the product at the step ``age`` steps before the last."""
+        rates = current_rates(self._lower, None)
+        discounts = [1 - rate if self.discount is None else self.discount for rate in rates]
+        return [
+            None if x is None else (x * (rate * discount**age)).to(x.dtype)
+            for x, rate, discount in zip(g, rates, discounts, strict=True)
+        ]
 
     def _rule(self) -> Rule:
         return GradientDescent(current_rates(self._lower, None))

@@ -93,7 +93,8 @@ class MLC(BilevelOptimizer):
     def _step(self, look: Look) -> Stats:
         answer, estimate = self._estimate(look)
         # Checked before it is due: an estimate that is not finite would never be got rid of, once accumulated.
-        stats = self._move(answer, look, {"the accumulated estimate": list(estimate.values())})
+        watched = {} if answer.upper else {"the accumulated estimate": list(estimate.values())}
+        stats = self._move(answer, look, watched)
         if not stats.skipped:
             self._calls = (self._calls + 1) % self.inner_steps
             self._accumulated = {} if stats.upper_moved else estimate

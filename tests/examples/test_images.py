@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from conftest import PER_CLASS, fake_images
 from torch.nn.functional import pad
 
-from examples.noisy_labels import archives, data
+from examples.noisy_labels import archives, data, download
 from examples.noisy_labels.augment import crop_and_flip
 from examples.noisy_labels.batches import Batches
 from examples.noisy_labels.randomness import generator

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import re
 import subprocess
@@ -22,31 +24,42 @@ SHORT = ["--dataset", "digits", "--epochs", "2", "--log-interval", "5"]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def test_a_run_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cifar.main([*SHORT, "--out", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "overlap 0" in lines[0]
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """One short run: its folder and the lines it printed."""
+    folder, printed = tmp_path_factory.mktemp("run"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert cifar.main([*SHORT, "--out", str(folder)]) == 0
+    return folder, printed.getvalue().splitlines()
+
+
+def test_a_run_says_what_it_does_and_how_it_went(finished: tuple[Path, list[str]]) -> None:
+    _, lines = finished
     assert re.search(r"1247 noisy images \(\d\d\.\d\d % of the labels are wrong\), 50 trusted, 500 test", lines[0])
+    assert "overlap 0" in lines[0]
     number = r"\d+\.\d"
     assert re.fullmatch(
         rf"ebomlc on digits flip 40 %, seed 1: test accuracy {number} %, labels right {number} % "
         rf"\(wrong ones recovered {number} %, right ones broken {number} %\), {number} s per epoch",
         lines[-1],
     )
+
+
+def test_a_run_leaves_configuration_log_and_pictures(finished: tuple[Path, list[str]]) -> None:
+    folder, lines = finished
     for name in ("curves.png", "labels.png", "suspicious.png"):
-        assert (tmp_path / name).read_bytes().startswith(PNG)
-    config = json.loads((tmp_path / "config.json").read_text())
+        assert (folder / name).read_bytes().startswith(PNG)
+    config = json.loads((folder / "config.json").read_text())
     assert (config["epochs"], config["method"], config["delta"]) == (2, "ebomlc", 1.0)
-    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     events = [record["event"] for record in records]
     assert events == ["start", "step", "step", "epoch", "step", "step", "epoch", "end"]  # 12 steps an epoch
     assert {"test_accuracy", "right", "recovered", "broken", "multiplier", "lr", "seconds"} <= records[3].keys()
     assert records[-1]["line"] == lines[-1]
 
 
-def test_corrected_labels_are_written_for_every_noisy_image(tmp_path: Path) -> None:
-    assert cifar.main([*SHORT, "--out", str(tmp_path)]) == 0
-    with (tmp_path / "corrected_labels.csv").open() as stream:
+def test_corrected_labels_are_written_for_every_noisy_image(finished: tuple[Path, list[str]]) -> None:
+    with (finished[0] / "corrected_labels.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert list(rows[0]) == ["index", "given", "corrected", "probability", "suspicion"]
     assert len({row["index"] for row in rows}) == len(rows) == 1247
@@ -155,3 +168,8 @@ def test_presets_fill_in_what_is_not_said() -> None:
     quick = command_line.parse(["--preset", "quick", "--epochs", "3"]).settings
     assert (quick.network, quick.epochs) == ("small", 3)
     assert command_line.parse(["--dataset", "digits", "--method", "ce"]).settings.network == "mlp"
+
+
+def test_divergence_is_said_and_not_averaged_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cifar.main([*SHORT, "--method", "ce", "--lr", "1e20", "--out", str(tmp_path)]) == 1
+    assert "lower_loss is nan in epoch 1. It diverged. Try a smaller --lr." in capsys.readouterr().err

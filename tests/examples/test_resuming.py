@@ -150,3 +150,11 @@ def test_a_broken_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="pickle"):
         checkpoint.save(file, {"run": lambda: None})
     assert checkpoint.load(file, torch.device("cpu")) == {"run": 1}
+
+
+def test_a_run_cannot_change_its_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cifar.main(["--dataset", "digits", "--method", "ce", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    file = tmp_path / checkpoint.NAME
+    checkpoint.save(file, checkpoint.load(file, torch.device("cpu")) | {"device": "cuda"})
+    assert cifar.main(["--resume", "--out", str(tmp_path)]) == 1
+    assert "the run was on cuda, whose random streams cannot go on on cpu" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""Worked examples; each folder is a program of its own on top of `bilevel`."""

@@ -1,0 +1,94 @@
+"""Endless shuffled batches of images that live on the device, with a position that can be saved."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from examples.noisy_labels.augment import crop_and_flip
+from examples.noisy_labels.data import Task
+from examples.noisy_labels.randomness import generator
+
+
+class Batch(NamedTuple):
+    """Normalised inputs, and their labels: given ones for noisy images, true ones for trusted images.
+
+    ``shown`` is what a corrector is told to be the given label. It differs from ``labels`` only for trusted images,
+    and only if some of their labels are corrupted on purpose, so that copying is not the best answer.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    shown: Tensor
+
+
+class Batches:
+    """Iterates for ever over the images of one part, reshuffled for each pass.
+
+    The images left over at the end of a pass are dropped, because a last batch of one or two images would spoil batch
+    statistics; the next shuffle brings them back. A part smaller than the batch size is one batch.
+
+    Args:
+        task: Images and parts.
+        index: Positions of the images in ``task.pixels``.
+        labels: Their labels, in the same order.
+        size: Images per batch.
+        seed, purpose: Name the random stream of the order and of the crops.
+        augment: Whether to crop and mirror at random.
+        corrupt: Share of the shown labels that are drawn anew, uniformly from all classes.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        index: Tensor,
+        labels: Tensor,
+        *,
+        size: int,
+        seed: int,
+        purpose: str,
+        augment: bool,
+        corrupt: float = 0.0,
+    ) -> None:
+        self.task, self.index, self.labels, self.augment, self.corrupt = task, index, labels, augment, corrupt
+        self.size = min(size, len(index))
+        self.stream = generator(seed, purpose, index.device)
+        self.order = index.new_empty(0)
+        self.position = 0
+
+    def __len__(self) -> int:
+        """Return the number of batches in a pass."""
+        return len(self.index) // self.size
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        if self.position + self.size > len(self.order):
+            self.order = torch.randperm(len(self.index), device=self.index.device, generator=self.stream)
+            self.position = 0
+        chosen = self.order[self.position : self.position + self.size]
+        self.position += self.size
+        index = self.index[chosen]
+        pixels = crop_and_flip(self.task.pixels, index, self.stream) if self.augment else self.task.pixels[index]
+        labels = self.labels[chosen]
+        return Batch(self.task.inputs(pixels), labels, self._shown(labels))
+
+    def _shown(self, labels: Tensor) -> Tensor:
+        if self.corrupt == 0:
+            return labels
+        device, stream = labels.device, self.stream
+        drawn = torch.randint(len(self.task.names), labels.shape, device=device, generator=stream)
+        return torch.where(torch.rand(labels.shape, device=device, generator=stream) < self.corrupt, drawn, labels)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is needed to continue with the very next batch."""
+        return {"stream": self.stream.get_state(), "order": self.order, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.stream.set_state(state["stream"].cpu())
+        self.order = state["order"].to(self.index.device)
+        self.position = state["position"]

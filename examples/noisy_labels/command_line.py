@@ -1,0 +1,142 @@
+"""From command-line arguments to settings: preset, then configuration file, then what is said explicitly."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.noisy_labels.settings import PRESETS, Settings, from_dict, preset
+
+CONFIGURATION = "config.json"
+OWN = ("preset", "config", "out", "resume", "overwrite", "compare", "download", "seeds")  # not part of the settings
+FREE_ON_RESUME = {"data", "device", "log_interval"}  # may differ from the saved run: they do not change its numbers
+EPILOG = """examples:
+  cifar.py                                      EBOMLC on CIFAR-10, if it is found
+  cifar.py --dataset digits                     the same on digits, in seconds
+  cifar.py --dataset digits --compare           all methods, several seeds, a table and a picture
+  cifar.py --preset paper --device cuda --noise flip --rate 0.4 --out runs/flip
+  cifar.py --resume --out runs/flip             go on where it stopped
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What one call of the program shall do."""
+
+    settings: Settings
+    out: Path
+    resume: bool
+    overwrite: bool
+    compare: bool
+    download: bool
+    seeds: tuple[int, ...] | None
+    preset: str | None
+    said: dict[str, Any]  # options from the configuration file or the command line, not those of a preset
+
+    def variant(self, **changes: Any) -> Settings:
+        """Return the settings that the same call with further options would give, for example another method."""
+        return resolve(self.said | changes, self.preset)
+
+
+def parse(arguments: Sequence[str] | None = None) -> Command:
+    """Read the command line; on a mistake, print what is wrong and exit with code 2."""
+    parser = _parser()
+    given = vars(parser.parse_args(arguments))
+    own = {name: given.pop(name) for name in OWN}
+    try:
+        from_file = json.loads(own["config"].read_text()) if own["config"] else {}
+        said = from_file | given
+        settings = resolve(said, own["preset"])
+        out = own["out"] or Path("runs") / (f"{settings.dataset}-compare" if own["compare"] else settings.folder_name)
+        saved = out / CONFIGURATION
+        resume = bool(own["resume"]) and (saved.is_file() or own["resume"] == "required")
+        if resume:
+            settings = _saved(saved, given)
+    except (ValueError, OSError) as problem:
+        parser.error(str(problem))
+    return Command(
+        settings, out, resume, own["overwrite"], own["compare"], own["download"], own["seeds"], own["preset"], said
+    )
+
+
+def device(name: str) -> torch.device:
+    """Turn the option `--device` into a device; ``auto`` takes CUDA if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(name)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"Settings(device={name!r}): torch sees no CUDA device here. Use --device cpu.")
+    return chosen
+
+
+def resolve(said: dict[str, Any], preset_name: str | None) -> Settings:
+    """Fill in what was not said from the preset, and the rest from the defaults."""
+    dataset, method = said.get("dataset", Settings.dataset), said.get("method", Settings.method)
+    if dataset == "digits" and preset_name:
+        raise ValueError(f"--preset {preset_name}: describes training on CIFAR. The digits have one of their own.")
+    automatic = "paper" if device(said.get("device", Settings.device)).type == "cuda" else "quick"
+    return from_dict(preset(preset_name or automatic, dataset, method) | said)
+
+
+def _saved(file: Path, given: dict[str, Any]) -> Settings:
+    """Return the settings of the run to be resumed; what is said explicitly must agree with them."""
+    if not file.is_file():
+        rule = "there is no run to resume"
+        raise ValueError(f"--resume: {rule} in {file.parent}. Give its --out, or use --resume auto to start one.")
+    saved = json.loads(file.read_text())
+    changed = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
+    for name, value in given.items():
+        plain = list(value) if isinstance(value, tuple) else value
+        if name not in changed and plain != saved.get(name):
+            rule = f"the saved run has {name} = {saved.get(name)}, not {plain}"
+            raise ValueError(f"--resume: {rule}. Leave the option out, or start another run with another --out.")
+    return from_dict(saved | changed)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cifar.py",
+        description="Train a classifier on noisy labels and a few trusted ones, and correct the noisy ones.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run = parser.add_argument_group("the program")
+    run.add_argument(
+        "--preset", choices=[name for name in PRESETS if name != "digits"], help="[paper on CUDA, else quick]"
+    )
+    run.add_argument("--config", type=Path, metavar="FILE", help="take the options from a saved configuration")
+    run.add_argument("--out", type=Path, metavar="FOLDER", help="where everything is written [runs/...]")
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        const="required",
+        choices=("required", "auto"),
+        help="go on; auto: start if there is nothing",
+    )
+    run.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
+    run.add_argument("--compare", action="store_true", help="run all methods on several seeds and print a table")
+    run.add_argument("--download", action="store_true", help="fetch CIFAR if it is not found, into --data or ./data")
+    run.add_argument("--seeds", type=_integers, metavar="N,N,...", help="seeds of --compare")
+    options = parser.add_argument_group("the setting")
+    for one in dataclasses.fields(Settings):
+        flag, kind = "--" + one.name.replace("_", "-"), one.metadata["kind"]
+        words = one.metadata["description"] + ("" if one.default is None else f" [{one.default}]")
+        common = {"default": argparse.SUPPRESS, "help": words.replace("%", "%%")}
+        if kind is bool:
+            options.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        elif one.metadata["choices"]:
+            options.add_argument(flag, choices=one.metadata["choices"], **common)
+        else:
+            reader, shape = (_integers, "N,N,...") if kind is tuple else (kind, kind.__name__.upper())
+            options.add_argument(flag, type=reader, metavar=shape, **common)
+    return parser
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))

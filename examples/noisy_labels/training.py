@@ -1,0 +1,121 @@
+"""One run: its state, its loop over epochs, and the two ways it ends."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from examples.noisy_labels import checkpoint, evaluation, recipes
+from examples.noisy_labels.batches import Batches
+from examples.noisy_labels.data import Task
+from examples.noisy_labels.interruption import Interrupted, Interruption
+from examples.noisy_labels.log import Log
+from examples.noisy_labels.randomness import global_state, restore_global_state
+from examples.noisy_labels.settings import Settings
+
+
+class Run:
+    """Everything that changes while training, and nothing else: what a checkpoint has to hold."""
+
+    def __init__(self, settings: Settings, task: Task) -> None:
+        self.settings, self.task = settings, task
+        self.device = task.pixels.device.type
+        self.recipe = recipes.build(settings, len(task.names), task.pixels.device)
+        self.noisy = self._batches("noisy batches", task.noisy, task.given)
+        self.clean = self._batches("clean batches", task.clean, task.labels[task.clean], settings.corrupt_clean)
+        self.epoch, self.step, self.seconds = 0, 0, 0.0  # completed epochs; steps and seconds within the current one
+        self.sums: dict[str, Tensor] = {}
+
+    def advance(self) -> dict[str, Tensor]:
+        """Take one step and add its numbers to those of the epoch, without waiting for the device."""
+        numbers = self.recipe.step(next(self.noisy), next(self.clean))
+        for name, value in numbers.items():
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
+        self.step += 1
+        return numbers
+
+    def end_epoch(self) -> dict[str, float]:
+        """Return the epoch's means and make ready for the next epoch."""
+        means = {name: value.item() / self.step for name, value in self.sums.items()}
+        for name, value in means.items():
+            if not math.isfinite(value):
+                rule = f"{name} is {value} in epoch {self.epoch + 1}"
+                raise ArithmeticError(f"Run({self.settings.method}): {rule}. It diverged. Try a smaller --lr.")
+        self.recipe.end_epoch()
+        self.epoch, self.step, self.seconds, self.sums = self.epoch + 1, 0, 0.0, {}
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state with all random streams and the positions in both sets of images."""
+        return {
+            "recipe": self.recipe.state_dict(),
+            "noisy": self.noisy.state_dict(),
+            "clean": self.clean.state_dict(),
+            "random": global_state(),
+            "progress": {"epoch": self.epoch, "step": self.step, "seconds": self.seconds, "sums": self.sums},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to where `state_dict` was taken."""
+        self.recipe.load_state_dict(state["recipe"])
+        self.noisy.load_state_dict(state["noisy"])
+        self.clean.load_state_dict(state["clean"])
+        restore_global_state(state["random"])
+        progress = state["progress"]
+        self.epoch, self.step, self.seconds = progress["epoch"], progress["step"], progress["seconds"]
+        self.sums = dict(progress["sums"])
+
+    def _batches(self, purpose: str, index: Tensor, labels: Tensor, corrupt: float = 0.0) -> Batches:
+        size, seed, augment = self.settings.batch_size, self.settings.seed, self.settings.augment
+        return Batches(
+            self.task, index, labels, size=size, seed=seed, purpose=purpose, augment=augment, corrupt=corrupt
+        )
+
+
+def train(run: Run, log: Log, folder: Path) -> None:
+    """Train to the last epoch; write the log and, after each epoch, a checkpoint.
+
+    Raises:
+        Interrupted: SIGTERM or Ctrl-C came. The checkpoint holds the very step.
+    """
+    with Interruption() as interruption:
+        while run.epoch < run.settings.epochs:
+            _train_epoch(run, log, folder, interruption)
+            save(run, log, folder)
+
+
+def save(run: Run, log: Log, folder: Path) -> None:
+    """Write the checkpoint of a run and the size of its log."""
+    checkpoint.save(folder / checkpoint.NAME, {"run": run.state_dict(), "log_size": log.size, "device": run.device})
+
+
+def _train_epoch(run: Run, log: Log, folder: Path, interruption: Interruption) -> None:
+    steps, interval = len(run.noisy), run.settings.log_interval
+    title = f"epoch {run.epoch + 1}/{run.settings.epochs}"
+    clock, before = time.perf_counter(), run.seconds
+    with tqdm(total=steps, initial=run.step, desc=title, unit="step", leave=False, disable=None) as bar:
+        while run.step < steps:
+            numbers = run.advance()
+            if (run.epoch * steps + run.step) % interval == 0:
+                values = {name: value.item() for name, value in numbers.items()}
+                log.write("step", epoch=run.epoch + 1, step=run.step, **values)
+                bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
+            bar.update()
+            if interruption.requested:
+                run.seconds = before + time.perf_counter() - clock
+                save(run, log, folder)
+                raise Interrupted(f"stopped in epoch {run.epoch + 1} after step {run.step}")
+    rate = run.recipe.schedule.get_last_lr()[0]
+    means = run.end_epoch()  # reading the means waits for the device, so the clock is read after it
+    seconds = before + time.perf_counter() - clock
+    labels = evaluation.recovery(evaluation.corrected_labels(run.recipe, run.task), run.task)
+    scores = {"test_accuracy": evaluation.accuracy(run.recipe, run.task), **labels}
+    log.write("epoch", epoch=run.epoch, **means, **scores, lr=rate, seconds=seconds)
+    shown = ", ".join(f"{name} {100 * value:.1f} %" for name, value in scores.items())
+    tqdm.write(f"{title}: {shown}, {seconds:.1f} s")
