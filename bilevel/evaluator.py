@@ -163,8 +163,7 @@ class Look:
     @contextmanager
     def _graph(self, loss: Loss, key: Any, batch: Any, at: Point | None, substitute: Point | None) -> Iterator[Graph]:
         devices = self._evaluator.devices
-        # The fused attention kernels have neither a forward-mode nor a second-order rule; the plain one has both.
-        with self._prepared(key, at, current=False), sdpa_kernel(SDPBackend.MATH):
+        with self._prepared(key, at, current=False), _plain_attention():
             if substitute is None:
                 graph = loss(batch, devices)
             else:
@@ -237,6 +236,21 @@ class Look:
                 if at is not None:
                     exchange(parameters, at)
                 torch.clear_autocast_cache()
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """The fused attention kernels have neither a forward-mode nor a second-order rule; the plain one has both.
+
+    Transformer layers in evaluation mode choose a fused kernel of their own where no parameter requires a gradient.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 class _Container(nn.Module):

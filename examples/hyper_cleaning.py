@@ -11,7 +11,6 @@ MEASURED
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ if not __package__:  # started as a script: replace the script's folder by the c
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import bilevel
-from examples.small_images import Batch, Data, accuracy, load
+from examples.small_images import Batch, Data, accuracy, fashion_folder, load
 
 
 def penalty(model: nn.Module) -> Tensor:
@@ -36,7 +35,7 @@ def penalty(model: nn.Module) -> Tensor:
 
 
 def fit(*batches: Batch) -> nn.Linear:
-    """Fit the classifier on labels as they are, to convergence: the problem is strictly convex."""
+    """Fit the classifier on labels as they are; the problem is strictly convex, so the start does not matter."""
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     model = nn.Linear(x.shape[1], 10).double()
     model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()})
@@ -99,7 +98,7 @@ def draw(file: Path, data: Data, weights: Tensor) -> None:
     for label in range(10):
         members = (data.given == label).nonzero().squeeze(1)
         for row, image in enumerate(members[weights[members].argsort(stable=True)[:5]].tolist()):
-            panels[row, label].imshow(data.x[image].reshape(side, side), cmap="gray_r")
+            panels[row, label].imshow(data.x[image].reshape(side, side).numpy(), cmap="gray_r")
             true = int(data.true[image])
             given = f"given\n{data.names[label]}\n\n" if row == 0 else ""
             colour = "red" if true == label else "green"
@@ -110,8 +109,8 @@ def draw(file: Path, data: Data, weights: Tensor) -> None:
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Clean the labels of each seed, print and return the mean results, and draw what the first seed threw out."""
     parser = argparse.ArgumentParser(description="Data hyper-cleaning, BOME's own benchmark.")
-    at = "folder of Fashion-MNIST's idx files, gzipped or not; default: BILEVEL_DATA, or else scikit-learn's digits"
-    parser.add_argument("--data", type=Path, default=os.environ.get("BILEVEL_DATA"), help=at)
+    at = "folder of Fashion-MNIST's idx files, gzipped or not [$BILEVEL_DATA, if they are there, else the digits]"
+    parser.add_argument("--data", type=Path, default=fashion_folder(), help=at)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("runs/hyper_cleaning"), help="folder of the picture")
     parser.add_argument("--smoke", action="store_true", help="the first seed and 200 steps: seconds")

@@ -78,13 +78,12 @@ def grid_search(problem: Problem) -> Tensor:
 
 def told(problem: Problem) -> Tensor:
     """Return the least-squares fit on the features that matter: what no search can hope to beat."""
-    w = torch.zeros_like(problem.truth)
-    w[:MATTER] = torch.linalg.lstsq(problem.x[:, :MATTER], problem.y[:, None]).solution.squeeze(1)
-    return w
+    w = torch.linalg.lstsq(problem.x[:, :MATTER], problem.y[:, None]).solution.squeeze(1)
+    return torch.cat([w, torch.zeros(FEATURES - MATTER)])
 
 
 def learn(problem: Problem, name: str, steps: int) -> tuple[Tensor, Tensor, float]:
-    """Learn v by one of the methods; return w, v and the relative error of the hypergradient at the end."""
+    """Learn v by one of the methods; return w, v and the relative error of its hypergradient at the end."""
     v, w = (torch.full((FEATURES,), start, dtype=torch.float64, requires_grad=True) for start in (-2.0, 0.0))
     upper_optimizer = torch.optim.Adam([v], lr=0.1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,13 @@ def load(folder: Path | None, seed: int, *, noise: float) -> Data:
     return Data(train, given, true, upper=batches[1], select=batches[2], test=batches[0], names=names)
 
 
+def fashion_folder() -> Path | None:
+    """Return the folder with Fashion-MNIST that BILEVEL_DATA names or contains, if it does."""
+    root = Path(os.environ.get("BILEVEL_DATA", ""))
+    places = (root, root / "fashion-mnist", root / "FashionMNIST" / "raw") if root.name else ()
+    return next((place for place in places if list(place.glob(IMAGES.format("train") + "*"))), None)
+
+
 def accuracy(model: nn.Module, batch: Batch) -> float:
     """Return the share of right answers."""
     return float((model(batch[0]).argmax(1) == batch[1]).double().mean())
@@ -78,6 +86,8 @@ def read_idx(file: Path) -> Tensor:
             f"{file}: not there, nor with .gz. The folder must hold Fashion-MNIST's four idx files."
         )
     content = file.read_bytes() if file.is_file() else gzip.decompress(packed.read_bytes())
+    if len(content) < 4 or content[:3] != b"\0\0\x08":
+        raise ValueError(f"{file}: is no idx file of bytes, which starts with 0, 0, 8. Download it again.")
     dimensions = content[3]
     sizes = np.frombuffer(content, ">i4", count=dimensions, offset=4)
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(sizes).copy())
