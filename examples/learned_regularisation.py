@@ -5,9 +5,11 @@ A linear regression with 60 features of which six matter. The lower problem fits
 :class:`bilevel.Unrolled` are compared with the grid search that everybody does, over one strength for all features.
 
 Everything is known here: the fit and the exact hypergradient in closed form, the error on new samples from the true
-weights, and the least error that is possible, that of a fit which is told which features matter.
+weights, and the error of a fit that is told which features matter.
 
-MEASURED
+Measured, excess error, mean of seeds 1 to 3 (24 s of one CPU core): grid search 1.49, Implicit 0.35, Unrolled 0.32,
+told 0.12. At the end the hypergradient of Implicit is 0.01 to 0.05 % off the exact one, that of Unrolled, which sees
+the last 20 steps only, 7 to 34 %. Some features that do not matter keep a small penalty.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ def grid_search(problem: Problem) -> Tensor:
 
 
 def told(problem: Problem) -> Tensor:
-    """Return the least-squares fit on the features that matter: what no search can hope to beat."""
+    """Return the least-squares fit on the features that matter: the mark to aim at."""
     w = torch.linalg.lstsq(problem.x[:, :MATTER], problem.y[:, None]).solution.squeeze(1)
     return torch.cat([w, torch.zeros(FEATURES - MATTER)])
 

@@ -6,7 +6,9 @@ computes these products by themselves, too, and prints how far the weights are f
 makes the weight of a sample from its loss, and learns from the same hypergradient. Both are
 :class:`bilevel.Unrolled` with one virtual step of plain gradient descent.
 
-MEASURED
+Measured, mean of seeds 1 to 3 (15 s of one CPU core), 45 % wrong labels, 100 trusted samples: test accuracy 88.9 % with
+all weights 1, 89.5 % with the trusted samples only, 92.6 % with L2RW, 93.3 % with MW-Net. Right labels carry 79 % of
+L2RW's last weights and 96 % of MW-Net's. L2RW's weights are within 2e-17 of the inner products' positive parts.
 """
 
 from __future__ import annotations

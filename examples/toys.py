@@ -4,7 +4,9 @@ Each has a known answer and defeats a simpler idea. *Degenerate*: G leaves one v
 inverted. *Minimax*: a saddle, from which gradient descent of both players spirals outwards. *Coreset*: the upper
 minimiser lies at infinity. :class:`bilevel.BOME` runs with the paper's settings from the paper's starts.
 
-MEASURED
+Measured (deterministic; 41 s of one CPU core): degenerate v = 0.99999, θ = (1.00000, 0.99999) after 2000 steps; minimax
+v = 0.049, θ = -0.016 after 200; coreset from all three starts within 0.02 of θ = (1.8, 0.4) and 0.004 of the weights
+(0, 0.8, 0, 0.2) after 5000, with F = 0.709 just below the solution's 0.72, because Q is still 1e-3.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ def draw(file: Path, degenerate: Run, minimax: Run, coresets: list[Run]) -> None
     third.set(title="Coreset", xlabel="θ₀", ylabel="θ₁", aspect="equal")
     for panel in panels:
         panel.legend(fontsize=8)
-    figure.savefig(file, dpi=80)
+    figure.savefig(file, dpi=75)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:

@@ -91,7 +91,7 @@ class EMLC(Sequential):
         choice("EMLC", "memory", memory, ("store", "replay"))
         if discount is not None:
             number("EMLC", "discount", discount, minimum=0.0, maximum=1.0)
-        super().__init__(upper_loss, lower_loss, inner_steps=inner_steps, product=product, atomic=atomic, **common)
+        super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, product=product, atomic=atomic)
         self.discount = discount
         self.memory = memory
 

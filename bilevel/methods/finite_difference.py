@@ -75,7 +75,7 @@ class FiniteDifference(Sequential):
         **common: Unpack[Common],
     ) -> None:
         number("FiniteDifference", "radius", radius, minimum=0.0, exclusive=True)
-        super().__init__(upper_loss, lower_loss, inner_steps=1, inner_lr=inner_lr, atomic=atomic, **common)
+        super().__init__(upper_loss, lower_loss, common, inner_steps=1, inner_lr=inner_lr, atomic=atomic)
         self._check_rule()
         self.radius = radius
 

@@ -110,7 +110,7 @@ class Implicit(Sequential):
             advice = "must be a solver value, such as bilevel.ConjugateGradient(iterations=20)."
             raise TypeError(message("Implicit", "solver", solver, advice))
         choice("Implicit", "warm_start", warm_start, (True, False))
-        super().__init__(upper_loss, lower_loss, inner_steps=inner_steps, product=product, atomic=atomic, **common)
+        super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, product=product, atomic=atomic)
         self.solver = ConjugateGradient() if solver is None else solver
         self.warm_start = warm_start
         self._last: dict[str, Tensor] = {}

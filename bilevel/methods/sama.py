@@ -80,7 +80,7 @@ class SAMA(Sequential):
         **common: Unpack[Common],
     ) -> None:
         number("SAMA", "radius", radius, minimum=0.0, exclusive=True)
-        super().__init__(upper_loss, lower_loss, inner_steps=inner_steps, atomic=atomic, **common)
+        super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, atomic=atomic)
         check_preview("SAMA", self.lower_optimizer, "Neumann(0) in Implicit, which knows no optimizer")
         self.radius = radius
 

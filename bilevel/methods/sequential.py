@@ -10,7 +10,7 @@ from abc import ABC
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,20 +65,23 @@ class Sequential(BilevelOptimizer, ABC):
 
     def __init__(
         self,
-        *losses: Any,
+        upper_loss: Callable[..., Any],
+        lower_loss: Callable[..., Any],
+        common: Common,
+        *,
         inner_steps: int,
         inner_lr: float | None = None,
         product: Route = "auto",
         atomic: bool = True,
-        **common: Unpack[Common],
     ) -> None:
+        # ``common`` as one argument: an option that the method at hand does not have must not end in one of these.
         owner = type(self).__name__
         count(owner, "inner_steps", inner_steps, minimum=self.fewest_steps)
         if inner_lr is not None:
             number(owner, "inner_lr", inner_lr, minimum=0.0, exclusive=True)
         choice(owner, "product", product, ROUTES)
         choice(owner, "atomic", atomic, (True, False))
-        super().__init__(*losses, **common)
+        super().__init__(upper_loss, lower_loss, **common)
         self.inner_steps = inner_steps
         self.inner_lr = inner_lr
         self.product = product

@@ -44,7 +44,8 @@ class Unrolled(Sequential):
         upper_loss: F, called once per step, at :math:`w_k`; see :class:`bilevel.BilevelOptimizer`.
         lower_loss: G.
         inner_steps: k >= 1. Default 1, as in MW-Net and L2RW.
-        inner_lr: Rate of plain gradient descent for :math:`\Phi`; default None: follow the lower optimizer.
+        inner_lr: Rate of plain gradient descent for :math:`\Phi`; default None: follow the lower optimizer. Needs
+            ``restore=True``.
         truncate: Differentiate the last ``truncate`` steps only, 1 to k; default None: all.
         restore: True (default): the steps are virtual; w then takes its ordinary step, on the first lower batch, with
             the new upper variables. False: the k steps are the real training (hooks included, which are not
@@ -114,6 +115,9 @@ class Unrolled(Sequential):
         if mode == "graph" and not restore:
             advice = 'keeps a graph of virtual steps, and needs restore=True. mode="adjoint" gives the same numbers.'
             raise ValueError(message("Unrolled", "mode", mode, advice))
+        if inner_lr is not None and not restore:
+            advice = "needs restore=True: real steps are those of the lower optimizer. EMLC differentiates plain ones."
+            raise ValueError(message("Unrolled", "inner_lr", inner_lr, advice))
         if start is not None:
             if not callable(start):
                 raise TypeError(message("Unrolled", "start", start, "must be a function of no arguments."))
@@ -123,11 +127,11 @@ class Unrolled(Sequential):
         super().__init__(
             upper_loss,
             lower_loss,
+            common,
             inner_steps=inner_steps,
             inner_lr=inner_lr,
             product=product,
             atomic=atomic,
-            **common,
         )
         self._check_rule()
         self.truncate = truncate
