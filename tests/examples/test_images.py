@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PER_CLASS, fake_images
 from torch.nn.functional import pad
 
 from examples.noisy_labels import archives, data, download
@@ -19,6 +18,7 @@ from examples.noisy_labels.augment import crop_and_flip
 from examples.noisy_labels.batches import Batches
 from examples.noisy_labels.randomness import generator
 from examples.noisy_labels.settings import Settings
+from fake_images import PER_CLASS, fake_images
 
 CPU = torch.device("cpu")
 
