@@ -1,1 +1,1 @@
-"""Worked examples; each folder is a program of its own on top of `bilevel`."""
+"""Worked examples on top of `bilevel`: a folder for the flagship, a file for each small one."""

@@ -2,7 +2,11 @@
 
 On a seed, every method gets the same split, the same noisy labels and the same first weights, so that differences to
 EBOMLC are taken seed by seed. On the digits each method runs with the learning rate and the number of epochs that were
-best for it on other seeds (``select_demo.py``). With uniform instead of flip noise the simple methods win there.
+best for it on other seeds (``select_demo.py``).
+
+With 40 % uniform instead of flip noise the simple methods win there, on those other seeds and each at its best: ``ce``
+94.3 %, ``ce-clean`` 93.5 %, EBOMLC 93.4 %, ``clean`` 84.0 % (flip: 79.1, 83.2, 94.8 for EBOMLC, 84.0). Uniform errors
+average out if training stops early; systematic ones do not, and only trusted labels tell them from the truth.
 """
 
 from __future__ import annotations

@@ -1,15 +1,13 @@
 """The methods: what each one trains, on which images, and how it moves.
 
-A recipe is all that the training loop knows of a method:
+- ``ce``: cross-entropy on the noisy labels as given.
+- ``clean``: cross-entropy on the trusted images alone.
+- ``ce-clean``: the sum of both. EBOMLC does the same if its corrector copies the given label and its multiplier is 1.
+- ``ebomlc``: EBOMLC as printed, in the value-function reading: grad_w Q = grad_w G(w).
+- ``ebomlc-difference``: the reading of its proofs: grad_w Q = grad_w G(w) - grad_w G(w1).
+- ``mlc-d``: MLC by plain BOME: rho = 1, no damping, several look-ahead steps on one batch.
 
-==================  ================================================================================================
-``ce``              cross-entropy on the noisy labels as given
-``clean``           cross-entropy on the trusted images alone
-``ce-clean``        the sum of both; what EBOMLC does when its corrector copies the given label and its multiplier is 1
-``ebomlc``          EBOMLC as printed, value-function reading of its gradient of Q
-``ebomlc-difference``  EBOMLC in the reading of its proofs: gradient of Q as a difference of gradients
-``mlc-d``           MLC by plain BOME: rho = 1, no damping, several look-ahead steps on one batch
-==================  ================================================================================================
+A recipe is all that the training loop knows of a method. A new one is a class or a case in `build`.
 """
 
 from __future__ import annotations
