@@ -7,6 +7,7 @@ mask for each batch, the lower ones first.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -740,3 +741,25 @@ def test_float32_agrees_with_float64() -> None:
         other = wide.optimizer(bilevel.Unrolled, inner_steps=2, **options).directions(*widened)
         assert {d.dtype for d in one.upper.values()} == {torch.float32}
         assert relative([d.double() for d in one.upper.values()], list(other.upper.values())) < 1e-4
+
+
+def test_stats_name_the_route_that_was_taken() -> None:
+    """``mse_loss`` has no forward mode over its gradient: a fallback of the mixed product must show in the stats."""
+    torch.manual_seed(0)
+    lower, alpha = nn.Linear(3, 1).double(), torch.zeros(4, 1, dtype=torch.float64, requires_grad=True)
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64)
+    optimizer = bilevel.Unrolled(
+        lambda: nn.functional.mse_loss(lower(x), y),
+        lambda: nn.functional.mse_loss(lower(x), y + alpha),
+        upper=alpha,
+        lower=lower,
+        upper_optimizer=torch.optim.SGD([alpha], lr=0.1),
+        lower_optimizer=torch.optim.SGD(lower.parameters(), lr=0.1),
+        inner_steps=2,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stats = optimizer.directions().stats
+    assert isinstance(stats, bilevel.HypergradientStats)
+    assert optimizer._evaluator.product_routes == {"both": "reverse"}
+    assert stats.product == "reverse"

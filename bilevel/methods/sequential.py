@@ -23,7 +23,7 @@ from ..evaluator import Evaluation, Look
 from ..handover import hand_over
 from ..hypergradient import Step, adjoint, descend
 from ..optimizer import BilevelOptimizer, Common
-from ..products import ROUTES, Route, route_taken
+from ..products import ROUTES, Kind, Route, route_taken
 from ..rollback import Saved
 from ..variables import Level
 from ..vectors import Vector, add_scaled, dot, squared_norm, subtract
@@ -60,6 +60,7 @@ class Sequential(BilevelOptimizer, ABC):
     """
 
     trains_first = False
+    product_kind: Kind = "upper"  # which products of G the method takes, for its stats
     exact = False  # whether the upper direction is the total derivative, for check_directions
     fewest_steps = 1
 
@@ -186,7 +187,7 @@ class Sequential(BilevelOptimizer, ABC):
         self._evaluator.lower_loss.check_use("upper", through)
         named, _ = self._named(add_scaled(f.upper, 1.0, through), [None] * len(self._lower.names))
         if stats is None:
-            taken = route_taken(look, "upper", self.product)
+            taken = route_taken(look, self.product_kind, self.product)
             stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=taken)
         return Directions(named, {}, stats)
 

@@ -139,6 +139,8 @@ class Unrolled(Sequential):
         self.mode = mode
         self.trains_first = not restore
         self.exact = truncate is None or truncate == inner_steps
+        # The first step alone needs no product with G_ww, unless it is differentiated back to a start.
+        self.product_kind = "upper" if self._differentiated == 1 and start is None else "both"
 
     def _look_ahead(self, look: Look) -> Directions:
         start = self._start()
