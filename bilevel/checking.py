@@ -105,7 +105,9 @@ def check_directions(optimizer: Checkable, *batches: Any, samples: int = 2, tole
 
     Modules, bare variables and the floating-point tensors of the batches are cast to float64 for the check and
     restored bit for bit; nothing moves. Barrier methods: directional derivatives of F, G and q in both levels (q as
-    ``value_gradient`` reads it), Q, and the multiplier from independently computed products.
+    ``value_gradient`` reads it), Q, and the multiplier from independently computed products. Exact hypergradients
+    (``Unrolled`` without truncation, ``MLC`` of one call): the derivative of F after the lower steps. The others:
+    cosine and relative error between them and the exact derivative through as many lower steps, without a verdict.
 
     Args:
         optimizer: Any optimizer of this library.

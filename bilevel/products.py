@@ -36,8 +36,9 @@ T = TypeVar("T")
 ROUTES: tuple[str, ...] = ("auto", "forward", "reverse", "difference")
 FIRST_ORDER = 'Use product="reverse" or product="difference", or a first-order method such as BOME or FiniteDifference.'
 DIFFERENCE = 'Use product="difference", or a first-order method such as BOME or FiniteDifference.'
-# How torch says that an operation has no forward mode. "ZeroTensors": it has, and that fails (mse_loss on torch 2.13).
-NO_FORWARD_RULE = ("forward AD", "forward-mode", "ZeroTensors are immutable")
+# How torch says that an operation has no forward mode; or that it has, and that fails (mse_loss on torch 2.13).
+ZERO_TENSORS = "ZeroTensors are immutable"
+NO_FORWARD_RULE = ("forward AD", "forward-mode", ZERO_TENSORS)
 # How torch says that an operation cannot be differentiated twice.
 NO_SECOND_RULE = ("is not implemented", "double backward", "create_graph=False", "differentiate twice")
 # Where it does not say so: the node, and what to tell.
@@ -140,6 +141,8 @@ def _dual_numbers() -> Iterator[None]:
         known = isinstance(error, (NotImplementedError, CheckpointError))
         if not known and not any(mark in text for mark in NO_FORWARD_RULE):
             raise
+        if ZERO_TENSORS in text:  # torch does not say where
+            text = f"mse_loss, most likely: write (a - b).square().mean(). {text}"
         raise _NoForwardMode(f"lower_loss has no forward-mode product: {text}") from error
 
 

@@ -1,4 +1,4 @@
-"""Which operations of the lower model have which products: the compatibility table, each entry asserted.
+"""Which operations of the lower loss have which products: the compatibility table, each entry asserted.
 
 Two kinds of products exist. ``EMLC``, ``MLC`` and one-step ``Unrolled`` need the upper one alone (``G_aw v``), by
 forward mode through the lower model; ``Unrolled`` with more steps, ``Implicit`` and BOME's unrolled reading need the
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
@@ -24,7 +25,11 @@ from torch.utils.checkpoint import checkpoint
 import bilevel
 
 SAMPLES, CLASSES = 6, 3
+CLASS = torch.arange(SAMPLES) % CLASSES
 FORWARD, REVERSE, NONE = "forward", "reverse", "none"
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Row:
     """One entry of the table.
 
     Attributes:
-        make: The layer under test.
+        make: The layer under test, or a loss between outputs and targets.
         data: Its input.
         upper: Which route serves the upper product: forward, reverse (after a warning), or none (an error).
         mixed: The same for the mixed product.
@@ -42,7 +47,7 @@ class Row:
         tolerance: Relative distance from the products by differences.
     """
 
-    make: Callable[[], nn.Module]
+    make: Callable[[], nn.Module | Loss]
     data: Callable[[], Tensor]
     upper: str = FORWARD
     mixed: str = FORWARD
@@ -203,6 +208,24 @@ TABLE: dict[str, Row] = {
     ),
     "TransformerEncoderLayer in evaluation mode": Row(lambda: encoder(dropout=0.3)().eval(), sequences),
     "TransformerEncoderLayer in float32": Row(encoder(dropout=0.3), sequences, dtype=torch.float32, tolerance=2e-2),
+    # Losses, of outputs and targets that both carry a gradient.
+    "cross_entropy, smoothed": Row(
+        lambda: lambda out, y: functional.cross_entropy(out, y.softmax(1), label_smoothing=0.1), vectors
+    ),
+    "cross_entropy of weighted samples": Row(
+        lambda: lambda out, y: (functional.cross_entropy(out, CLASS, reduction="none") * y[:, 0].sigmoid()).mean(),
+        vectors,
+    ),
+    "kl_div": Row(
+        lambda: lambda out, y: functional.kl_div(out.log_softmax(1), y.softmax(1), reduction="batchmean"), vectors
+    ),
+    "binary_cross_entropy_with_logits": Row(
+        lambda: lambda out, y: functional.binary_cross_entropy_with_logits(out, y.sigmoid()), vectors
+    ),
+    "smooth_l1_loss": Row(lambda: functional.smooth_l1_loss, vectors),
+    "squares": Row(lambda: lambda out, y: (out - y).square().mean(), vectors),
+    "mse_loss": Row(lambda: functional.mse_loss, vectors, mixed=REVERSE, names="mse_loss, most likely: write (a - b)"),
+    "huber_loss": Row(lambda: functional.huber_loss, vectors, mixed=REVERSE, names="huber_loss_backward"),
     # Forward mode of the operation, but not of its backward.
     "SiLU": Row(after_linear(nn.SiLU()), vectors, mixed=REVERSE, names="silu_backward"),
     "Mish": Row(after_linear(nn.Mish()), vectors, mixed=REVERSE, names="mish_backward"),
@@ -230,20 +253,27 @@ TABLE: dict[str, Row] = {
 every_row = pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
 
 
+def corrected(out: Tensor, target: Tensor) -> Tensor:
+    return cross_entropy(out, target.softmax(1))
+
+
 def build(row: Row, method: Any, **options: Any) -> Any:
     """Label correction: the layer under test and a linear head below, the targets of given labels above."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layer, x = row.make().to(row.dtype), row.data()
+        made = row.make()
+        layer = made.to(row.dtype) if isinstance(made, nn.Module) else nn.Linear(5, 6).to(row.dtype)
+        criterion = corrected if isinstance(made, nn.Module) else made
+        x = row.data()
         x = x.to(row.dtype) if x.is_floating_point() else x
         with torch.no_grad():
             width = layer(x).flatten(1).shape[1]
         head, corrector = nn.Linear(width, CLASSES).to(row.dtype), nn.Linear(CLASSES, CLASSES).to(row.dtype)
         lower = nn.ModuleList([layer, head])
-        label = torch.eye(CLASSES, dtype=row.dtype)[torch.arange(SAMPLES) % CLASSES]
+        label = torch.eye(CLASSES, dtype=row.dtype)[CLASS]
 
     def lower_loss() -> Tensor:
-        return cross_entropy(head(torch.tanh(layer(x).flatten(1))), corrector(label).softmax(1))
+        return criterion(head(torch.tanh(layer(x).flatten(1))), corrector(label))
 
     def upper_loss() -> Tensor:
         return cross_entropy(head(torch.tanh(layer(x).flatten(1))), label)
@@ -373,3 +403,31 @@ def test_one_warning_for_both_kinds_of_products() -> None:
     _, messages = heard(optimizer)
     assert len(messages) == 1
     assert optimizer._evaluator.product_routes == {"both": REVERSE, "upper": REVERSE}
+
+
+def test_the_users_settings_of_attention_stand_again() -> None:
+    """Products choose the plain kernels for their own duration."""
+    for chosen in (True, False):
+        torch.backends.mha.set_fastpath_enabled(chosen)
+        try:
+            answer(build(TABLE["TransformerEncoderLayer in evaluation mode"], bilevel.EMLC))
+            assert torch.backends.mha.get_fastpath_enabled() is chosen
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "graph"}], ids=["adjoint", "graph"])
+@pytest.mark.parametrize("side", ["upper_loss", "lower_loss"])
+def test_an_error_of_the_loss_itself_is_not_taken_for_a_missing_rule(side: str, options: dict[str, Any]) -> None:
+    """Whatever its words are; it arrives as it was raised."""
+
+    def loss(*batch: Any) -> Tensor:
+        raise NotImplementedError("this double backward is not implemented")
+
+    row = TABLE["Linear, Tanh"]
+    optimizer = build(row, bilevel.Unrolled, inner_steps=2, **options)
+    getattr(optimizer._evaluator, side)._function = loss
+    with pytest.raises(NotImplementedError, match=r"^this double backward is not implemented$"):
+        optimizer.directions()

@@ -1,4 +1,4 @@
-"""EBOMLC: enhanced bilevel optimization for meta label correction (Nguyen and Ta, arXiv 2605.17833)."""
+"""EBOMLC: BOME with one inner step for meta label correction (Nguyen and Ta, arXiv 2605.17833)."""
 
 from __future__ import annotations
 

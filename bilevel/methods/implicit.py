@@ -70,8 +70,9 @@ class Implicit(Sequential):
         TypeError, ValueError: An argument is off; the message says which and what to do.
 
     Cost:
-        k gradients of G, one of F, one mixed product per iteration of the solver, one upper product. Memory: a few
-        copies of the lower variables, whatever k is.
+        k gradients of G (with ``inner_steps=0`` one, for the stats), one of F, one mixed product per iteration of the
+        solver, one upper product. One mixed product more for the residual of ``Neumann``, and for ``ConjugateGradient``
+        where it starts from the last p. Memory: a few copies of the lower variables, whatever k is.
 
     Example:
         >>> import torch, bilevel

@@ -173,16 +173,16 @@ class Unrolled(Sequential):
             g = look.lower(index, at=None if index == 0 else point, wrt="lower")
             first = first or (g.value, g.aux)
             point, state = rule.step(point, g.lower, state)
-        with torch.enable_grad(), two_derivatives(FIRST_ORDER), _kept_graph():
+        with torch.enable_grad(), _kept_graph():
             w = [x.detach().clone().requires_grad_() for x in point] if start is None else start
             for index in range(skipped, self.inner_steps):
-                with look.lower_graph(index, substitute=w) as (value, aux):
+                with look.lower_graph(index, substitute=w) as (value, aux), two_derivatives(FIRST_ORDER):
                     gradient = torch.autograd.grad(value, w, create_graph=True, allow_unused=True)
                 if index == skipped:  # where the graph begins; later ones hold the earlier ones
                     self._check_lower_graph(value, w, gradient)
                 first = first or (value.detach(), aux)
                 w, state = rule.step(w, gradient, state)
-            with look.upper_graph(substitute=w) as (value, aux):
+            with look.upper_graph(substitute=w) as (value, aux), two_derivatives(FIRST_ORDER):
                 self._refuse_unreached("upper_loss", value, w)
                 found = torch.autograd.grad(value, [*self._upper.tensors, *w], allow_unused=True)
         upper, lower = found[: len(self._upper.tensors)], found[len(self._upper.tensors) :]

@@ -2,7 +2,7 @@
 
 - ``ce``: cross-entropy on the noisy labels as given.
 - ``clean``: cross-entropy on the trusted images alone.
-- ``ce-clean``: the sum of both. EBOMLC does the same if its corrector copies the given label and its multiplier is 1.
+- ``ce-clean``: the sum of both: EBOMLC with rho = 1, a corrector that copies, and a multiplier of 1.
 - ``ebomlc``: EBOMLC as printed, in the value-function reading: grad_w Q = grad_w G(w).
 - ``ebomlc-difference``: the reading of its proofs: grad_w Q = grad_w G(w) - grad_w G(w1).
 - ``mlc-d``: MLC by plain BOME: rho = 1, no damping, several look-ahead steps on one batch.
