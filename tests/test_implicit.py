@@ -535,3 +535,17 @@ def test_a_corrector_that_is_not_used_is_an_error() -> None:
     for product in ("auto", "reverse", "difference"):
         with pytest.raises(bilevel.ClosureError, match="lower_loss does not depend on any upper variable"):
             found(setup, setup.data[:2], lower_loss=hard, product=product, solver=Neumann(0))
+
+
+@pytest.mark.parametrize("solver", [ConjugateGradient(3, damping=5.0), Neumann(2), FixedPoint(2, momentum=0.5)])
+def test_variables_that_join_or_leave_between_steps(solver: Solver) -> None:
+    """The last p has no entry for a variable that was frozen, and one too many when it is frozen again."""
+    setup = Setup("momentum")
+    optimizer = setup.optimizer(bilevel.Implicit, solver=solver)
+    setup.student.last.bias.requires_grad_(False)
+    for frozen in (True, False, True):
+        setup.student.last.bias.requires_grad_(not frozen)
+        assert optimizer.step(*setup.data[:2]).upper_moved
+        last = optimizer.state_dict()["state"]["last"]
+        assert ("last.bias" in last) == (not frozen)
+        assert all(x.isfinite().all() for x in last.values())
