@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -64,8 +64,17 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (bool, int, float))
 
 
+if TYPE_CHECKING:
+    import typing_extensions  # where a type variable has a default; Python has it from 3.13 on
+
+    S = typing_extensions.TypeVar("S", bound=Stats, covariant=True, default=Stats)
+else:
+    S = TypeVar("S", bound=Stats, covariant=True)
+T = TypeVar("T", bound=Stats)
+
+
 @dataclass(frozen=True)
-class Directions:
+class Directions(Generic[S]):
     """What ``step`` hands to the two torch optimizers: for each level, named tensors in parameter order.
 
     A variable that neither loss uses is absent; its ``.grad`` becomes None.
@@ -86,11 +95,11 @@ class Directions:
 
     upper: Mapping[str, Tensor]
     lower: Mapping[str, Tensor]
-    stats: Stats
+    stats: S
     start: Mapping[str, Tensor] | None = None
 
     @staticmethod
-    def mean(several: list[Directions]) -> Directions:
+    def mean(several: list[Directions[T]]) -> Directions[T]:
         """Average the directions of several tasks, taken at one point; stats are those of the last, with mean losses.
 
         Raises:

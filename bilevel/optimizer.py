@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, Required, TypedDict
+from typing import Any, ClassVar, Generic, Literal, Required, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from .checking import Claim
 from .closures import MISSING
-from .directions import Directions, Stats
+from .directions import Directions, S, T
 from .errors import choice, message
 from .evaluator import Evaluator, Look
 from .handover import are_finite, check_state, checked, hand_over, match, place
@@ -39,7 +39,7 @@ class Common(TypedDict, total=False):
     lower_buffers: Policy
 
 
-class BilevelOptimizer(ABC):
+class BilevelOptimizer(ABC, Generic[S]):
     """Moves upper variables ``alpha`` to lower ``F(w, alpha)`` where ``w`` (approximately) minimises ``G(w, alpha)``.
 
     A method is a subclass that answers :meth:`_answer`: it looks at the two losses around the current point and
@@ -114,7 +114,7 @@ class BilevelOptimizer(ABC):
         """How many lower batches :meth:`step` takes, if not a single one."""
         return 1
 
-    def step(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING) -> Stats:
+    def step(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING) -> S:
         """Take one step: directions at the current point, handed to the two torch optimizers.
 
         Args:
@@ -134,7 +134,7 @@ class BilevelOptimizer(ABC):
         with self._look(batches, upper, lower) as look:
             return self._step(look)
 
-    def directions(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING) -> Directions:
+    def directions(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING) -> Directions[S]:
         """Compute what :meth:`step` would hand to the torch optimizers, and move nothing.
 
         Parameters, buffers, ``.grad``, optimizer state, random state, ``requires_grad`` and training flags are as
@@ -145,7 +145,7 @@ class BilevelOptimizer(ABC):
             look.replay.undo()
             return answer
 
-    def apply(self, directions: Directions) -> Stats:
+    def apply(self, directions: Directions[T]) -> T:
         """Write ``directions`` into ``.grad`` and step both torch optimizers; a non-finite direction is treated as in
         :meth:`step`.
 
@@ -210,10 +210,10 @@ class BilevelOptimizer(ABC):
             raise ValueError(message(owner, "state_dict", "...", advice)) from error
 
     @abstractmethod
-    def _answer(self, look: Look) -> Directions:
+    def _answer(self, look: Look) -> Directions[S]:
         """Look at the two losses around the current point and answer with directions."""
 
-    def _step(self, look: Look) -> Stats:
+    def _step(self, look: Look) -> S:
         """Move both levels; methods that move them one after the other have an order of their own."""
         return self._move(self._answer(look), look)
 
@@ -285,7 +285,7 @@ class BilevelOptimizer(ABC):
             return True
         return are_finite(type(self).__name__, checks, self.on_nonfinite == "raise", self._after_failure)
 
-    def _move(self, directions: Directions, look: Look | None, also: Mapping[str, Vector] | None = None) -> Stats:
+    def _move(self, directions: Directions[T], look: Look | None, also: Mapping[str, Vector] | None = None) -> T:
         """Hand directions to the torch optimizers, if they and what ``also`` names are finite."""
         owner = type(self).__name__
         upper = match(owner, self._upper, directions.upper)

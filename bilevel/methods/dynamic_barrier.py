@@ -54,7 +54,7 @@ class BarrierStats(Stats):
     product: str | None = None
 
 
-class DynamicBarrier(BilevelOptimizer, ABC):
+class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
     """Directions ``grad f + xi lambda grad q`` for both levels, with ``q = G(w, alpha) - G(w_T, alpha)``.
 
     One step, in the notation of the papers::
@@ -117,7 +117,7 @@ class DynamicBarrier(BilevelOptimizer, ABC):
         """``inner_steps``: one lower batch for all inner steps, or one each."""
         return self.inner_steps
 
-    def _answer(self, look: Look) -> Directions:
+    def _answer(self, look: Look) -> Directions[BarrierStats]:
         terms = self._terms(look)
         f, q_upper, q_lower = terms.upper, terms.upper_gradient, terms.lower_gradient
         products = Products(
@@ -168,7 +168,6 @@ class DynamicBarrier(BilevelOptimizer, ABC):
 
     def _claims(self, look: Look, probe: Callable[[Level], Vector]) -> list[Claim]:
         terms, stats = self._terms(look), self._answer(look).stats
-        assert isinstance(stats, BarrierStats)
 
         def walk() -> list[Tensor]:
             return descend(look, self._rule(), look.lower(), self.inner_steps).end

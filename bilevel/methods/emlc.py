@@ -16,10 +16,10 @@ from ..optimizer import Common
 from ..products import Route, upper_product
 from ..rollback import Saved
 from ..vectors import Vector, add_scaled
-from .sequential import Sequential
+from .sequential import HypergradientStats, Sequential
 
 
-class EMLC(Sequential):
+class EMLC(Sequential[HypergradientStats]):
     r"""The exact one-step meta-gradient, and its discounted k-step form, for any lower loss.
 
     .. math::
@@ -95,7 +95,7 @@ class EMLC(Sequential):
         self.discount = discount
         self.memory = memory
 
-    def _train_and_look(self, look: Look, *, real: bool) -> Directions:
+    def _train_and_look(self, look: Look, *, real: bool) -> Directions[HypergradientStats]:
         beginning = Saved([self._lower]) if self.memory == "replay" else None
         first, steps = self._train(look, real=real, rule=self._rule, keep=0 if beginning else self.inner_steps)
         f = look.upper()

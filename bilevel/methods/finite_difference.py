@@ -16,7 +16,7 @@ from ..products import upper_difference
 from .sequential import HypergradientStats, Sequential
 
 
-class FiniteDifference(Sequential):
+class FiniteDifference(Sequential[HypergradientStats]):
     r"""One virtual lower step, differentiated without any second-order graph.
 
     .. math::
@@ -79,7 +79,7 @@ class FiniteDifference(Sequential):
         self._check_rule()
         self.radius = radius
 
-    def _look_ahead(self, look: Look) -> Directions:
+    def _look_ahead(self, look: Look) -> Directions[HypergradientStats]:
         g = look.lower(wrt="lower")
         rule = self._rule()
         step = Step(0, None, g.lower, rule.start())

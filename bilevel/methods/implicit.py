@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..descent import GradientDescent, Rule, current_rates
-from ..directions import Directions, Stats
+from ..directions import Directions
 from ..errors import choice, message
 from ..evaluator import Look
 from ..hypergradient import ConjugateGradient, Solver
@@ -43,7 +43,7 @@ class ImplicitStats(HypergradientStats):
     converged: Tensor
 
 
-class Implicit(Sequential):
+class Implicit(Sequential[ImplicitStats]):
     r"""Lower steps, then the implicit-function hypergradient at the point they reach.
 
     .. math::
@@ -117,7 +117,7 @@ class Implicit(Sequential):
         self._last: dict[str, Tensor] = {}
         self._found: dict[str, Tensor] = {}
 
-    def _train_and_look(self, look: Look, *, real: bool) -> Directions:
+    def _train_and_look(self, look: Look, *, real: bool) -> Directions[ImplicitStats]:
         first, _ = self._train(look, real=real)
         last = self.lower_batches - 1
         f = look.upper()
@@ -143,14 +143,14 @@ class Implicit(Sequential):
         upper, _ = self._named(subtract(f.upper, through), [None] * len(self._lower.names))
         return Directions(upper, {}, stats)
 
-    def _stats_of_skipped(self, lower_loss: Tensor) -> Stats:
+    def _stats_of_skipped(self, lower_loss: Tensor) -> ImplicitStats:
         unknown = torch.full_like(lower_loss, float("nan"))
         none = torch.zeros_like(lower_loss)
         return ImplicitStats(
             unknown, lower_loss, skipped=True, iterations=none, residual=unknown, converged=none.to(torch.bool)
         )
 
-    def _step(self, look: Look) -> Stats:
+    def _step(self, look: Look) -> ImplicitStats:
         stats = super()._step(look)
         if self.warm_start and not stats.skipped:
             self._last = self._found

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checking import Claim
 from ..descent import Preview, check_preview
-from ..directions import Directions, Stats
+from ..directions import Directions
 from ..errors import choice, count
 from ..evaluator import Look
 from ..hypergradient import Step, pull_back
@@ -21,7 +21,7 @@ from ..vectors import Vector, add_scaled, dot, squared_norm
 from .sequential import HypergradientStats, derivative_claims
 
 
-class MLC(BilevelOptimizer):
+class MLC(BilevelOptimizer[HypergradientStats]):
     r"""One lower step per call; the upper variables move every ``inner_steps`` calls, along an accumulated estimate.
 
     .. math::
@@ -87,10 +87,10 @@ class MLC(BilevelOptimizer):
         self._accumulated: dict[str, Tensor] = {}
         self._calls = 0
 
-    def _answer(self, look: Look) -> Directions:
+    def _answer(self, look: Look) -> Directions[HypergradientStats]:
         return self._estimate(look)[0]
 
-    def _step(self, look: Look) -> Stats:
+    def _step(self, look: Look) -> HypergradientStats:
         answer, estimate = self._estimate(look)
         # Checked before it is due: an estimate that is not finite would never be got rid of, once accumulated.
         watched = {} if answer.upper else {"the accumulated estimate": list(estimate.values())}
@@ -100,7 +100,7 @@ class MLC(BilevelOptimizer):
             self._accumulated = {} if stats.upper_moved else estimate
         return stats
 
-    def _estimate(self, look: Look) -> tuple[Directions, dict[str, Tensor]]:
+    def _estimate(self, look: Look) -> tuple[Directions[HypergradientStats], dict[str, Tensor]]:
         """Return the directions of this call and the accumulated estimate m."""
         g = look.lower(wrt="lower")
         rule = Preview(self._lower)

@@ -19,7 +19,7 @@ from ..vectors import Vector, subtract
 from .sequential import HypergradientStats, Sequential
 
 
-class SAMA(Sequential):
+class SAMA(Sequential[HypergradientStats]):
     r"""Lower steps, then a first-order hypergradient that knows the lower optimizer.
 
     .. math::
@@ -84,7 +84,7 @@ class SAMA(Sequential):
         check_preview("SAMA", self.lower_optimizer, "Neumann(0) in Implicit, which knows no optimizer")
         self.radius = radius
 
-    def _train_and_look(self, look: Look, *, real: bool) -> Directions:
+    def _train_and_look(self, look: Look, *, real: bool) -> Directions[HypergradientStats]:
         g, steps = self._train(look, real=real, rule=lambda: Preview(self._lower), keep=1)
         f = look.upper()
         direction = self._adapted(steps[-1], f.lower)

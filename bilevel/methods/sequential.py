@@ -10,7 +10,7 @@ from abc import ABC
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -48,7 +48,15 @@ class HypergradientStats(Stats):
     product: str | None = None
 
 
-class Sequential(BilevelOptimizer, ABC):
+if TYPE_CHECKING:
+    import typing_extensions  # as in bilevel/directions.py
+
+    H = typing_extensions.TypeVar("H", bound=HypergradientStats, default=HypergradientStats)
+else:
+    H = TypeVar("H", bound=HypergradientStats)
+
+
+class Sequential(BilevelOptimizer[H], ABC):
     """Methods with an upper direction only.
 
     Args:
@@ -97,18 +105,18 @@ class Sequential(BilevelOptimizer, ABC):
         """``inner_steps``: one lower batch for all lower steps, or one each."""
         return max(self.inner_steps, 1)
 
-    def _look_ahead(self, look: Look) -> Directions:
+    def _look_ahead(self, look: Look) -> Directions[H]:
         """Look first: answer from virtual steps, moving nothing."""
         raise NotImplementedError
 
-    def _train_and_look(self, look: Look, *, real: bool) -> Directions:
+    def _train_and_look(self, look: Look, *, real: bool) -> Directions[H]:
         """Train first: take the real lower steps and answer at the point they reach.
 
         ``real`` steps are refused if they are not finite; those of ``directions`` are taken back anyway.
         """
         raise NotImplementedError
 
-    def _answer(self, look: Look) -> Directions:
+    def _answer(self, look: Look) -> Directions[H]:
         if not self.trains_first:
             return self._look_ahead(look)
         saved = Saved([self._lower])
@@ -117,10 +125,10 @@ class Sequential(BilevelOptimizer, ABC):
         finally:
             saved.restore()
 
-    def _step(self, look: Look) -> Stats:
+    def _step(self, look: Look) -> H:
         return self._train_then_correct(look) if self.trains_first else self._correct_then_train(look)
 
-    def _correct_then_train(self, look: Look) -> Stats:
+    def _correct_then_train(self, look: Look) -> H:
         """Move the upper variables; then G at the current w with the new ones gives the ordinary lower step."""
         answer = self._look_ahead(look)
         with self._taken_back_on_error(self._upper) as saved:
@@ -136,7 +144,7 @@ class Sequential(BilevelOptimizer, ABC):
         hand_over(self._lower, g.lower)
         return stats
 
-    def _train_then_correct(self, look: Look) -> Stats:
+    def _train_then_correct(self, look: Look) -> H:
         with self._taken_back_on_error(self._lower) as saved:
             try:
                 stats = self._move(self._train_and_look(look, real=True), look)
@@ -147,9 +155,10 @@ class Sequential(BilevelOptimizer, ABC):
                 saved.restore()
         return stats
 
-    def _stats_of_skipped(self, lower_loss: Tensor) -> Stats:
+    def _stats_of_skipped(self, lower_loss: Tensor) -> H:
         """What is known of a step whose real lower steps ended in ``lower_loss``, not finite."""
-        return HypergradientStats(torch.full_like(lower_loss, float("nan")), lower_loss, skipped=True)
+        unknown = torch.full_like(lower_loss, float("nan"))
+        return cast(H, HypergradientStats(unknown, lower_loss, skipped=True))  # with more numbers, a method overrides
 
     def _train(
         self, look: Look, *, real: bool, rule: Callable[[], Rule] | None = None, keep: int = 0
@@ -183,14 +192,15 @@ class Sequential(BilevelOptimizer, ABC):
             check_preview(type(self).__name__, self.lower_optimizer, "inner_lr=<a rate> for plain gradient descent")
 
     def _directions(
-        self, look: Look, f: Evaluation, g: Evaluation, through: Vector, stats: Stats | None = None
-    ) -> Directions:
+        self, look: Look, f: Evaluation, g: Evaluation, through: Vector, stats: H | None = None
+    ) -> Directions[H]:
         """Answer with the sum of F's own gradient and the part ``through`` the lower steps."""
         self._evaluator.lower_loss.check_use("upper", through)
         named, _ = self._named(add_scaled(f.upper, 1.0, through), [None] * len(self._lower.names))
         if stats is None:
             taken = route_taken(look, self.product_kind, self.product)
-            stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=taken)
+            plain = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=taken)
+            stats = cast(H, plain)
         return Directions(named, {}, stats)
 
     @contextmanager

@@ -30,7 +30,7 @@ RECOMPUTED = (
 Start = Callable[[], Iterable[Tensor] | Mapping[str, Tensor]]
 
 
-class Unrolled(Sequential):
+class Unrolled(Sequential[HypergradientStats]):
     r"""The exact derivative of F after k lower steps.
 
     .. math::
@@ -142,7 +142,7 @@ class Unrolled(Sequential):
         # The first step alone needs no product with G_ww, unless it is differentiated back to a start.
         self.product_kind = "upper" if self._differentiated == 1 and start is None else "both"
 
-    def _look_ahead(self, look: Look) -> Directions:
+    def _look_ahead(self, look: Look) -> Directions[HypergradientStats]:
         start = self._start()
         if self.mode == "graph":
             return self._by_graph(look, start)
@@ -156,14 +156,14 @@ class Unrolled(Sequential):
             through = add_scaled(through, 1.0, _chained(start, self._upper.tensors, start_bar))
         return self._directions(look, f, g, through)
 
-    def _train_and_look(self, look: Look, *, real: bool) -> Directions:
+    def _train_and_look(self, look: Look, *, real: bool) -> Directions[HypergradientStats]:
         rule = self._rule()
         g, steps = self._train(look, real=real, rule=self._rule, keep=self._differentiated)
         f = look.upper()
         through, _ = adjoint(look, rule, steps, f.lower, self.product)
         return self._directions(look, f, g, through)
 
-    def _by_graph(self, look: Look, start: list[Tensor] | None) -> Directions:
+    def _by_graph(self, look: Look, start: list[Tensor] | None) -> Directions[HypergradientStats]:
         """Keep the graph of the differentiated steps and of F at their end, and go back through it once."""
         rule, state = self._rule(), self._rule().start()
         skipped = self.inner_steps - self._differentiated
@@ -219,7 +219,7 @@ class Unrolled(Sequential):
         with torch.enable_grad():
             return [x + 0 if x.requires_grad else x.detach().requires_grad_() for x in values]
 
-    def _correct_then_train(self, look: Look) -> Any:
+    def _correct_then_train(self, look: Look) -> HypergradientStats:
         if self.start is None:
             return super()._correct_then_train(look)
         return self._move(self._look_ahead(look), look)  # w is computed from the upper variables: nothing to train
