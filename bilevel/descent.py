@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .vectors import Vector
 
 Point = Sequence[Tensor]
 State = Sequence[dict[str, Tensor]]
+InnerStep = Literal["plain", "preview"]
 FOLLOWED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 

@@ -104,6 +104,8 @@ class Look:
         self.replay = replay
         self.upper_level = evaluator.upper
         self.lower_level = evaluator.lower
+        self.upper_loss = evaluator.upper_loss
+        self.lower_loss = evaluator.lower_loss
 
     @property
     def product_routes(self) -> dict[str, str]:
@@ -121,7 +123,7 @@ class Look:
 
     def upper(self, at: Point | None = None, wrt: Wrt = "both") -> Evaluation:
         """Evaluate F at the current point, or with the lower variables ``at`` other values. One call of the loss."""
-        loss = self._evaluator.upper_loss
+        loss = self.upper_loss
         evaluation = self._evaluate(loss, "upper", self._upper_batch, at, wrt)
         if wrt != "upper":
             loss.check_use("lower", evaluation.lower)
@@ -133,7 +135,7 @@ class Look:
         ``trains`` marks the gradient of a real lower step: buffers move even if the batch was evaluated before.
         """
         index, batch = self._lower_batch(index)
-        loss = self._evaluator.lower_loss
+        loss = self.lower_loss
         evaluation = self._evaluate(loss, ("lower", index), batch, at, wrt, trains)
         if wrt != "upper":
             loss.check_use("lower", evaluation.lower)
@@ -142,34 +144,49 @@ class Look:
         return evaluation
 
     @contextmanager
-    def lower_graph(self, index: int, at: Point | None = None, substitute: Point | None = None) -> Iterator[Graph]:
+    def lower_graph(
+        self, index: int, at: Point | None = None, substitute: Point | None = None, *, trains: bool = False
+    ) -> Iterator[Graph]:
         """Build the graph of G, and its aux, for derivatives of higher order, to be taken inside the ``with``.
 
         Args:
             index: Which lower batch, as in :meth:`lower`.
             at: Values to swap in.
             substitute: Instead, tensors to put in the places of the lower variables: dual tensors, or a graph.
+            trains: Whether a real lower step is taken along its gradient, as in :meth:`lower`.
         """
         index, batch = self._lower_batch(index)
-        with self._graph(self._evaluator.lower_loss, ("lower", index), batch, at, substitute) as graph:
+        with self._graph(self.lower_loss, ("lower", index), batch, at, substitute, trains, trains) as graph:
             yield graph
 
     @contextmanager
-    def upper_graph(self, substitute: Point) -> Iterator[Graph]:
-        """Build the graph of F with other tensors in the places of the lower variables, as in :meth:`lower_graph`."""
-        with self._graph(self._evaluator.upper_loss, "upper", self._upper_batch, None, substitute) as graph:
+    def upper_graph(self, substitute: Point, *, current: bool = False) -> Iterator[Graph]:
+        """Build the graph of F with other tensors in the places of the lower variables, as in :meth:`lower_graph`.
+
+        ``current`` says that they have the current values, so that buffers move as in :meth:`upper`.
+        """
+        with self._graph(self.upper_loss, "upper", self._upper_batch, None, substitute, current) as graph:
             yield graph
 
     @contextmanager
-    def _graph(self, loss: Loss, key: Any, batch: Any, at: Point | None, substitute: Point | None) -> Iterator[Graph]:
+    def _graph(
+        self,
+        loss: Loss,
+        key: Any,
+        batch: Any,
+        at: Point | None,
+        substitute: Point | None,
+        current: bool = False,
+        trains: bool = False,
+    ) -> Iterator[Graph]:
         devices = self._evaluator.devices
-        with self._prepared(key, at, current=False), _plain_attention():
+        with self._prepared(key, at, current=current, trains=trains), _plain_attention():
             if substitute is None:
                 graph = loss(batch, devices)
             else:
                 frozen = not any(value.requires_grad for value in substitute)
                 container = _Container([module for module, _ in self._evaluator.modules], self.lower_level.tensors)
-                graph = container.call(substitute, lambda: loss(batch, devices, frozen=frozen))
+                graph = container.call(substitute, lambda: loss(batch, devices, frozen=frozen), own_buffers=current)
             yield graph
 
     def _lower_batch(self, index: int) -> tuple[int, Any]:
@@ -265,8 +282,8 @@ class _Container(nn.Module):
     def forward(self, closure: Callable[[], Any]) -> Any:
         return closure()
 
-    def call(self, values: Point, closure: Callable[[], Any]) -> Any:
+    def call(self, values: Point, closure: Callable[[], Any], *, own_buffers: bool) -> Any:
         replaced = {place: value for place, value in zip(self._places, values, strict=True) if place is not None}
         # Clones: a training-mode BatchNorm would write tangents into the user's own buffers.
-        buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        buffers = {} if own_buffers else {name: buffer.clone() for name, buffer in self.named_buffers()}
         return torch.func.functional_call(self, {**replaced, **buffers}, (closure,))

@@ -141,6 +141,12 @@ CASES: dict[str, Case] = {
         bilevel.Unrolled, lambda steps: steps * "L" + "U", {"inner_steps": 2, "mode": "graph"}, **LOOK_FIRST
     ),
     "unrolled-real": Case(bilevel.Unrolled, walk_and_back, {"inner_steps": 2, "restore": False}, **TRAIN_FIRST),
+    "unrolled-real-graph": Case(
+        bilevel.Unrolled,
+        lambda steps: steps * "L" + "U",
+        {"inner_steps": 2, "restore": False, "mode": "graph"},
+        **TRAIN_FIRST,
+    ),
     "emlc": Case(bilevel.EMLC, train_and_upper_products, **TRAIN_FIRST),
     "emlc-2": Case(bilevel.EMLC, train_and_upper_products, {"inner_steps": 2}, **TRAIN_FIRST),
     "mlc": Case(bilevel.MLC, lambda steps: "LUl", upper_at="ahead"),

@@ -51,6 +51,7 @@ BARRIER, TERMS = "barrier.py", "methods/dynamic_barrier.py"
 DESCENT, WALK = "descent.py", "hypergradient/trajectory.py"
 EVALUATOR, REPLAY, PRODUCTS = "evaluator.py", "replay.py", "products.py"
 LINEAR, SEQUENTIAL, UNROLLED = "hypergradient/linear.py", "methods/sequential.py", "methods/unrolled.py"
+KEPT_GRAPH, START = "hypergradient/kept_graph.py", "hypergradient/start.py"
 EMLC, MLC, IMPLICIT = "methods/emlc.py", "methods/mlc.py", "methods/implicit.py"
 
 MUTATIONS = [
@@ -694,37 +695,58 @@ MUTATIONS = [
     Mutation(
         "Unrolled: the start counts as a constant",
         UNROLLED,
-        "through = add_scaled(through, 1.0, _chained(",
-        "through = add_scaled(through, 0.0, _chained(",
+        "through = add_scaled(through, 1.0, through_start(",
+        "through = add_scaled(through, 0.0, through_start(",
         "test_unrolled.py::test_maml_on_a_network",
     ),
     Mutation(
         "Unrolled: one starting value counts what another was computed from",
-        UNROLLED,
+        START,
         "x + 0 if x.requires_grad else",
         "x if x.requires_grad else",
         "test_unrolled.py::test_maml_on_a_network",
     ),
     Mutation(
         "Unrolled: the graph misses what F reads elsewhere",
-        UNROLLED,
-        '                self._refuse_unreached("upper_loss", value, w)\n',
-        "",
+        KEPT_GRAPH,
+        "                self._refuse_unreached(loss, value)\n                found",
+        "                found",
         "test_unrolled.py::test_a_captured_parameter_is_refused_by_the_graph_for_either_loss",
     ),
     Mutation(
         "Unrolled: the graph keeps what would be recomputed elsewhere",
-        UNROLLED,
-        "with torch.enable_grad(), _kept_graph():",
+        KEPT_GRAPH,
+        "with torch.autograd.graph.disable_saved_tensors_hooks(RECOMPUTED):",
         "with torch.enable_grad():",
         "test_forward_mode.py::test_the_kept_graph",
     ),
     Mutation(
         "Unrolled: the graph trusts a wrong second derivative",
-        UNROLLED,
+        KEPT_GRAPH,
         "        refuse_wrong_rules([value, *(g for g in gradient if g is not None)], FIRST_ORDER)\n",
         "",
         "test_forward_mode.py::test_the_kept_graph",
+    ),
+    Mutation(
+        "Unrolled: the graph goes on from its own rounding of a real step, without what hooks did",
+        UNROLLED,
+        "                walk.follow(look.point(), self._rule().start())\n",
+        "                pass\n",
+        "test_unrolled.py::test_hooks_on_real_steps_are_followed_and_not_differentiated",
+    ),
+    Mutation(
+        "Unrolled: real steps with a kept graph leave buffers behind",
+        "evaluator.py",
+        "buffers = {} if own_buffers else {name",
+        "buffers = {name",
+        "test_unrolled.py::test_without_restore_w_takes_k_plain_torch_steps",
+    ),
+    Mutation(
+        "Unrolled: plain steps are previews",
+        SEQUENTIAL,
+        'if self.inner_step == "preview":\n            return Preview(',
+        "if True:\n            return Preview(",
+        "test_unrolled.py::test_plain_steps_go_with_the_current_rates_of_the_lower_optimizer",
     ),
     Mutation(
         "the upper variables stay moved when the ordinary step fails",

@@ -42,6 +42,15 @@ MORE: dict[str, Case] = {
     "unrolled-graph-truncated": Case(
         bilevel.Unrolled, lambda k: "LLLU", {"inner_steps": 3, "truncate": 1, "mode": "graph"}, **LOOK_FIRST
     ),
+    "unrolled-preview-rate": Case(
+        bilevel.Unrolled, lambda k: "LUl", {"inner_step": "preview", "inner_lr": 0.05}, **LOOK_FIRST
+    ),
+    "unrolled-real-graph-truncated": Case(
+        bilevel.Unrolled,
+        lambda k: "LLLU",
+        {"inner_steps": 3, "truncate": 1, "restore": False, "mode": "graph"},
+        **TRAIN_FIRST,
+    ),
     "unrolled-real-truncated": Case(
         bilevel.Unrolled, lambda k: "LLLU" + back(1), {"inner_steps": 3, "truncate": 1, "restore": False}, **TRAIN_FIRST
     ),
@@ -448,11 +457,11 @@ WRONG: dict[str, Bad] = {
         ValueError,
         r"Unrolled\(mode='loop'\): must be one of 'adjoint', ",
     ),
-    "a graph of real steps": (
+    "an unknown inner step": (
         "unrolled",
-        {"mode": "graph", "restore": False},
+        {"inner_step": "adam"},
         ValueError,
-        r'Unrolled\(mode=graph\): keeps a graph of virtual steps, and needs restore=True\. mode="adjoint" gives the',
+        r"Unrolled\(inner_step='adam'\): must be one of 'plain', ",
     ),
     "restore in words": ("unrolled", {"restore": "yes"}, ValueError, r"Unrolled\(restore='yes'\): must be one of True"),
     "a start that is no function": (
@@ -525,9 +534,9 @@ def test_a_wrong_argument_is_refused(name: str) -> None:
 
 
 FOLLOWING = [
-    (bilevel.Unrolled, {}, "or inner_lr=<a rate> for plain gradient descent"),
-    (bilevel.Unrolled, {"restore": False}, "inner_lr="),
-    (bilevel.FiniteDifference, {}, "inner_lr="),
+    (bilevel.Unrolled, {}, r'or inner_step="plain" for gradient descent'),
+    (bilevel.Unrolled, {"restore": False}, "or EMLC, which follows none"),
+    (bilevel.FiniteDifference, {}, r'or inner_step="plain"'),
     (bilevel.MLC, {}, "or EMLC, which follows none"),
     (bilevel.SAMA, {}, r"or Neumann\(0\) in Implicit"),
 ]
@@ -560,6 +569,8 @@ def test_a_subclass_cannot_be_followed_either() -> None:
     ("method", "options"),
     [
         (bilevel.Unrolled, {"inner_lr": 0.1}),
+        (bilevel.Unrolled, {"inner_step": "plain"}),
+        (bilevel.FiniteDifference, {"inner_step": "plain"}),
         (bilevel.Unrolled, {"inner_lr": 0.1, "mode": "graph"}),
         (bilevel.FiniteDifference, {"inner_lr": 0.1}),
         (bilevel.EMLC, {"inner_steps": 2}),
@@ -591,6 +602,8 @@ def test_real_steps_with_a_rate_of_their_own_are_refused() -> None:
     setup = Setup("momentum")
     with pytest.raises(ValueError, match=r"Unrolled\(inner_lr=0\.1\): needs restore=True"):
         setup.optimizer(bilevel.Unrolled, inner_lr=0.1, restore=False)
+    with pytest.raises(ValueError, match=r"Unrolled\(inner_step=plain\): needs restore=True"):
+        setup.optimizer(bilevel.Unrolled, inner_step="plain", restore=False)
 
 
 # --- check_directions ---------------------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ from reference import Mover, State, Tensors
 LOSSES = (plain_upper, plain_lower)
 SEED = 3
 every_kind = pytest.mark.parametrize("kind", MOVERS)
+WAYS: list[dict[str, Any]] = [{}, {"mode": "graph"}, {"restore": False}, {"restore": False, "mode": "graph"}]
+WAY_NAMES = ["adjoint", "graph", "real", "real graph"]
 
 
 def found(setup: Setup, batches: Sequence[Any], seed: int = SEED, **options: Any) -> Tensors:
@@ -176,7 +178,7 @@ def test_many_steps_reach_the_hypergradient_of_the_solution() -> None:
 # --- autograd through the whole walk ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "graph"}, {"restore": False}], ids=["adjoint", "graph", "real"])
+@pytest.mark.parametrize("options", WAYS, ids=WAY_NAMES)
 @pytest.mark.parametrize(("steps", "batches"), [(1, 1), (3, 3), (3, 1)])
 @every_kind
 def test_every_lower_optimizer_is_followed_from_its_real_state(
@@ -199,12 +201,12 @@ def test_every_lower_optimizer_is_followed_from_its_real_state(
 def test_a_fresh_optimizer(kind: str, warm_up: int) -> None:
     """Without a momentum buffer, and from the first counts of Adam."""
     setup = Setup(kind, warm_up)
-    for options in ({}, {"mode": "graph"}, {"restore": False}):
+    for options in WAYS:
         total = found(setup, setup.data[:4], inner_steps=3, **options)
         assert relative(total, expected(setup, setup.data[:4], 3)) < 1e-12
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "graph"}, {"restore": False}], ids=["adjoint", "graph", "real"])
+@pytest.mark.parametrize("options", WAYS, ids=WAY_NAMES)
 @pytest.mark.parametrize("truncate", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["sgd", "momentum", "adam"])
 def test_truncation(kind: str, truncate: int, options: dict[str, Any]) -> None:
@@ -225,6 +227,30 @@ def test_a_given_rate_is_plain_gradient_descent(kind: str, steps: int, options: 
     batches = setup.data[: steps + 1]
     total = expected(setup, batches, steps, movers=[Mover(0.3)] * 6, states=[{}] * 6)
     assert relative(found(setup, batches, inner_steps=steps, inner_lr=0.3, **options), total) < 1e-12
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "graph"}], ids=["adjoint", "graph"])
+@pytest.mark.parametrize("kind", ["momentum", "adam"])
+def test_plain_steps_go_with_the_current_rates_of_the_lower_optimizer(kind: str, options: dict[str, Any]) -> None:
+    """``inner_step="plain"``: one rate for each group, read when the step is taken, so that schedules count."""
+    setup = Setup(kind)
+    optimizer = setup.optimizer(bilevel.Unrolled, inner_steps=2, inner_step="plain", **options)
+    rates = [0.3 / (1 + index) for index in range(len(setup.lower_optimizer.param_groups))]
+    for group, rate in zip(setup.lower_optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    movers = [Mover(group["lr"]) for group in setup.lower_optimizer.param_groups for _ in group["params"]]
+    total = expected(setup, setup.data[:3], 2, movers=movers, states=[{}] * len(movers))
+    torch.manual_seed(SEED)
+    assert relative(list(optimizer.directions(*setup.data[:3]).upper.values()), total) < 1e-12
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "graph"}], ids=["adjoint", "graph"])
+def test_a_preview_may_have_a_rate_of_its_own(options: dict[str, Any]) -> None:
+    setup = Setup("momentum")
+    movers = [replace(mover, lr=0.02) for mover in setup.movers]
+    total = expected(setup, setup.data[:3], 2, movers=movers)
+    ours = found(setup, setup.data[:3], inner_steps=2, inner_step="preview", inner_lr=0.02, **options)
+    assert relative(ours, total) < 1e-12
 
 
 @pytest.mark.parametrize(("route", "tolerance"), [("forward", 1e-12), ("reverse", 1e-12), ("difference", 1e-6)])
@@ -306,7 +332,7 @@ def trained(kind: str, steps: int, batches: int, size: float, probe: Tensors, wa
     return setup.upper_loss(setup.data[0]).item()
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "graph"}, {"restore": False}], ids=["adjoint", "graph", "real"])
+@pytest.mark.parametrize("options", WAYS, ids=WAY_NAMES)
 @pytest.mark.parametrize(("steps", "batches"), [(1, 1), (3, 3), (3, 1)])
 @every_kind
 def test_against_differences_of_real_training(kind: str, steps: int, batches: int, options: dict[str, Any]) -> None:
@@ -346,14 +372,15 @@ def upper_step(setup: Setup, directions: bilevel.Directions) -> None:
     setup.upper_optimizer.step()
 
 
+@pytest.mark.parametrize("mode", ["adjoint", "graph"])
 @pytest.mark.parametrize("truncate", [None, 1])
 @pytest.mark.parametrize("steps", [1, 3])
 @every_kind
-def test_without_restore_w_takes_k_plain_torch_steps(kind: str, steps: int, truncate: int | None) -> None:
+def test_without_restore_w_takes_k_plain_torch_steps(kind: str, steps: int, truncate: int | None, mode: str) -> None:
     """Bit for bit: variables, buffers, optimizer state, random state; the upper variables then follow the direction."""
     ours, plain = Setup(kind), Setup(kind)
     data = ours.data[: steps + 1]
-    optimizer = ours.optimizer(bilevel.Unrolled, inner_steps=steps, restore=False, truncate=truncate)
+    optimizer = ours.optimizer(bilevel.Unrolled, inner_steps=steps, restore=False, truncate=truncate, mode=mode)
     torch.manual_seed(SEED)
     directions = optimizer.directions(*data)
     torch.manual_seed(SEED)
@@ -398,7 +425,28 @@ def test_with_restore_w_takes_its_ordinary_step_with_the_new_upper_variables(
     assert stats.upper_moved
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "graph"}, {"restore": False}], ids=["adjoint", "graph", "real"])
+@pytest.mark.parametrize("kind", ["momentum", "adam"])
+def test_hooks_on_real_steps_are_followed_and_not_differentiated(kind: str) -> None:
+    """A projection after each step: both modes go on from where it led, with the derivative of the step alone."""
+    answers = {}
+    for mode in ("adjoint", "graph"):
+        setup = Setup(kind)
+
+        def project(*_: Any, setup: Setup = setup) -> None:
+            with torch.no_grad():
+                for p in setup.student.parameters():
+                    p.clamp_(-0.05, 0.05)
+
+        setup.lower_optimizer.register_step_post_hook(project)
+        setup.lower_optimizer.register_step_pre_hook(
+            lambda optimizer, *_: torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.01) and None
+        )
+        answers[mode] = found(setup, setup.data[:4], inner_steps=3, restore=False, mode=mode)
+        assert relative(answers[mode], found(Setup(kind), setup.data[:4], inner_steps=3, restore=False)) > 1e-2
+    assert relative(answers["graph"], answers["adjoint"]) < 1e-12
+
+
+@pytest.mark.parametrize("options", WAYS, ids=WAY_NAMES)
 def test_several_steps_in_a_row(options: dict[str, Any]) -> None:
     """The library's steps are torch steps along the plain hypergradient, one after another, with momentum and Adam."""
     ours, plain = Setup("momentum"), Setup("momentum")
@@ -627,7 +675,7 @@ def test_any_architecture_and_number_of_steps(
     empty: list[State] = [{} for _ in w]
     total = unrolled((plain, plain), alpha, w, empty, [mover] * len(w), batches[0], batches[1:], steps)[1]
     maker: Any = torch.optim.SGD if mover.betas is None else torch.optim.AdamW if mover.decoupled else torch.optim.Adam
-    for mode in ("adjoint", "graph") if restore else ("adjoint",):
+    for mode in ("adjoint", "graph"):
         optimizer = bilevel.Unrolled(
             lambda batch: loss(lower, upper.weight, upper.bias, batch),
             lambda batch: loss(lower, upper.weight, upper.bias, batch),
@@ -678,7 +726,7 @@ def test_a_captured_parameter_is_refused_by_the_graph_for_either_loss(side: str)
     assert relative(adjoint, found(setup, setup.data[:2], mode="graph", **with_attribute)) < 1e-12
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "graph"}, {"restore": False}], ids=["adjoint", "graph", "real"])
+@pytest.mark.parametrize("options", WAYS, ids=WAY_NAMES)
 def test_a_level_that_is_not_used_where_it_must_be(options: dict[str, Any]) -> None:
     setup = Setup("sgd")
 
@@ -699,7 +747,7 @@ def test_a_level_that_is_not_used_where_it_must_be(options: dict[str, Any]) -> N
     assert flat(through).norm() > 1e-3
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "graph"}, {"restore": False}], ids=["adjoint", "graph", "real"])
+@pytest.mark.parametrize("options", WAYS, ids=WAY_NAMES)
 def test_a_variable_that_no_loss_uses_has_no_direction(options: dict[str, Any]) -> None:
     setup = Setup("momentum")
     setup.corrector.idle = nn.Parameter(torch.ones(2, dtype=torch.float64))
@@ -735,7 +783,7 @@ def test_float32_agrees_with_float64() -> None:
         for name, value in wide.lower_optimizer.state[q].items():
             value.copy_(narrow.lower_optimizer.state[p][name])
     data = narrow.data[:3]
-    for options in ({}, {"mode": "graph"}, {"restore": False}):
+    for options in WAYS:
         one = narrow.optimizer(bilevel.Unrolled, inner_steps=2, **options).directions(*data)
         widened = [tuple(x.double() for x in batch) for batch in data]
         other = wide.optimizer(bilevel.Unrolled, inner_steps=2, **options).directions(*widened)

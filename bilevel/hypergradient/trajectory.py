@@ -26,9 +26,10 @@ class Step:
 
 @dataclass
 class Trajectory:
-    """The end point of a walk and, if they were kept, its steps."""
+    """The end point of a walk, the state there and, if they were kept, its steps."""
 
     end: list[Tensor]
+    state: State
     steps: list[Step] = field(default_factory=list)
 
 
@@ -51,7 +52,7 @@ def descend(
         point, state = rule.step(point, gradient, state)
     # A variable that no gradient moved is still the parameter's own memory; the end point must survive an exchange.
     own = {tensor.data_ptr() for tensor in look.lower_level.tensors}
-    return Trajectory([x.clone() if x.data_ptr() in own else x for x in point], steps)
+    return Trajectory([x.clone() if x.data_ptr() in own else x for x in point], state, steps)
 
 
 def adjoint(

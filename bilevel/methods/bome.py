@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any, Unpack
 
 from ..barrier import Barrier, GradientNorm
+from ..descent import InnerStep
 from ..optimizer import Common
 from ..products import Route
 from .barrier_terms import ValueGradient
-from .dynamic_barrier import DynamicBarrier, InnerStep, StepFrom
+from .dynamic_barrier import DynamicBarrier, StepFrom
 
 
 class BOME(DynamicBarrier):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..barrier import Barrier, Products, multiplier
 from ..checking import Claim
-from ..descent import GradientDescent, Preview, Rule, check_preview, current_rates
+from ..descent import GradientDescent, InnerStep, Preview, Rule, check_preview, current_rates
 from ..directions import Directions, Stats
 from ..errors import choice, count, message, number
 from ..evaluator import Evaluation, Look
@@ -22,7 +22,6 @@ from ..variables import Level
 from ..vectors import Vector, accumulation_dtype, add_scaled, dot, squared_norm, subtract
 from .barrier_terms import Terms, ValueGradient, gradient_claims, plain_products
 
-InnerStep = Literal["plain", "preview"]
 StepFrom = Literal["outer", "inner"]
 
 

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any, Unpack
 
 from ..barrier import Aligned
+from ..descent import InnerStep
 from ..errors import number
 from ..optimizer import Common
 from ..products import Route
 from .barrier_terms import ValueGradient
-from .dynamic_barrier import DynamicBarrier, InnerStep, StepFrom
+from .dynamic_barrier import DynamicBarrier, StepFrom
 
 
 class EBOMLC(DynamicBarrier):

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Unpack
 
+from ..descent import InnerStep
 from ..directions import Directions
 from ..errors import number
 from ..evaluator import Look
@@ -26,14 +27,16 @@ class FiniteDifference(Sequential[HypergradientStats]):
             \frac{\nabla_\alpha G(w + \epsilon v, \alpha) - \nabla_\alpha G(w - \epsilon v, \alpha)}{2 \epsilon} \Big)
 
     :math:`\Phi` is the step of your lower optimizer from its real state (momentum and weight decay included, as in
-    DARTS), or plain gradient descent with ``inner_lr``; for SGD :math:`v = -\eta u`, and the points are DARTS's own,
+    DARTS), or plain gradient descent; for SGD :math:`v = -\eta u`, and the points are DARTS's own,
     :math:`w \pm r\, u / \|u\|`. Then w takes its ordinary step with the new upper variables. Copies are perturbed, not
     the parameters. The order of the difference is two: its error falls with r squared until rounding takes over.
 
     Args:
         upper_loss: F, called once per step, at :math:`w'`; see :class:`bilevel.BilevelOptimizer`.
         lower_loss: G, called four times per step, twice of them forward-only through the lower model.
-        inner_lr: Rate of a plain step; default None: follow the lower optimizer.
+        inner_lr: Rate of that step; default None: the lower optimizer's current rates.
+        inner_step: ``"preview"``: the lower optimizer's own step; ``"plain"``: gradient descent. Default None: plain if
+            ``inner_lr`` is given, else preview, as in DARTS.
         radius: r > 0, distance of the two points from w; default 0.01 (DARTS).
         atomic: Whether a step that fails half-way is taken back; see the concepts page. Default True.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
@@ -70,12 +73,15 @@ class FiniteDifference(Sequential[HypergradientStats]):
         lower_loss: Callable[..., Any],
         *,
         inner_lr: float | None = None,
+        inner_step: InnerStep | None = None,
         radius: float = 0.01,
         atomic: bool = True,
         **common: Unpack[Common],
     ) -> None:
         number("FiniteDifference", "radius", radius, minimum=0.0, exclusive=True)
-        super().__init__(upper_loss, lower_loss, common, inner_steps=1, inner_lr=inner_lr, atomic=atomic)
+        super().__init__(
+            upper_loss, lower_loss, common, inner_steps=1, inner_lr=inner_lr, inner_step=inner_step, atomic=atomic
+        )
         self._check_rule()
         self.radius = radius
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checking import Claim, shifted
-from ..descent import FOLLOWED, GradientDescent, Point, Preview, Rule, check_preview, current_rates
+from ..descent import GradientDescent, InnerStep, Point, Preview, Rule, check_preview, current_rates
 from ..directions import Directions, Stats
 from ..errors import choice, count, number
 from ..evaluator import Evaluation, Look
@@ -61,8 +61,9 @@ class Sequential(BilevelOptimizer[H], ABC):
 
     Args:
         inner_steps: Lower steps per call of ``step``.
-        inner_lr: Plain gradient descent with this rate for the lower steps that are differentiated; None: follow the
-            lower optimizer.
+        inner_lr: Rate of the lower steps that are differentiated; None: the lower optimizer's current ones.
+        inner_step: What such a step is: ``"preview"`` the lower optimizer's own, ``"plain"`` gradient descent. None:
+            plain if a rate is given, as the lower optimizer's step goes with its own rate.
         product: Route of the products of G.
         atomic: Whether a step that fails, or is not finite, after the first real optimizer step is taken back. Costs
             a copy of the level that moves first and of its optimizer state. Without it such a step stays half taken.
@@ -82,6 +83,7 @@ class Sequential(BilevelOptimizer[H], ABC):
         *,
         inner_steps: int,
         inner_lr: float | None = None,
+        inner_step: InnerStep | None = None,
         product: Route = "auto",
         atomic: bool = True,
     ) -> None:
@@ -90,11 +92,14 @@ class Sequential(BilevelOptimizer[H], ABC):
         count(owner, "inner_steps", inner_steps, minimum=self.fewest_steps)
         if inner_lr is not None:
             number(owner, "inner_lr", inner_lr, minimum=0.0, exclusive=True)
+        if inner_step is not None:
+            choice(owner, "inner_step", inner_step, ("plain", "preview"))
         choice(owner, "product", product, ROUTES)
         choice(owner, "atomic", atomic, (True, False))
         super().__init__(upper_loss, lower_loss, **common)
         self.inner_steps = inner_steps
         self.inner_lr = inner_lr
+        self.inner_step = inner_step or ("preview" if inner_lr is None else "plain")
         self.product = product
         self.atomic = atomic
         if not atomic:
@@ -173,23 +178,28 @@ class Sequential(BilevelOptimizer[H], ABC):
         for index in range(self.inner_steps):
             g = look.lower(index, wrt="lower", trains=True)
             first = first or g
-            if rule is not None and index >= self.inner_steps - keep:
+            kept = rule is not None and index >= self.inner_steps - keep
+            if rule is not None and kept:
                 state = [{name: s.clone() for name, s in entry.items()} for entry in rule().start()]
                 steps.append(Step(index, [x.clone() for x in look.point()], g.lower, state))
-            if real and not self._may_train(g):
-                raise _SkippedError(g.value)
-            hand_over(self._lower, g.lower)
+            self._train_along(g, real=real, kept=kept)
         return first or look.lower(wrt="lower"), steps
+
+    def _train_along(self, g: Evaluation, *, real: bool, kept: bool) -> None:
+        """Take a real lower step; a gradient that is ``kept`` for later stays as it is if hooks clip in place."""
+        if real and not self._may_train(g):
+            raise _SkippedError(g.value)
+        hand_over(self._lower, [x if x is None else x.clone() for x in g.lower] if kept else g.lower)
 
     def _rule(self) -> Rule:
         """The lower step that is differentiated."""
-        if self.inner_lr is not None:
-            return GradientDescent(current_rates(self._lower, self.inner_lr))
-        return Preview(self._lower)
+        if self.inner_step == "preview":
+            return Preview(self._lower, self.inner_lr)
+        return GradientDescent(current_rates(self._lower, self.inner_lr))
 
-    def _check_rule(self) -> None:
-        if self.inner_lr is None:
-            check_preview(type(self).__name__, self.lower_optimizer, "inner_lr=<a rate> for plain gradient descent")
+    def _check_rule(self, otherwise: str = 'inner_step="plain" for gradient descent') -> None:
+        if self.inner_step == "preview":
+            check_preview(type(self).__name__, self.lower_optimizer, otherwise)
 
     def _directions(
         self, look: Look, f: Evaluation, g: Evaluation, through: Vector, stats: H | None = None
@@ -220,10 +230,9 @@ class Sequential(BilevelOptimizer[H], ABC):
     def _claims(self, look: Look, probe: Callable[[Level], Vector]) -> list[Claim]:
         answer = self._answer(look)
         upper = [answer.upper.get(name) for name in self._upper.names]
-        follows = self.inner_lr is not None or type(self.lower_optimizer) in FOLLOWED
-        rule = self._rule() if follows else GradientDescent(current_rates(self._lower, None))
+        steps = max(self.inner_steps, 1)
         return derivative_claims(
-            look, rule, max(self.inner_steps, 1), upper, probe(self._upper), exact=self.exact, start=self._start_point
+            look, self._rule(), steps, upper, probe(self._upper), exact=self.exact, start=self._start_point
         )
 
     def _start_point(self) -> Point | None:
