@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass
@@ -29,10 +30,11 @@ def counted(network: nn.Module) -> Iterator[Passes]:
     def arrived(gradient: Tensor) -> None:
         passes.backward += 1
 
-    def ran(layer: nn.Module, inputs: object, output: Tensor) -> None:
+    def ran(layer: nn.Module, inputs: object, output: object) -> None:
         passes.forward += 1
-        if output.requires_grad:
-            output.register_hook(arrived)
+        result = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        if result.requires_grad:
+            result.register_hook(arrived)
 
     first = next(part for part in network.modules() if any(True for _ in part.parameters(recurse=False)))
     handle = first.register_forward_hook(ran)

@@ -46,7 +46,7 @@ class GradientDescent(Rule):
 
     def step(self, point: Point, gradient: Vector, state: State) -> tuple[list[Tensor], State]:
         moved = [
-            x if g is None else (x - _on(rate, x) * g).to(x.dtype)
+            x if g is None else _moved(x, g, _on(rate, x))
             for x, g, rate in zip(point, gradient, self._rates, strict=True)
         ]
         return moved, state
@@ -89,6 +89,12 @@ def current_rates(level: Level, rate: float | None) -> list[float | Tensor]:
     return [group["lr"] for group in level.groups()]
 
 
+def _moved(x: Tensor, g: Tensor, rate: float | Tensor) -> Tensor:
+    """Return ``x - rate * g``, as one operation where that is possible: there are many small tensors."""
+    moved = x - rate * g if isinstance(rate, Tensor) else torch.sub(x, g, alpha=rate)
+    return moved if moved.dtype == x.dtype else moved.to(x.dtype)
+
+
 def _on(rate: float | Tensor, x: Tensor) -> float | Tensor:
     return rate.detach().to(x.device, non_blocking=True) if isinstance(rate, Tensor) else rate
 
@@ -106,7 +112,7 @@ def _momentum_sgd(
         buffer = g if held is None else group["momentum"] * held + (1 - group["dampening"]) * g
         state = {"momentum_buffer": buffer}
         g = g + group["momentum"] * buffer if group["nesterov"] else buffer
-    return (x - rate * g).to(x.dtype), state
+    return _moved(x, g, rate), state
 
 
 def _adam(

@@ -4,9 +4,8 @@ Values of the lower variables other than the current ones reach a closure by one
 
 * *swap*: they are exchanged into the parameters in place, and taken out again whatever happens. It reaches every way
   of reading a parameter, and serves everything that needs no derivative *along* a direction.
-* *substitute*: ``torch.func.functional_call`` on a private container whose ``forward`` calls the closure, with cloned
-  buffers. It carries dual tensors (forward mode) and graphs through the lower point, and reaches only what is read
-  from a module.
+* *substitute*: other tensors take their places in the modules (``substitution.py``). It carries dual tensors (forward
+  mode) and graphs through the lower point, and reaches only what is read from a module.
 
 The upper variables are never replaced: they are leaves of the graph.
 """
@@ -16,15 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .closures import MISSING, Loss, captured, sequence_number
 from .errors import ClosureError
 from .replay import Policy, Replay
+from .substitution import Places, plain_attention
 from .variables import Level
 from .vectors import Vector, exchange
 
@@ -66,7 +66,6 @@ class Evaluator:
         self.modules = modules
         self.looks_to_check = CHECKED_LOOKS
         self.product_routes: dict[str, str] = {}
-        self.told: set[str] = set()
 
     @property
     def devices(self) -> set[torch.device]:
@@ -76,7 +75,6 @@ class Evaluator:
         """The set of variables changed: what was found out about the closures no longer holds."""
         self.looks_to_check = CHECKED_LOOKS
         self.product_routes.clear()
-        self.told.clear()
 
     @contextmanager
     def look(self, upper_batch: Any, lower_batches: Sequence[Any]) -> Iterator[Look]:
@@ -104,6 +102,7 @@ class Look:
         self.replay = replay
         self.upper_level = evaluator.upper
         self.lower_level = evaluator.lower
+        self._devices = evaluator.devices
         self.upper_loss = evaluator.upper_loss
         self.lower_loss = evaluator.lower_loss
 
@@ -113,9 +112,11 @@ class Look:
         return self._evaluator.product_routes
 
     @property
-    def told(self) -> set[str]:
-        """What the user was already warned about; kept from step to step."""
-        return self._evaluator.told
+    def checking(self) -> bool:
+        """Whether this look searches the graphs of the losses for what it cannot serve: the first looks do, and the
+        first after the set of variables changed.
+        """
+        return self._evaluator.looks_to_check > 0
 
     def point(self) -> list[Tensor]:
         """Return the current values of the lower variables: views, not copies."""
@@ -179,15 +180,21 @@ class Look:
         current: bool = False,
         trains: bool = False,
     ) -> Iterator[Graph]:
-        devices = self._evaluator.devices
-        with self._prepared(key, at, current=current, trains=trains), _plain_attention():
+        # Copies: a training-mode BatchNorm would write tangents into the user's own buffers, and a kept graph may hold
+        # what the next evaluation changes.
+        copied = substitute is not None and not current
+        with self._prepared(key, at, current=current, trains=trains, copied=copied), plain_attention():
             if substitute is None:
-                graph = loss(batch, devices)
+                graph = loss(batch, self._devices)
             else:
                 frozen = not any(value.requires_grad for value in substitute)
-                container = _Container([module for module, _ in self._evaluator.modules], self.lower_level.tensors)
-                graph = container.call(substitute, lambda: loss(batch, devices, frozen=frozen), own_buffers=current)
+                with self._places.holding(substitute, copy_buffers=copied):
+                    graph = loss(batch, self._devices, frozen=frozen)
             yield graph
+
+    @cached_property
+    def _places(self) -> Places:
+        return Places([module for module, _ in self._evaluator.modules], self.lower_level.tensors)
 
     def _lower_batch(self, index: int) -> tuple[int, Any]:
         index = min(index, len(self._lower_batches) - 1)
@@ -198,18 +205,17 @@ class Look:
     ) -> Evaluation:
         upper = list(self.upper_level.tensors) if wrt != "lower" else []
         lower = list(self.lower_level.tensors) if wrt != "upper" else []
-        checking = self._evaluator.looks_to_check > 0
         with self._prepared(key, at, current=at is None, freeze=not lower, trains=trains):
-            since = sequence_number() if checking else 0
-            value, aux = loss(batch, self._evaluator.devices, frozen=not lower)
-            if checking:
+            since = sequence_number() if self.checking else 0
+            value, aux = loss(batch, self._devices, frozen=not lower)
+            if self.checking:
                 self._refuse_captured(loss, value, since)
             gradients = torch.autograd.grad(value, upper + lower, allow_unused=True)
-        for name, gradient in zip(self._names(wrt), gradients, strict=True):
+        for index, gradient in enumerate(gradients):
             if gradient is not None and gradient.layout != torch.strided:
                 raise ClosureError(
-                    f"{loss.name} gives {name} a gradient of layout {gradient.layout}; directions are dense. "
-                    "Usual cause: Embedding(sparse=True). Build the layer with sparse=False."
+                    f"{loss.name} gives {self._names(wrt)[index]} a gradient of layout {gradient.layout}; directions "
+                    "are dense. Usual cause: Embedding(sparse=True). Build the layer with sparse=False."
                 )
         return Evaluation(value.detach(), gradients[: len(upper)], gradients[len(upper) :], aux)
 
@@ -230,12 +236,23 @@ class Look:
 
     @contextmanager
     def _prepared(
-        self, key: Any, at: Point | None, *, current: bool, freeze: bool = False, trains: bool = False
+        self,
+        key: Any,
+        at: Point | None,
+        *,
+        current: bool,
+        freeze: bool = False,
+        trains: bool = False,
+        copied: bool = False,
     ) -> Iterator[None]:
-        """Surround one evaluation: replay what the batch's first one saw, swap ``at`` in and out."""
+        """Surround one evaluation: replay what the batch's first one saw, swap ``at`` in and out.
+
+        ``copied`` says that the evaluation gets copies of the buffers.
+        """
         variables = [*self.upper_level.tensors, *self.lower_level.tensors]
         parameters = self.lower_level.tensors
-        with self.replay.evaluation(key, current=current, trains=trains), torch.enable_grad():
+        replayed = self.replay.evaluation(key, current=current, trains=trains, copied=copied)
+        with replayed, torch.enable_grad():
             # An autocast region around the step would go on to serve casts of the values before the exchange.
             torch.clear_autocast_cache()
             if at is not None:
@@ -253,37 +270,3 @@ class Look:
                 if at is not None:
                     exchange(parameters, at)
                 torch.clear_autocast_cache()
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """The fused attention kernels have neither a forward-mode nor a second-order rule; the plain one has both.
-
-    Transformer layers in evaluation mode choose a fused kernel of their own where no parameter requires a gradient.
-    """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-class _Container(nn.Module):
-    """The one module whose ``forward`` calls a closure, so that ``functional_call`` reaches what the closure reads."""
-
-    def __init__(self, modules: Sequence[nn.Module], variables: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(modules)
-        places = {id(p): name for name, p in self.parts.named_parameters(prefix="parts")}
-        self._places = [places.get(id(variable)) for variable in variables]
-
-    def forward(self, closure: Callable[[], Any]) -> Any:
-        return closure()
-
-    def call(self, values: Point, closure: Callable[[], Any], *, own_buffers: bool) -> Any:
-        replaced = {place: value for place, value in zip(self._places, values, strict=True) if place is not None}
-        # Clones: a training-mode BatchNorm would write tangents into the user's own buffers.
-        buffers = {} if own_buffers else {name: buffer.clone() for name, buffer in self.named_buffers()}
-        return torch.func.functional_call(self, {**replaced, **buffers}, (closure,))

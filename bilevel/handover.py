@@ -46,16 +46,17 @@ def are_finite(owner: str, checks: Mapping[str, Vector], must_be: bool, moved: s
     """Return whether all named vectors are finite; waits for the device once. Raises instead if ``must_be``, and says
     what was ``moved``.
     """
-    verdicts = {name: v for name, v in ((name, all_finite(vector)) for name, vector in checks.items()) if v is not None}
-    device = next(iter(verdicts.values())).device
-    finite = torch.stack([v.to(device, non_blocking=True) for v in verdicts.values()]).tolist()
-    bad = [name for name, good in zip(verdicts, finite, strict=True) if not good]
-    if bad and must_be:
+    together = all_finite([tensor for vector in checks.values() for tensor in vector])
+    if together is None or bool(together):
+        return True
+    if must_be:
+        verdicts = {name: all_finite(vector) for name, vector in checks.items()}
+        bad = [name for name, verdict in verdicts.items() if verdict is not None and not verdict]
         raise NonFiniteError(
             f"{owner}.step: {' and '.join(bad)} held NaN or infinity; {moved}. "
             'Lower the learning rates, or pass on_nonfinite="skip" to drop such steps.'
         )
-    return not bad
+    return False
 
 
 def check_state(optimizer: torch.optim.Optimizer) -> None:

@@ -85,10 +85,14 @@ class Buffers:
         for (module, name), tensor in zip(self._places, snapshot.objects, strict=True):
             if module._buffers[name] is not tensor:
                 module._buffers[name] = tensor
-        for module, name in self._absent:
-            module._buffers[name] = None
+        self.unmake()
         for kind, which in snapshot.kinds.items():
             _scatter([snapshot.objects[i] for i in which], snapshot.values[kind])
+
+    def unmake(self) -> None:
+        """Take away what a loss made where there was None."""
+        for module, name in self._absent:
+            module._buffers[name] = None
 
     def note_moves(self, before: Snapshot, after: Snapshot) -> None:
         """Remember, on the device, which modules' buffers differ between two snapshots."""
@@ -262,20 +266,24 @@ class Replay:
         self._flags = [(part, part.training) for part, _ in parts]
 
     @contextmanager
-    def evaluation(self, batch: Hashable, *, current: bool, trains: bool = False) -> Iterator[None]:
+    def evaluation(
+        self, batch: Hashable, *, current: bool, trains: bool = False, copied: bool = False
+    ) -> Iterator[None]:
         """Surround one evaluation of ``batch``; ``current`` says whether it is at the current point.
 
         ``trains`` marks the gradient of a real lower step: buffers go on from where they stand, and move each time.
+        ``copied`` says that the modules hold copies of their buffers meanwhile, so that there is little to put back.
         """
         random, standing = RandomState(self._device_list), self._standing_buffers()
         if again := batch in self._first:
             first_random, first_buffers, values = self._first[batch]
             first_random.restore()
-            if not trains:
+            rewound = not trains and first_buffers is not standing
+            if rewound:
                 self._buffers.restore(first_buffers)
             held = _Held(values, cursor=0)
         else:
-            held = _Held()
+            rewound, held = False, _Held()
             self._first[batch] = (random, standing, held.values)
         token = _active.set(held)
         try:
@@ -283,10 +291,13 @@ class Replay:
         finally:
             _active.reset(token)
             self._restore_flags()
-            self._frozen.restore(self._start[1][1])
+            if not copied:
+                self._frozen.restore(self._start[1][1])
             if again:
                 random.restore()
-            if not trains and (not current or batch in self._moved):
+            if copied and not rewound:
+                self._buffers.unmake()
+            elif not trains and (not current or batch in self._moved):
                 self._buffers.restore(standing)
             else:
                 self._buffers.note_made(anew=trains)

@@ -133,14 +133,19 @@ BARRIER_CASES: dict[str, Case] = {
 
 CASES: dict[str, Case] = {
     **BARRIER_CASES,
-    "unrolled": Case(bilevel.Unrolled, walk_and_back, {"inner_steps": 2}, **LOOK_FIRST),
+    "unrolled": Case(bilevel.Unrolled, walk_and_back, {"inner_steps": 2, "mode": "adjoint"}, **LOOK_FIRST),
     "unrolled-reverse": Case(
-        bilevel.Unrolled, walk_and_back_by_double_backward, {"inner_steps": 2, "product": "reverse"}, **LOOK_FIRST
+        bilevel.Unrolled,
+        walk_and_back_by_double_backward,
+        {"inner_steps": 2, "mode": "adjoint", "product": "reverse"},
+        **LOOK_FIRST,
     ),
     "unrolled-graph": Case(
         bilevel.Unrolled, lambda steps: steps * "L" + "U", {"inner_steps": 2, "mode": "graph"}, **LOOK_FIRST
     ),
-    "unrolled-real": Case(bilevel.Unrolled, walk_and_back, {"inner_steps": 2, "restore": False}, **TRAIN_FIRST),
+    "unrolled-real": Case(
+        bilevel.Unrolled, walk_and_back, {"inner_steps": 2, "restore": False, "mode": "adjoint"}, **TRAIN_FIRST
+    ),
     "unrolled-real-graph": Case(
         bilevel.Unrolled,
         lambda steps: steps * "L" + "U",

@@ -462,7 +462,7 @@ MUTATIONS = [
     Mutation(
         "raise is silent",
         "handover.py",
-        "    if bad and must_be:\n",
+        "    if must_be:\n",
         "    if False:\n",
         "test_nonfinite.py::test_raise_changes_nothing",
     ),
@@ -709,8 +709,8 @@ MUTATIONS = [
     Mutation(
         "Unrolled: the graph misses what F reads elsewhere",
         KEPT_GRAPH,
-        "                self._refuse_unreached(loss, value)\n                found",
-        "                found",
+        "                    self._refuse_unreached(loss, value)\n                found",
+        "                    pass\n                found",
         "test_unrolled.py::test_a_captured_parameter_is_refused_by_the_graph_for_either_loss",
     ),
     Mutation(
@@ -723,8 +723,8 @@ MUTATIONS = [
     Mutation(
         "Unrolled: the graph trusts a wrong second derivative",
         KEPT_GRAPH,
-        "        refuse_wrong_rules([value, *(g for g in gradient if g is not None)], FIRST_ORDER)\n",
-        "",
+        "            refuse_wrong_rules([value, *(g for g in gradient if g is not None)])\n",
+        "            pass\n",
         "test_forward_mode.py::test_the_kept_graph",
     ),
     Mutation(
@@ -737,9 +737,16 @@ MUTATIONS = [
     Mutation(
         "Unrolled: real steps with a kept graph leave buffers behind",
         "evaluator.py",
-        "buffers = {} if own_buffers else {name",
-        "buffers = {name",
+        "copied = substitute is not None and not current",
+        "copied = substitute is not None",
         "test_unrolled.py::test_without_restore_w_takes_k_plain_torch_steps",
+    ),
+    Mutation(
+        "a substituted evaluation moves the buffers of the modules",
+        "substitution.py",
+        "for place, name in self._buffers] if copy_buffers else []",
+        "for place, name in self._buffers] if False else []",
+        "test_products.py::test_a_product_on_a_new_batch_moves_no_statistics",
     ),
     Mutation(
         "Unrolled: plain steps are previews",
@@ -777,17 +784,24 @@ MUTATIONS = [
         "test_sequential.py::test_taking_steps_back_restores_the_very_tensors",
     ),
     Mutation(
-        "what has no forward mode is said twice",
+        "a fallback is forgotten",
         PRODUCTS,
-        "if str(problem) not in look.told:",
-        "if True:",
-        "test_forward_mode.py::test_one_warning_for_both_kinds_of_products",
+        "        look.product_routes[kind] = other\n",
+        "",
+        "test_products.py::test_auto_falls_back_once_and_says_why",
+    ),
+    Mutation(
+        "both products start with the slower route",
+        PRODUCTS,
+        'first = "reverse" if kind == "both" or ',
+        'first = "reverse" if ',
+        "test_products.py::test_the_route_taken_is_told",
     ),
     Mutation(
         "transformer layers on their fused kernel",
-        EVALUATOR,
-        "set_fastpath_enabled(False)",
-        "set_fastpath_enabled(True)",
+        "substitution.py",
+        "mha.get_fastpath_enabled(), False)",
+        "mha.get_fastpath_enabled(), True)",
         "test_forward_mode.py::test_the_route_of_the_table_is_taken_and_right",
     ),
     Mutation(

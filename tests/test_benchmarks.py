@@ -1,4 +1,4 @@
-"""The benchmark of a step runs, and refuses to compare what is not the same work."""
+"""The benchmarks run, and refuse to compare what is not the same work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import bilevel
-from benchmarks import step_time
+from benchmarks import hypergradient, step_time, unrolling
 from benchmarks.by_hand import ByHand
 from benchmarks.memory import LiveBytes
 from benchmarks.passes import Passes, counted
@@ -65,6 +65,46 @@ def test_the_gate_closes(
     monkeypatch.setattr(step_time, "ByHand", wrong)
     assert step_time.main(["--smoke"]) == 1
     assert complaint in capsys.readouterr().err
+
+
+def test_hypergradients_are_compared_only_if_equal_and_all_parts_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "hypergradient.json"
+    assert hypergradient.main(["--smoke", "--output", str(output)]) == 0
+    results = json.loads(output.read_text())
+    (products,) = results["products"]
+    # The upper product by forward mode never goes back through the lower model; double backward goes twice.
+    passes = products["passes"]
+    assert passes["gradient of G"] == {"forward": 1, "backward": 1}
+    assert passes["upper product, forward"] == {"forward": 1, "backward": 0}
+    assert passes["mixed product, reverse"] == {"forward": 1, "backward": 2}
+    for result, steps in zip(results["unrolled"], (1, 3), strict=True):
+        assert result["steps"] == steps
+        assert max(result["largest difference in float64"].values()) < 1e-12
+        # k virtual steps and F, then the ordinary step; the adjoint calls G once more for each step.
+        assert result["passes"]["by hand"]["forward"] == result["passes"]["bilevel, graph"]["forward"] == steps + 2
+        assert result["passes"]["bilevel, adjoint"]["forward"] == 2 * steps + 2
+    copies = results["memory"]["parameter copies per further step"]
+    assert copies["EMLC, replay"] < copies["EMLC, store"] < copies["by hand"]
+    printed = capsys.readouterr().out
+    ratio = results["unrolled"][1]["over by hand"]["bilevel, graph"]["wall"]["value"]
+    assert f"{ratio:.2f} (" in printed
+
+
+class HalfTheStep(unrolling.ByHand):
+    """Another hypergradient."""
+
+    def hypergradient(self, clean: Batch, noisy: Batch) -> tuple[Tensor, ...]:
+        return tuple(g / 2 for g in super().hypergradient(clean, noisy))
+
+
+def test_another_hypergradient_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(unrolling.EVERYBODY, "bilevel, graph", HalfTheStep)
+    assert hypergradient.main(["--smoke", "--only", "unrolled"]) == 1
+    assert "bilevel, graph is 5.0e-01 off" in capsys.readouterr().err
 
 
 def test_counting_sees_a_backward_pass_more() -> None:

@@ -20,6 +20,7 @@ LAYERS = [
     "variables",
     "replay",
     "closures",
+    "substitution",
     "evaluator",
     "products",
     "barrier",

@@ -422,31 +422,39 @@ def both(look: Look, made: Evaluator, direction: Vector, route: Route) -> Tensor
     return torch.cat([flat(upper, made.upper.tensors), flat(lower, made.lower.tensors)])
 
 
-def test_auto_falls_back_once_and_says_why() -> None:
-    made = silu()
-    direction: list[Tensor | None] = [normal(*t.shape) for t in made.lower.tensors]
-    with made.look(MISSING, []) as look:
-        expected = both(look, made, direction, "reverse")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):  # in a step, and in the next ones
-            with made.look(MISSING, []) as look:
-                for _ in range(2):
-                    assert torch.equal(both(look, made, direction, "auto"), expected)
-    assert len(caught) == 1
-    text = str(caught[0].message)
-    assert "lower_loss" in text
-    assert "silu_backward" in text
-    assert "double backward" in text
+class WithJvp(torch.autograd.Function):
+    """Differentiable once in reverse mode, and forwards."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        result: Tensor = 2 * ctx.saved_tensors[0] * gradients[0]
+        return result
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        result: Tensor = 2 * ctx.saved_tensors[0] * tangents[0]
+        return result
 
 
-def test_a_new_set_of_variables_tries_forward_mode_again() -> None:
-    made = silu()
-    direction: list[Tensor | None] = [normal(*t.shape) for t in made.lower.tensors]
-    for _ in range(2):
-        with pytest.warns(UserWarning, match="silu_backward"), made.look(MISSING, []) as look:
-            mixed_product(look, 0, direction, None, "auto")
-        made.forget_checks()
+def with_layer(layer: nn.Module) -> Evaluator:
+    torch.manual_seed(0)
+    return plain(nn.Sequential(nn.Linear(5, 4), layer, nn.Linear(4, 2)), normal(6, 5)).evaluator()
+
+
+def product_of(kind: Callable[..., Any], look: Look, made: Evaluator, direction: Vector, route: Route) -> Tensor:
+    if kind is mixed_product:
+        return both(look, made, direction, route)
+    return flat(upper_product(look, 0, direction, None, route), made.upper.tensors)
 
 
 def test_forward_without_a_rule_is_an_error_that_shows_the_way() -> None:
@@ -498,22 +506,21 @@ def test_a_bare_parameter_is_served_or_named(kind: Callable[..., Any]) -> None:
         kind(look, 0, [v], None, "forward")
 
 
-@pytest.mark.parametrize(
-    ("route", "before", "after"), [("auto", "forward", "reverse"), ("difference", "difference", "difference")]
-)
-def test_the_route_taken_is_told(route: Route, before: str, after: str) -> None:
+@pytest.mark.parametrize("route", ["auto", "difference"])
+def test_the_route_taken_is_told(route: Route) -> None:
     """What ``stats.product`` shows: the fallback, once it happened, for the kind of product that it happened to."""
-    made = silu()
+    made = with_layer(Applied(Square))
     direction: list[Tensor | None] = [normal(*t.shape) for t in made.lower.tensors]
+    told = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         with made.look(MISSING, []) as look:
-            assert route_taken(look, "both", route) == before
-            mixed_product(look, 0, direction, None, route)
-            assert route_taken(look, "both", route) == after
-            # SiLU lacks a rule for its backward only, which an upper product does not differentiate forwards.
-            upper_product(look, 0, direction, None, route)
-            assert route_taken(look, "upper", route) == before
+            for product in (mixed_product, upper_product):
+                told.append([route_taken(look, kind, route) for kind in ("both", "upper")])
+                product(look, 0, direction, None, route)
+            told.append([route_taken(look, kind, route) for kind in ("both", "upper")])
+    forwards = [["reverse", "forward"], ["reverse", "forward"], ["reverse", "reverse"]]
+    assert told == (forwards if route == "auto" else [["difference", "difference"]] * 3)
 
 
 @pytest.mark.parametrize("kind", [mixed_product, upper_product])
@@ -531,12 +538,16 @@ def test_a_captured_parameter_of_a_module_is_named(also_by_module: bool, kind: C
     assert "bias" not in str(caught.value)
     with made.look(MISSING, []) as look:
         expected = flat(mixed_product(look, 0, direction, None, "difference")[0], made.upper.tensors)
-    with pytest.warns(UserWarning, match="weight"), made.look(MISSING, []) as look:
-        found = flat(mixed_product(look, 0, direction, None, "auto")[0], made.upper.tensors)
-    assert relative(found, expected) < 1e-8
+    with warnings.catch_warnings(record=True) as caught, made.look(MISSING, []) as look:
+        warnings.simplefilter("always")
+        answer = kind(look, 0, direction, None, "auto")
+    assert relative(flat(answer[0] if kind is mixed_product else answer, made.upper.tensors), expected) < 1e-8
+    assert [str(warning.message).partition(" other")[0] for warning in caught] == (
+        ["lower_loss reads weight"] if kind is upper_product else []
+    )
 
 
-def test_checkpointing_falls_back() -> None:
+def test_checkpointing_has_no_forward_mode() -> None:
     """Activation checkpointing counts the saved tensors, of which dual numbers save more: an error of its own kind."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)), normal(6, 5)
@@ -544,7 +555,6 @@ def test_checkpointing_falls_back() -> None:
     direction: list[Tensor | None] = [normal(*t.shape) for t in made.lower.tensors]
     with made.look(MISSING, []) as look:
         expected = both(look, made, direction, "reverse")
-    with pytest.warns(UserWarning, match="checkpoint"), made.look(MISSING, []) as look:
         assert torch.equal(both(look, made, direction, "auto"), expected)
     with pytest.raises(ClosureError, match="checkpoint"), made.look(MISSING, []) as look:
         mixed_product(look, 0, direction, None, "forward")
@@ -603,13 +613,42 @@ class SquareOnce(torch.autograd.Function):
         return result
 
 
-def test_a_custom_function_without_jvp_falls_back() -> None:
+@pytest.mark.parametrize(
+    ("kind", "function", "other", "words"),
+    [
+        (mixed_product, WithJvp, "forward", ("double backward", "once_differentiable", "to forward mode for")),
+        (upper_product, Square, "reverse", ("forward-mode", "jvp", "to double backward for")),
+    ],
+    ids=["mixed", "upper"],
+)
+def test_auto_falls_back_once_and_says_why(
+    kind: Callable[..., Any], function: Any, other: Route, words: Sequence[str]
+) -> None:
+    made = with_layer(Applied(function))
+    direction: list[Tensor | None] = [normal(*t.shape) for t in made.lower.tensors]
+    with made.look(MISSING, []) as look:
+        expected = product_of(kind, look, made, direction, other)
+        assert relative(expected, product_of(kind, look, made, direction, "difference")) < 1e-8
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):  # in a step, and in the next ones
+                with made.look(MISSING, []) as look:
+                    for _ in range(2):
+                        assert torch.equal(product_of(kind, look, made, direction, "auto"), expected)
+        (warning,) = caught
+        text = str(warning.message)
+        assert text.startswith("lower_loss has no ")
+        assert all(word in text for word in words)
+        made.forget_checks()  # a new set of variables: both routes are tried again
+
+
+def test_a_custom_function_without_jvp() -> None:
     torch.manual_seed(0)
     made = plain(nn.Sequential(nn.Linear(5, 2), Applied(Square)), normal(6, 5)).evaluator()
     direction: list[Tensor | None] = [normal(*t.shape) for t in made.lower.tensors]
     with made.look(MISSING, []) as look:
         expected = both(look, made, direction, "difference")
-    with pytest.warns(UserWarning, match="jvp"), made.look(MISSING, []) as look:
         assert relative(both(look, made, direction, "auto"), expected) < 1e-8
 
 

@@ -31,13 +31,19 @@ def back(steps: int) -> str:
 MORE: dict[str, Case] = {
     "unrolled-1": Case(bilevel.Unrolled, lambda k: "LUl", **LOOK_FIRST),
     "unrolled-3-truncated": Case(
-        bilevel.Unrolled, lambda k: "LLLU" + back(2), {"inner_steps": 3, "truncate": 2}, **LOOK_FIRST
+        bilevel.Unrolled, lambda k: "LLLU" + back(2), {"inner_steps": 3, "truncate": 2, "mode": "adjoint"}, **LOOK_FIRST
     ),
     "unrolled-plain": Case(
-        bilevel.Unrolled, lambda k: "LLU" + back(2), {"inner_steps": 2, "inner_lr": 0.05}, **LOOK_FIRST
+        bilevel.Unrolled,
+        lambda k: "LLU" + back(2),
+        {"inner_steps": 2, "inner_lr": 0.05, "mode": "adjoint"},
+        **LOOK_FIRST,
     ),
     "unrolled-difference": Case(
-        bilevel.Unrolled, lambda k: "LLU" + "LL" + "ll", {"inner_steps": 2, "product": "difference"}, **LOOK_FIRST
+        bilevel.Unrolled,
+        lambda k: "LLU" + "LL" + "ll",
+        {"inner_steps": 2, "product": "difference", "mode": "adjoint"},
+        **LOOK_FIRST,
     ),
     "unrolled-graph-truncated": Case(
         bilevel.Unrolled, lambda k: "LLLU", {"inner_steps": 3, "truncate": 1, "mode": "graph"}, **LOOK_FIRST
@@ -455,7 +461,7 @@ WRONG: dict[str, Bad] = {
         "unrolled",
         {"mode": "loop"},
         ValueError,
-        r"Unrolled\(mode='loop'\): must be one of 'adjoint', ",
+        r"Unrolled\(mode='loop'\): must be one of 'auto', ",
     ),
     "an unknown inner step": (
         "unrolled",

@@ -7,7 +7,6 @@ mask for each batch, the lower ones first.
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,7 +39,9 @@ from reference import Mover, State, Tensors
 LOSSES = (plain_upper, plain_lower)
 SEED = 3
 every_kind = pytest.mark.parametrize("kind", MOVERS)
-WAYS: list[dict[str, Any]] = [{}, {"mode": "graph"}, {"restore": False}, {"restore": False, "mode": "graph"}]
+ADJOINT, GRAPH = {"mode": "adjoint"}, {"mode": "graph"}
+WAYS: list[dict[str, Any]] = [ADJOINT, GRAPH, {"restore": False, **ADJOINT}, {"restore": False, **GRAPH}]
+UPPER = torch.full((1,), 0.3, dtype=torch.float64, requires_grad=True)
 WAY_NAMES = ["adjoint", "graph", "real", "real graph"]
 
 
@@ -218,7 +219,7 @@ def test_truncation(kind: str, truncate: int, options: dict[str, Any]) -> None:
         assert relative(total, expected(setup, setup.data[:4], 3)) > 1e-3
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "graph"}], ids=["adjoint", "graph"])
+@pytest.mark.parametrize("options", [ADJOINT, GRAPH], ids=["adjoint", "graph"])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("kind", ["momentum", "adam"])
 def test_a_given_rate_is_plain_gradient_descent(kind: str, steps: int, options: dict[str, Any]) -> None:
@@ -229,7 +230,7 @@ def test_a_given_rate_is_plain_gradient_descent(kind: str, steps: int, options: 
     assert relative(found(setup, batches, inner_steps=steps, inner_lr=0.3, **options), total) < 1e-12
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "graph"}], ids=["adjoint", "graph"])
+@pytest.mark.parametrize("options", [ADJOINT, GRAPH], ids=["adjoint", "graph"])
 @pytest.mark.parametrize("kind", ["momentum", "adam"])
 def test_plain_steps_go_with_the_current_rates_of_the_lower_optimizer(kind: str, options: dict[str, Any]) -> None:
     """``inner_step="plain"``: one rate for each group, read when the step is taken, so that schedules count."""
@@ -244,7 +245,7 @@ def test_plain_steps_go_with_the_current_rates_of_the_lower_optimizer(kind: str,
     assert relative(list(optimizer.directions(*setup.data[:3]).upper.values()), total) < 1e-12
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "graph"}], ids=["adjoint", "graph"])
+@pytest.mark.parametrize("options", [ADJOINT, GRAPH], ids=["adjoint", "graph"])
 def test_a_preview_may_have_a_rate_of_its_own(options: dict[str, Any]) -> None:
     setup = Setup("momentum")
     movers = [replace(mover, lr=0.02) for mover in setup.movers]
@@ -398,7 +399,7 @@ def test_without_restore_w_takes_k_plain_torch_steps(kind: str, steps: int, trun
     assert stats.upper_moved
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "graph"}, {"inner_lr": 0.1}], ids=["adjoint", "graph", "inner_lr"])
+@pytest.mark.parametrize("options", [ADJOINT, GRAPH, {"inner_lr": 0.1}], ids=["adjoint", "graph", "inner_lr"])
 @pytest.mark.parametrize("steps", [1, 3])
 @every_kind
 def test_with_restore_w_takes_its_ordinary_step_with_the_new_upper_variables(
@@ -791,23 +792,41 @@ def test_float32_agrees_with_float64() -> None:
         assert relative([d.double() for d in one.upper.values()], list(other.upper.values())) < 1e-4
 
 
-def test_stats_name_the_route_that_was_taken() -> None:
-    """``mse_loss`` has no forward mode over its gradient: a fallback of the mixed product must show in the stats."""
-    torch.manual_seed(0)
-    lower, alpha = nn.Linear(3, 1).double(), torch.zeros(4, 1, dtype=torch.float64, requires_grad=True)
-    x, y = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64)
-    optimizer = bilevel.Unrolled(
-        lambda: nn.functional.mse_loss(lower(x), y),
-        lambda: nn.functional.mse_loss(lower(x), y + alpha),
-        upper=alpha,
-        lower=lower,
-        upper_optimizer=torch.optim.SGD([alpha], lr=0.1),
-        lower_optimizer=torch.optim.SGD(lower.parameters(), lr=0.1),
-        inner_steps=2,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        stats = optimizer.directions().stats
-    assert isinstance(stats, bilevel.HypergradientStats)
-    assert optimizer._evaluator.product_routes == {"both": "reverse"}
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({"inner_steps": 1}, "forward"),
+        ({"inner_steps": 2}, "graph"),
+        ({"inner_steps": 3, "truncate": 1}, "forward"),
+        ({"inner_steps": 3, "truncate": 2}, "graph"),
+        ({"inner_steps": 1, "restore": False}, "forward"),
+        ({"inner_steps": 2, "restore": False}, "graph"),
+        ({"inner_steps": 1, "start": lambda: [torch.ones(1, 3, dtype=torch.float64) * UPPER]}, "graph"),
+        ({"inner_steps": 2, "mode": "adjoint"}, "reverse"),
+        ({"inner_steps": 2, "mode": "adjoint", "product": "forward"}, "forward"),
+        ({"inner_steps": 1, "mode": "graph"}, "graph"),
+    ],
+)
+def test_the_faster_mode_is_taken_and_named(options: dict[str, Any], taken: str) -> None:
+    """Adjoint for one differentiated step, the graph for more; all give the same numbers."""
+    lower, x = nn.Linear(3, 1, bias=False).double(), normal(4, 3)
+    levels = {
+        "upper": UPPER,
+        "lower": lower,
+        "upper_optimizer": torch.optim.SGD([UPPER], lr=0.1),
+        "lower_optimizer": torch.optim.SGD(lower.parameters(), lr=0.1),
+    }
+    losses = (lambda: (lower(x) - 1).tanh().square().mean(), lambda: (lower(x) - UPPER).tanh().square().mean())
+    answer = bilevel.Unrolled(*losses, **levels, **options).directions()
+    assert answer.stats.product == taken
+    other = {"mode": "adjoint" if taken == "graph" else "graph", "product": "auto"}
+    expected = bilevel.Unrolled(*losses, **levels, **{**options, **other}).directions()
+    assert relative(list(answer.upper.values()), list(expected.upper.values())) < 1e-12
+
+
+def test_where_lower_variables_are_in_no_module_the_adjoint_serves() -> None:
+    w = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    levels = {"upper_optimizer": torch.optim.SGD([UPPER], lr=0.1), "lower_optimizer": torch.optim.SGD([w], lr=0.1)}
+    losses = (lambda: (w - 1).exp().sum(), lambda: (w - UPPER).exp().sum())
+    stats = bilevel.Unrolled(*losses, upper=UPPER, lower=w, inner_steps=2, **levels).directions().stats
     assert stats.product == "reverse"

@@ -48,7 +48,7 @@ class KeptGraph:
                 two_derivatives(FIRST_ORDER),
             ):
                 gradient = torch.autograd.grad(value, w, create_graph=True, allow_unused=True)
-            if self._first:  # where the graph begins; later steps hold the earlier ones
+            if self._first and self._look.checking:  # where the graph begins; later steps hold the earlier ones
                 self._check(value, gradient)
             self._first = False
             self._point, self._state = self._rule.step(w, gradient, self._state)
@@ -72,7 +72,8 @@ class KeptGraph:
         with torch.enable_grad(), _hooks_refused():
             graph = self._look.upper_graph(substitute=self._point, current=real)
             with graph as (value, aux), two_derivatives(FIRST_ORDER):
-                self._refuse_unreached(loss, value)
+                if self._look.checking:
+                    self._refuse_unreached(loss, value)
                 found = torch.autograd.grad(value, [*upper, *self._point], allow_unused=True)
         loss.check_use("lower", found[len(upper) :])
         return Evaluation(value.detach(), [None] * len(upper), found[len(upper) :], aux), found[: len(upper)]
@@ -84,7 +85,8 @@ class KeptGraph:
         loss.check_use("lower", gradient)
         if not self._chained and not leaves_of(value, _names(self._look.upper_level)):
             loss.check_use("upper", [])
-        refuse_wrong_rules([value, *(g for g in gradient if g is not None)], FIRST_ORDER)
+        with two_derivatives(FIRST_ORDER):
+            refuse_wrong_rules([value, *(g for g in gradient if g is not None)])
 
     def _refuse_unreached(self, loss: Loss, value: Tensor) -> None:
         missed = leaves_of(value, _names(self._look.lower_level), beyond=self._point)

@@ -17,7 +17,7 @@ from ..products import Route
 from ..vectors import Vector, add_scaled
 from .sequential import HypergradientStats, Sequential
 
-Mode = Literal["adjoint", "graph"]
+Mode = Literal["auto", "adjoint", "graph"]
 
 
 class Unrolled(Sequential[HypergradientStats]):
@@ -46,8 +46,10 @@ class Unrolled(Sequential[HypergradientStats]):
         start: A function without arguments that computes the starting lower variables from the upper ones, as a
             mapping by name or in parameter order; it is differentiated through (MAML). The lower variables themselves
             then never move.
-        mode: ``"adjoint"`` (default) stores the k points and walks back with one product of G per step: memory of one
-            step beside copies of the lower variables. ``"graph"`` keeps the graph of all steps, as other libraries do.
+        mode: ``"adjoint"`` stores the k points and walks back with one product of G per step: memory of one step beside
+            copies of the lower variables. ``"graph"`` keeps the graph of all steps, as other libraries do: their
+            memory, and no second evaluation. ``"auto"`` (default) is the faster one as measured: adjoint for one
+            differentiated step, graph for more; adjoint where lower variables are in no module.
         product: Route of the products of G in adjoint mode.
         atomic: Whether a step that fails half-way is taken back; see the concepts page. Default True.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
@@ -57,8 +59,9 @@ class Unrolled(Sequential[HypergradientStats]):
         TypeError, ValueError: An argument is off, or the lower optimizer cannot be followed; the message says what can.
 
     Cost:
-        k gradients of G and one of F, one upper product of G for the first step and one mixed product for each later
-        one; with ``restore=True`` one more gradient of G for the ordinary step.
+        k gradients of G and one of F. Adjoint: one upper product of G for the first step and one mixed product for each
+        later one. Graph: the way back through all of them. With ``restore=True`` one more gradient of G for the
+        ordinary step.
 
     Example:
         >>> import torch, bilevel
@@ -92,12 +95,12 @@ class Unrolled(Sequential[HypergradientStats]):
         truncate: int | None = None,
         restore: bool = True,
         start: Start | None = None,
-        mode: Mode = "adjoint",
+        mode: Mode = "auto",
         product: Route = "auto",
         atomic: bool = True,
         **common: Unpack[Common],
     ) -> None:
-        choice("Unrolled", "mode", mode, ("adjoint", "graph"))
+        choice("Unrolled", "mode", mode, ("auto", "adjoint", "graph"))
         choice("Unrolled", "restore", restore, (True, False))
         if truncate is not None:
             count("Unrolled", "truncate", truncate, minimum=1)
@@ -139,7 +142,7 @@ class Unrolled(Sequential[HypergradientStats]):
 
     def _look_ahead(self, look: Look) -> Directions[HypergradientStats]:
         start = None if self.start is None else start_of("Unrolled", self.start, self._lower)
-        if self.mode == "graph":
+        if self._keeps_graph:
             return self._look_ahead_by_graph(look, start)
         point = None if start is None else [x.detach().clone() for x in start]
         g = look.lower(at=point, wrt="lower")
@@ -169,7 +172,7 @@ class Unrolled(Sequential[HypergradientStats]):
         return self._by_graph(look, evaluations[0], *walk.finish())
 
     def _train_and_look(self, look: Look, *, real: bool) -> Directions[HypergradientStats]:
-        if self.mode == "graph":
+        if self._keeps_graph:
             return self._train_and_look_by_graph(look, real=real)
         rule = self._rule()
         g, steps = self._train(look, real=real, rule=self._rule, keep=self._differentiated)
@@ -197,6 +200,13 @@ class Unrolled(Sequential[HypergradientStats]):
     def _by_graph(self, look: Look, g: Evaluation, f: Evaluation, total: Vector) -> Directions[HypergradientStats]:
         stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product="graph")
         return self._directions(look, f, g, total, stats)
+
+    @property
+    def _keeps_graph(self) -> bool:
+        if self.mode == "auto":
+            several = self._differentiated > 1 or self.start is not None
+            return several and not self._lower.has_bare_tensors
+        return self.mode == "graph"
 
     @property
     def _differentiated(self) -> int:
