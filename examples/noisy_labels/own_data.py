@@ -1,0 +1,94 @@
+"""Correct the labels of your own table or images: ``python examples/noisy_labels/own_data.py --help``.
+
+Writes into its folder: ``corrected_labels.csv``, ``model.pt``, ``labels.png`` (which labels became which),
+``suspicious.png`` (images only), ``curves.png``, ``log.jsonl``, ``config.json`` (the resolved configuration) and
+``checkpoint.pt``. Nothing is written before all files have been read and found right.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # started as a script: replace the script's folder by the checkout on the module search path
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from examples.noisy_labels import accelerator, checkpoint, command_line, files
+from examples.noisy_labels.interruption import EXIT_CODE, Interrupted, Interruption
+from examples.noisy_labels.log import Log
+from examples.noisy_labels.own import model, options, reading, report
+from examples.noisy_labels.own.options import CONFIGURATION, Command
+from examples.noisy_labels.own.reading import Data
+from examples.noisy_labels.own.run import Run, load, train
+from examples.noisy_labels.settings import Settings
+
+LOG = "log.jsonl"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line says and return the exit code."""
+    command = options.parse(arguments)
+    try:
+        _correct(command)
+    except (ValueError, OSError, ArithmeticError) as problem:
+        print(problem, file=sys.stderr)
+        return 1
+    except Interrupted as stop:
+        print(f"{stop}; to go on: --resume --out {command.out}", file=sys.stderr)
+        return EXIT_CODE
+    return 0
+
+
+def _correct(command: Command) -> None:
+    folder = command.out
+    if not (command.resume or command.overwrite) and (folder / LOG).exists():
+        raise FileExistsError(f"--out {folder}: holds a run already. Use --resume, --overwrite or another --out.")
+    device = command_line.device(command.options.device)
+    data = reading.read(command.options)
+    samples = data.samples.to(device)
+    settled = command.options.resolved(len(samples.noisy))
+    with Interruption() as interruption, accelerator.prepared(Settings(), device):
+        run = Run(settled, samples)
+        saved = folder / checkpoint.NAME
+        resumed = command.resume and saved.is_file()
+        log_size = load(run, saved) if resumed else 0
+        print("\n".join([report.describe(samples, settled.source), *data.notes]))
+        folder.mkdir(parents=True, exist_ok=True)
+        files.sweep(folder)
+        if resumed:
+            print(f"resumed after epoch {run.epoch}, step {run.step}")
+            log = Log(folder / LOG, log_size)
+        else:
+            saved.unlink(missing_ok=True)  # first, so that no checkpoint stands beside another's options
+            settled.save(folder / CONFIGURATION)
+            log = Log(folder / LOG)
+            sizes = {"noisy": len(samples.noisy), "trusted": len(samples.trusted), "held_out": len(samples.held_out)}
+            log.write("start", method=settled.method, classes=list(samples.names), **sizes, notes=list(data.notes))
+        train(run, log, folder, interruption)
+        if interruption.requested:  # the checkpoint holds the finished training; whoever goes on writes the results
+            raise Interrupted("stopped after the last epoch, before the results were written")
+        _present(run, data, log, folder)
+
+
+def _present(run: Run, data: Data, log: Log, folder: Path) -> None:
+    from examples.noisy_labels.own import drawings  # matplotlib takes a second to import, too long for an error message
+
+    settled, samples = run.options, run.samples
+    title = f"{settled.method} on {settled.source}, seed {settled.seed}"
+    _, probabilities = run.probabilities(samples.noisy)
+    votes = settled.annotators is not None
+    report.write_corrected_labels(folder / "corrected_labels.csv", samples, probabilities, votes=votes)
+    model.save(folder / model.NAME, run, data.encoding)
+    drawings.curves(folder / "curves.png", log.epochs(), title)
+    drawings.label_heatmap(folder / "labels.png", samples, probabilities, title)
+    if data.encoding is None:
+        drawings.suspicious(folder / "suspicious.png", samples, probabilities, title)
+    line = report.end_line(settled, samples, probabilities, log)
+    log.write("end", line=line)
+    print(f"corrected labels, model, pictures and log: {folder}")
+    print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
