@@ -2,10 +2,12 @@
 
     python -m benchmarks.noisy_labels_table --data FOLDER
     python -m benchmarks.noisy_labels_table --data FOLDER --noise flip --seeds 4,5,6
+    python -m benchmarks.noisy_labels_table --data FOLDER --table readings
 
 Runs that are already in `--runs` are not repeated, and one that was stopped goes on, so the script can be started again
-at any time. Writes ``docs/results/noisy_labels_quick_<noise>.json`` and the same as a Markdown table (``.txt``, for
-inclusion in the documentation). With two workers of one thread each, 15 runs take about half an hour on two cores.
+at any time, and tables share the runs that they have in common. Writes ``docs/results/noisy_labels_TABLE_NOISE.json``
+and the same as a Markdown table (``.txt``, for inclusion in the documentation). With two workers of one thread each, 15
+runs take about half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -35,6 +37,22 @@ VARIANTS: dict[str, list[str]] = {
     "ce-clean": ["--method", "ce-clean"],
     "ebomlc": ["--method", "ebomlc"],
     "ebomlc, printed constants": ["--method", "ebomlc", "--delta", "0.25", "--xi", "0.5"],
+    "ebomlc-difference": ["--method", "ebomlc-difference"],
+    "ebomlc-difference, step from w1": ["--method", "ebomlc-difference", "--step-from", "inner"],
+    "ebomlc-released": ["--method", "ebomlc-released"],
+    "ebomlc-released, wrong sign kept": ["--method", "ebomlc-released", "--clean-gradient", "released"],
+}
+TABLES: dict[str, list[str]] = {
+    "quick": ["ce", "clean", "ce-clean", "ebomlc", "ebomlc, printed constants"],
+    "readings": [
+        "ce",
+        "clean",
+        "ebomlc",
+        "ebomlc-difference",
+        "ebomlc-difference, step from w1",
+        "ebomlc-released",
+        "ebomlc-released, wrong sign kept",
+    ],
 }
 QUANTITIES = ("test_accuracy", "right", "recovered", "broken")
 
@@ -43,17 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing, then write the table."""
     options = _options(arguments)
     with ThreadPoolExecutor(options.workers) as pool:
-        runs = [pool.submit(run, variant, seed, options) for seed in options.seeds for variant in VARIANTS]
+        runs = [pool.submit(run, variant, seed, options) for seed in options.seeds for variant in TABLES[options.table]]
         outcomes = [one.result() for one in runs]
     content = {
-        "command": "python -m benchmarks.noisy_labels_table",
+        "command": f"python -m benchmarks.noisy_labels_table --table {options.table}",
         "setting": f"CIFAR-10, {options.noise} noise {100 * options.rate:g} %, preset quick",
         "machine": {"processor": processor(), "threads per run": 1, "runs at a time": options.workers},
         "versions": {"bilevel": bilevel.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "outcomes": outcomes,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    name = RESULTS / f"noisy_labels_quick_{options.noise}"
+    name = RESULTS / f"noisy_labels_{options.table}_{options.noise}"
     name.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     name.with_suffix(".txt").write_text(table(outcomes) + "\n")
     print(table(outcomes))
@@ -62,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train once in a process of its own, with one thread, and return the numbers of the last epoch."""
-    place = re.sub("[^a-z]+", "-", variant)
+    place = re.sub("[^a-z]+", "-", variant).strip("-")
     folder = options.runs / f"{options.noise}{options.rate:g}-{place}-seed{seed}"
     setting = ["--data", options.data, "--noise", options.noise, "--rate", options.rate, "--seed", seed]
     command = [sys.executable, "-m", "examples.noisy_labels.cifar", "--preset", "quick", "--device", "cpu"]
@@ -108,10 +126,13 @@ def table(outcomes: Sequence[dict[str, Any]]) -> str:
         rows = [outcome for outcome in outcomes if outcome["variant"] == variant]
         cells = [_spread([row[quantity] for row in rows]) for quantity in QUANTITIES]
         lines.append(f"| `{variant}` | {' | '.join(cells)} | {mean(row['seconds'] for row in rows):.1f} |")
+    over = f"seed {seeds[0]}"
+    if len(seeds) > 1:
+        over = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
     wrong = 100 * mean(outcome["wrong"] for outcome in outcomes)
     lines += [
         "",
-        f"In %, mean ± standard deviation over seeds {', '.join(map(str, seeds))}, last of {first['epochs']} epochs; "
+        f"In %, {over}, last of {first['epochs']} epochs; "
         f"{first['noisy']} noisy images ({wrong:.1f} % of the labels wrong), {first['clean']} trusted, "
         f"{first['test']} test images.",
     ]
@@ -126,13 +147,13 @@ def processor() -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    spread = stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * mean(values):.1f} ± {100 * spread:.1f}"
+    return f"{100 * mean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="noisy_labels_table", description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder that holds CIFAR-10")
+    parser.add_argument("--table", default="quick", choices=list(TABLES), help="which methods [quick]")
     parser.add_argument("--noise", default="uniform", choices=["uniform", "flip"])
     parser.add_argument("--rate", type=float, default=0.4)
     parser.add_argument("--seeds", default=(1, 2, 3), type=lambda text: tuple(map(int, text.split(","))))

@@ -6,62 +6,80 @@ alpha gives a distribution over the true label, from the features and the given 
     upper, on trusted images:  F = -mean log( rho softmax(f_w(x))[y] + (1 - rho) g_alpha(h(x), y)[y] )     (9)
     lower, on noisy images:    G = -mean sum_c g_alpha(h(x'), y')[c] log softmax(f_w(x'))[c]
 
-(9) is equation 9 of Nguyen and Ta (arXiv 2605.17833), mixing probabilities. The paper writes "outputs"; mixing logits
-with probabilities, as its code does, would compare two scales. Mixing logarithms instead,
-
-    F = -mean( rho log softmax(f_w(x))[y] + (1 - rho) log g_alpha(h(x), y~)[y] ),
-
-lets neither network excuse the other. With rho = 1, both are plain cross-entropy, as in MLC.
+(9) is equation 9 of Nguyen and Ta (arXiv 2605.17833), which writes "outputs"; `mixtures.py` has what that may
+mean. With rho = 1, all are plain cross-entropy, as in MLC.
 
 In (9) the corrector is told the very label that it has to answer: copying it is the best it can do on trusted images,
-and what it learns about wrong labels comes from the lower loss alone. Showing it labels y~ that are partly drawn at
-random (`Batch.shown`) takes that way out.
+and what it learns about wrong labels comes from the lower loss alone. Showing it labels that are partly drawn at random
+(`Batch.shown`) takes that way out.
 
 Features are those of the current classifier, without gradient. They are held: while the lower loss is evaluated at a
 look-ahead point, the corrector still sees the features from before it, and both evaluations use the same soft labels.
+Recomputed features, as in the released code, make the soft labels differ too.
+
+Trusted images may join the lower loss with their hard labels, as in the code of MLC and EBOMLC; G is then the mean over
+all images.
 """
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Callable
+
+from torch import Tensor
 from torch.nn import functional
 
 import bilevel
 from examples.noisy_labels.batches import Batch
-
-SMALLEST_PROBABILITY = 1e-12  # below it the logarithm is cut off, with gradient zero
+from examples.noisy_labels.mixtures import MIXTURES
 
 
 class LabelCorrection:
-    """The losses as closures for a bilevel optimizer: `upper_loss` for clean and `lower_loss` for noisy batches."""
+    """The losses as closures for a bilevel optimizer: `upper_loss` for clean and `lower_loss` for noisy batches.
+
+    Args:
+        classifier: Maps images to logits and features.
+        corrector: Maps features and given labels to probabilities.
+        rho: Weight of the classifier in the upper loss.
+        mixture: What rho mixes: a name in `MIXTURES`.
+        features: ``held``: those at the current classifier, in all evaluations of a step; or ``recomputed``.
+    """
 
     def __init__(
-        self, classifier: nn.Module, corrector: nn.Module, *, rho: float, mixture: str = "probability"
+        self,
+        classifier: Callable[[Tensor], tuple[Tensor, Tensor]],
+        corrector: Callable[[Tensor, Tensor], Tensor],
+        *,
+        rho: float,
+        mixture: str = "probability",
+        features: str = "held",
     ) -> None:
         self.classifier, self.corrector, self.rho = classifier, corrector, rho
-        self.mixed = _mixed_logarithms if mixture == "log" else _mixed_probabilities
+        self.mixed = MIXTURES[mixture]
+        self.held = features == "held"
 
     def upper_loss(self, clean: Batch) -> Tensor:
         """Return F."""
         logits, features = self.classifier(clean.inputs)
         if self.rho == 1:
             return functional.cross_entropy(logits, clean.labels)
-        right = clean.labels.unsqueeze(1)
-        predicted = functional.softmax(logits, dim=1).gather(1, right)
-        corrected = self.corrector(features.detach(), clean.shown).gather(1, right)
-        return -self.mixed(predicted, corrected, self.rho).mean()
+        corrected = self.corrector(features.detach(), clean.shown)
+        return self.mixed(logits, corrected, clean.labels, self.rho)
 
-    def lower_loss(self, noisy: Batch) -> Tensor:
+    def lower_loss(self, noisy: Batch, trusted: Batch | None = None) -> Tensor:
         """Return G. The soft labels keep their graph: through them alone the lower loss reaches the corrector."""
         logits, features = self.classifier(noisy.inputs)
-        soft_labels = self.corrector(bilevel.hold(features.detach()), noisy.shown)
-        return functional.cross_entropy(logits, soft_labels)
+        seen = bilevel.hold(features.detach()) if self.held else features.detach()
+        loss = functional.cross_entropy(logits, self.corrector(seen, noisy.shown))
+        if trusted is None:
+            return loss
+        hard = functional.cross_entropy(self.classifier(trusted.inputs)[0], trusted.labels)
+        share = len(trusted.labels) / (len(noisy.labels) + len(trusted.labels))
+        return (1 - share) * loss + share * hard
 
 
-def _mixed_probabilities(predicted: Tensor, corrected: Tensor, rho: float) -> Tensor:
-    return (rho * predicted + (1 - rho) * corrected).clamp_min(SMALLEST_PROBABILITY).log()
-
-
-def _mixed_logarithms(predicted: Tensor, corrected: Tensor, rho: float) -> Tensor:
-    p, g = predicted.clamp_min(SMALLEST_PROBABILITY), corrected.clamp_min(SMALLEST_PROBABILITY)
-    return rho * p.log() + (1 - rho) * g.log()
+def split(clean: Batch, share: float) -> tuple[Batch, Batch | None]:
+    """Split a clean batch: the first images for the upper loss, at least one, a ``share`` of them for the lower."""
+    first = max(1, int((1 - share) * len(clean.labels)))
+    if first == len(clean.labels):
+        return clean, None
+    return Batch(*(part[:first] for part in clean)), Batch(*(part[first:] for part in clean))

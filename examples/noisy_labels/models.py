@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from examples.noisy_labels.precision import at_least_float32
+
 
 class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions and a shortcut without parameters: subsampled, padded with zero channels (option A)."""
@@ -81,15 +83,36 @@ class Perceptron(nn.Module):
 
 
 class Corrector(nn.Module):
-    """Meta network of MLC: from an image's features and its given label to a distribution over its true label."""
+    """Meta network of MLC: from an image's features and its given label to a distribution over its true label.
 
-    def __init__(self, features: int, classes: int, width: int = 128) -> None:
+    Args:
+        features: Number of features.
+        classes: Number of labels.
+        width: Size of the label's embedding and of the hidden layers.
+        dropout: Share of the first hidden layer that is dropped; 0.3 in the code of EBOMLC.
+        batch_norm: Whether the second hidden layer is normalised over the batch, as in the code of EBOMLC.
+        normal_embedding: Draw the embedding from N(0, 1), as there, instead of Xavier's narrower uniform distribution.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        classes: int,
+        width: int = 128,
+        *,
+        dropout: float = 0.0,
+        batch_norm: bool = False,
+        normal_embedding: bool = False,
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(classes, width)
-        self.layers = nn.Sequential(
-            nn.Linear(features + width, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, classes)
-        )
-        nn.init.xavier_uniform_(self.embedding.weight)
+        layers: list[nn.Module] = [nn.Linear(features + width, width), nn.Tanh()]
+        layers += [nn.Dropout(dropout)] if dropout else []
+        layers += [nn.Linear(width, width), nn.Tanh()]
+        layers += [nn.BatchNorm1d(width)] if batch_norm else []
+        self.layers = nn.Sequential(*layers, nn.Linear(width, classes))
+        if not normal_embedding:
+            nn.init.xavier_uniform_(self.embedding.weight)
         for layer in self.layers:
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_normal_(layer.weight)
@@ -97,7 +120,17 @@ class Corrector(nn.Module):
 
     def forward(self, features: Tensor, given: Tensor) -> Tensor:
         joined = torch.cat([features, self.embedding(given)], dim=1)
-        return functional.softmax(self.layers(joined), dim=1)
+        return functional.softmax(at_least_float32(self.layers(joined)), dim=1)
+
+
+def corrector(name: str, features: int, classes: int) -> Corrector:
+    """Build a corrector by the name it has on the command line."""
+    match name:
+        case "mlc":
+            return Corrector(features, classes)
+        case "released":
+            return Corrector(features, classes, dropout=0.3, batch_norm=True, normal_embedding=True)
+    raise ValueError(f"corrector({name!r}): must be mlc or released.")
 
 
 def classifier(network: str, classes: int) -> ResNet | Perceptron:

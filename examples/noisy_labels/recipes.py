@@ -1,18 +1,13 @@
-"""The methods: what each one trains, on which images, and how it moves.
+"""The methods at work: what each one trains, on which images, and how it moves.
 
-- ``ce``: cross-entropy on the noisy labels as given.
-- ``clean``: cross-entropy on the trusted images alone.
-- ``ce-clean``: the sum of both: EBOMLC with rho = 1, a corrector that copies, and a multiplier of 1.
-- ``ebomlc``: EBOMLC as printed, in the value-function reading: grad_w Q = grad_w G(w).
-- ``ebomlc-difference``: the reading of its proofs: grad_w Q = grad_w G(w) - grad_w G(w1).
-- ``mlc-d``: MLC by plain BOME: rho = 1, no damping, several look-ahead steps on one batch.
-
-A recipe is all that the training loop knows of a method. A new one is a class or a case in `build`.
+`methods.py` says what the names mean. A recipe is all that the training loop knows of a method; a new one is a set of
+options there, or a class or a case in `build`.
 """
 
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,9 +16,11 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import MultiStepLR
 
 import bilevel
+from examples.noisy_labels import models
 from examples.noisy_labels.batches import Batch
-from examples.noisy_labels.label_correction import LabelCorrection
-from examples.noisy_labels.models import Corrector, classifier
+from examples.noisy_labels.label_correction import LabelCorrection, split
+from examples.noisy_labels.precision import mixed_precision
+from examples.noisy_labels.released_sign import UpdateForGradient
 from examples.noisy_labels.settings import Settings
 
 Scalars = dict[str, Tensor]
@@ -35,17 +32,21 @@ class Recipe(abc.ABC):
     Args:
         networks: The networks that are trained, by name; one of them is the ``classifier``.
         optimizer: What moves them and can be saved.
-        schedule: Learning-rate schedule, moved on after each epoch.
+        schedules: Learning-rate schedules, moved on after each epoch; that of the classifier is the ``schedule``.
+        amp: Precision inside the networks' forward passes; see `precision.py`.
     """
 
     def __init__(
         self,
         networks: dict[str, nn.Module],
         optimizer: torch.optim.Optimizer | bilevel.BilevelOptimizer,
-        schedule: MultiStepLR,
+        schedules: dict[str, MultiStepLR],
+        amp: str,
     ) -> None:
-        self.networks, self.optimizer, self.schedule = networks, optimizer, schedule
+        self.networks, self.optimizer, self.schedules = networks, optimizer, schedules
         self.classifier = networks["classifier"]
+        self.schedule = schedules["schedule"]
+        self.classify = mixed_precision(self.classifier, amp)
 
     @abc.abstractmethod
     def step(self, noisy: Batch, clean: Batch) -> Scalars:
@@ -56,19 +57,21 @@ class Recipe(abc.ABC):
         """Return the probability of each class to be the true one, given the image and its noisy label."""
 
     def end_epoch(self) -> None:
-        """Move the learning-rate schedule on."""
-        self.schedule.step()
+        """Move the learning-rate schedules on."""
+        for schedule in self.schedules.values():
+            schedule.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that training changes."""
-        parts = {**self.networks, "optimizer": self.optimizer, "schedule": self.schedule}
-        return {name: part.state_dict() for name, part in parts.items()}
+        return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        parts = {**self.networks, "optimizer": self.optimizer, "schedule": self.schedule}
-        for name, part in parts.items():
+        for name, part in self._parts().items():
             part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        return {**self.networks, "optimizer": self.optimizer, **self.schedules}
 
 
 class Supervised(Recipe):
@@ -76,15 +79,17 @@ class Supervised(Recipe):
 
     def __init__(self, settings: Settings, network: nn.Module, *, noisy: bool, clean: bool) -> None:
         self.noisy, self.clean = noisy, clean
-        self.descent, schedule = descent(settings, network)
-        super().__init__({"classifier": network}, self.descent, schedule)
+        self.descent = descent(settings, network)
+        super().__init__(
+            {"classifier": network}, self.descent, {"schedule": decay(settings, self.descent)}, settings.amp
+        )
 
     def step(self, noisy: Batch, clean: Batch) -> Scalars:
         losses = {}
         if self.clean:
-            losses["upper_loss"] = functional.cross_entropy(self.classifier(clean.inputs)[0], clean.labels)
+            losses["upper_loss"] = functional.cross_entropy(self.classify(clean.inputs)[0], clean.labels)
         if self.noisy:
-            losses["lower_loss"] = functional.cross_entropy(self.classifier(noisy.inputs)[0], noisy.labels)
+            losses["lower_loss"] = functional.cross_entropy(self.classify(noisy.inputs)[0], noisy.labels)
         self.descent.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
         self.descent.step()
@@ -92,33 +97,39 @@ class Supervised(Recipe):
 
     def correct(self, inputs: Tensor, given: Tensor) -> Tensor:
         """Return the classifier's own opinion: these methods have no corrector and forget the given label."""
-        return functional.softmax(self.classifier(inputs)[0], dim=1)
+        return functional.softmax(self.classify(inputs)[0], dim=1)
 
 
 class MetaLabelCorrection(Recipe):
     """A classifier and a corrector, moved together by a bilevel optimizer."""
 
     def __init__(self, settings: Settings, network: nn.Module, corrector: nn.Module) -> None:
-        lower, schedule = descent(settings, network)
+        lower = descent(settings, network)
         upper = torch.optim.Adam(corrector.parameters(), lr=settings.meta_lr, amsgrad=True)
-        self.corrector = corrector
+        self.mix_clean = settings.mix_clean
         self.bilevel = bilevel_optimizer(settings, network, corrector, upper, lower)
-        super().__init__({"classifier": network, "corrector": corrector}, self.bilevel, schedule)
+        schedules = {"schedule": decay(settings, lower)}
+        if settings.meta_decay:
+            schedules["meta_schedule"] = decay(settings, upper)
+        networks = {"classifier": network, "corrector": corrector}
+        super().__init__(networks, self.bilevel, schedules, settings.amp)
+        self.corrected = mixed_precision(corrector, settings.amp)
 
     def step(self, noisy: Batch, clean: Batch) -> Scalars:
-        stats = self.bilevel.step(clean, noisy)
+        upper, joining = split(clean, self.mix_clean)
+        stats = self.bilevel.step(upper, (noisy, joining))
         return {name: getattr(stats, name) for name in ("upper_loss", "lower_loss", "multiplier", "constraint")}
 
     def correct(self, inputs: Tensor, given: Tensor) -> Tensor:
-        corrected: Tensor = self.corrector(self.classifier(inputs)[1], given)
-        return corrected
+        probabilities: Tensor = self.corrected(self.classify(inputs)[1], given)
+        return probabilities
 
 
 def build(settings: Settings, classes: int, device: torch.device) -> Recipe:
     """Build the networks with first weights that depend on the seed alone, and the recipe around them."""
     torch.manual_seed(settings.seed)  # first weights are drawn on the CPU, so they are the same on every device
-    network = classifier(settings.network, classes)
-    corrector = Corrector(network.features, classes)
+    network = models.classifier(settings.network, classes)
+    corrector = models.corrector(settings.corrector, network.features, classes)
     network, corrector = network.to(device), corrector.to(device)
     match settings.method:
         case "ce":
@@ -135,34 +146,50 @@ def bilevel_optimizer(
     network: nn.Module,
     corrector: nn.Module,
     upper: torch.optim.Optimizer,
-    lower: torch.optim.Optimizer,
+    lower: torch.optim.SGD,
 ) -> bilevel.BOME | bilevel.EBOMLC:
     """Wrap the two losses and the two torch optimizers in the bilevel method that the settings name."""
-    variables: dict[str, Any] = {
+    losses = LabelCorrection(
+        mixed_precision(network, settings.amp),
+        mixed_precision(corrector, settings.amp),
+        rho=settings.rho,
+        mixture=settings.mixture,
+        features=settings.features,
+    )
+
+    upper_loss: Callable[[Batch], Tensor] = losses.upper_loss
+    if settings.clean_gradient == "released":
+        upper_loss = UpdateForGradient(losses, network, lower)
+
+    def lower_loss(parts: tuple[Batch, Batch | None]) -> Tensor:
+        return losses.lower_loss(*parts)
+
+    options: dict[str, Any] = {
         "upper": corrector,
         "lower": network,
         "upper_optimizer": upper,
         "lower_optimizer": lower,
+        "value_gradient": settings.value_gradient,
+        "step_from": settings.step_from,
+        "inner_step": settings.inner_step,
+        "multiplier_max": settings.multiplier_max,
+        "upper_buffers": settings.buffers,
+        "lower_buffers": settings.buffers,
+        "on_nonfinite": settings.policy(next(network.parameters()).device.type),
     }
     if settings.method == "mlc-d":
-        losses = LabelCorrection(network, corrector, rho=1.0)
         barrier = bilevel.barrier.GradientNorm(settings.delta)
-        steps = settings.inner_steps
-        return bilevel.BOME(losses.upper_loss, losses.lower_loss, inner_steps=steps, barrier=barrier, **variables)
-    losses = LabelCorrection(network, corrector, rho=settings.rho, mixture=settings.mixture)
-    return bilevel.EBOMLC(
-        losses.upper_loss,
-        losses.lower_loss,
-        delta=settings.delta,
-        xi=settings.xi,
-        value_gradient="difference" if settings.method == "ebomlc-difference" else "value_function",
-        **variables,
-    )
+        return bilevel.BOME(upper_loss, lower_loss, inner_steps=settings.inner_steps, barrier=barrier, **options)
+    return bilevel.EBOMLC(upper_loss, lower_loss, delta=settings.delta, xi=settings.xi, **options)
 
 
-def descent(settings: Settings, network: nn.Module) -> tuple[torch.optim.SGD, MultiStepLR]:
-    """Return the classifier's SGD and its schedule."""
-    optimizer = torch.optim.SGD(
+def descent(settings: Settings, network: nn.Module) -> torch.optim.SGD:
+    """Return the classifier's SGD."""
+    return torch.optim.SGD(
         network.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
-    return optimizer, MultiStepLR(optimizer, settings.drops, gamma=0.1)
+
+
+def decay(settings: Settings, optimizer: torch.optim.Optimizer) -> MultiStepLR:
+    """Return the published schedule: the learning rate falls tenfold twice."""
+    return MultiStepLR(optimizer, settings.drops, gamma=0.1)

@@ -6,20 +6,33 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
+
+from examples.noisy_labels import precision
+from examples.noisy_labels.files import replacing
 from examples.noisy_labels.human_labels import COLUMNS
+from examples.noisy_labels.methods import PRINTED, RECIPES
+from examples.noisy_labels.mixtures import MIXTURES
 from examples.noisy_labels.noise import PROTOCOLS
 
-METHODS = ("ce", "clean", "ce-clean", "ebomlc", "ebomlc-difference", "mlc-d")
+METHODS = tuple(RECIPES)
 DATASETS = ("cifar10", "cifar100", "digits")
 NOISE_OF_ONE_DATASET = {
     "asymmetric": ("cifar10", "cifar100"),
     "hierarchical": ("cifar100",),
     "human": ("cifar10", "cifar100"),
 }
-MIXTURES = ("probability", "log")
 NETWORKS = ("resnet32", "small", "mlp")
+CLEAN_GRADIENTS = ("gradient", "released")
+ON_NONFINITE = ("auto", "raise", "ignore")
+GROUPS = {  # first option of a group: its title in --help
+    "method": "method, images and labels",
+    "network": "network and training",
+    "delta": "losses and bilevel step (defaults: those of ebomlc; other methods have their own)",
+    "seed": "device and log",
+}
 
 
 def option(default: Any, description: str, choices: tuple[str, ...] | None = None, kind: type = str) -> Any:
@@ -27,11 +40,16 @@ def option(default: Any, description: str, choices: tuple[str, ...] | None = Non
     return field(default=default, metadata={"description": description, "choices": choices, "kind": kind})
 
 
+def by_method(name: str, description: str, choices: tuple[str, ...] | None = None, kind: type = str) -> Any:
+    """Declare a field that the method decides unless it is said; `Settings` fills it in."""
+    return option(None, f"{description} [{PRINTED[name]}]", choices, kind)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The resolved configuration of one run. A run can be repeated from it alone, given the same data."""
 
-    method: str = option("ebomlc", "what is trained; see recipes.py", METHODS)
+    method: str = option("ebomlc", "what is trained; see methods.py", METHODS)
     dataset: str = option("cifar10", "which images; digits come with scikit-learn", DATASETS)
     data: str | None = option(None, "folder of the unpacked archive [$BILEVEL_DATA, then ./data]")
     noise: str = option("uniform", "how labels are corrupted; see noise.py", (*PROTOCOLS, "human"))
@@ -52,25 +70,63 @@ class Settings:
     momentum: float = option(0.9, "momentum of the classifier's SGD", kind=float)
     weight_decay: float = option(5e-4, "weight decay of the classifier's SGD", kind=float)
     meta_lr: float = option(3e-4, "learning rate of the corrector's Adam", kind=float)
-    delta: float = option(0.25, "strength of the barrier", kind=float)
+    delta: float = by_method("delta", "strength of the barrier", kind=float)
     xi: float = option(0.5, "damping of the multiplier (ebomlc)", kind=float)
-    rho: float = option(0.2, "weight of the classifier in the mixture on clean images (ebomlc)", kind=float)
-    mixture: str = option(
-        "probability", "what rho mixes on clean images (ebomlc): probabilities, or their logs", MIXTURES
-    )
+    rho: float = by_method("rho", "weight of the classifier in the mixture on clean images", kind=float)
+    mixture: str = by_method("mixture", "what rho mixes; see mixtures.py", tuple(MIXTURES))
     corrupt_clean: float = option(0.0, "share of random labels shown to the corrector on clean images", kind=float)
+    mix_clean: float = by_method(
+        "mix_clean", "share of each clean batch that joins the lower loss instead of the upper", kind=float
+    )
+    value_gradient: str = by_method(
+        "value_gradient", "how Q is differentiated in w", ("value_function", "difference", "unrolled")
+    )
+    step_from: str = by_method("step_from", "where the step on w starts: at w or at the look-ahead", ("outer", "inner"))
+    inner_step: str = by_method(
+        "inner_step", "look-ahead: a gradient step, or SGD's with momentum and weight decay", ("plain", "preview")
+    )
     inner_steps: int = option(5, "look-ahead steps (mlc-d; ebomlc takes one)", kind=int)
+    multiplier_max: float | None = option(None, "largest multiplier, before xi [none]", kind=float)
+    clean_gradient: str = option(
+        "gradient", "released: the defect of ebomlc's code, to see what it does; see released_sign.py", CLEAN_GRADIENTS
+    )
+    features: str = by_method(
+        "features", "what the corrector sees at the look-ahead: features from before, or new", ("held", "recomputed")
+    )
+    corrector: str = by_method("corrector", "network that corrects; see models.py", ("mlc", "released"))
+    meta_decay: bool = option(False, "the corrector's learning rate falls with the classifier's", kind=bool)
+    buffers: str = by_method(
+        "buffers", "when BatchNorm's averages move: once a step, or in every evaluation", ("once", "every")
+    )
     seed: int = option(1, "decides split, noise, first weights, order and crops", kind=int)
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes CUDA if there is one")
+    amp: str = option("off", "precision inside the networks; losses and weights stay float32", precision.CHOICES)
+    channels_last: bool = option(True, "images and weights of a convolution network in channels-last order", kind=bool)
+    tf32: bool = option(True, "CUDA multiplies float32 with TF32's 10 bits of mantissa", kind=bool)
+    deterministic: bool = option(
+        True, "CUDA kernels that repeat bit for bit; off: cuDNN tries which is fastest", kind=bool
+    )
+    on_nonfinite: str = option(
+        "auto", "NaN in a bilevel step: raise at once, or ignore until the next log record [raise on CPU]", ON_NONFINITE
+    )
+    tensorboard: bool = option(False, "write the log's numbers for TensorBoard too", kind=bool)
     log_interval: int = option(50, "steps between two step records in the log", kind=int)
 
     def __post_init__(self) -> None:
+        for name, value in RECIPES.get(self.method, PRINTED).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # the class is frozen for everyone else
         for name in ("rate", "clean_fraction", "rho", "corrupt_clean"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Settings({name}={getattr(self, name)}): must be between 0 and 1.")
         for name in ("batch_size", "epochs", "log_interval", "inner_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Settings({name}={getattr(self, name)}): must be at least 1.")
+        if not 0 <= self.mix_clean < 1:
+            rule = "must be at least 0 and below 1, or the upper loss is left without images."
+            raise ValueError(f"Settings(mix_clean={self.mix_clean}): {rule}")
+        if self.multiplier_max is not None and self.multiplier_max < 0:
+            raise ValueError(f"Settings(multiplier_max={self.multiplier_max}): must be at least 0.")
         for one in dataclasses.fields(self):
             choices, value = one.metadata["choices"], getattr(self, one.name)
             if choices and value not in choices:
@@ -87,6 +143,22 @@ class Settings:
     def drops(self) -> list[int]:
         """Return the epochs after which the learning rate is divided by 10: of 120 epochs, the published 80 and 100."""
         return list(self.milestones or (2 * self.epochs // 3, 5 * self.epochs // 6))
+
+    def policy(self, device: str) -> Literal["raise", "ignore"]:
+        """Return what a bilevel step does about NaN and infinity on a kind of device.
+
+        Asking costs nothing on the CPU. An accelerator would have to be waited for, once a step, so there the training
+        loop looks at the log interval and before each checkpoint.
+        """
+        if self.on_nonfinite == "auto":
+            return "raise" if device == "cpu" else "ignore"
+        return "raise" if self.on_nonfinite == "raise" else "ignore"
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Return the order in which images and weights lie in memory."""
+        convolutions = self.network != "mlp"
+        return torch.channels_last if self.channels_last and convolutions else torch.contiguous_format
 
     @property
     def title(self) -> str:
@@ -105,7 +177,8 @@ class Settings:
 
     def save(self, file: Path) -> None:
         """Write the configuration as JSON, one option a line."""
-        file.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        with replacing(file) as stream:
+            stream.write((json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
 
 
 def from_dict(values: dict[str, Any]) -> Settings:
@@ -116,6 +189,15 @@ def from_dict(values: dict[str, Any]) -> Settings:
         raise ValueError(f"Settings({unknown[0]}=...): no such option. The file is of another version, or mistyped.")
     plain: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
     return Settings(**plain)
+
+
+def without_method(saved: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of a saved configuration what its method alone decided, so that another method decides anew.
+
+    What presets set stays: it was decided for all methods.
+    """
+    recipe, shared = RECIPES.get(saved.get("method", ""), {}), set().union(*PRESETS.values())
+    return {name: one for name, one in saved.items() if name in shared or name not in recipe or one != recipe[name]}
 
 
 # paper: the published protocol. quick: two to four minutes on one CPU core. In so few steps the paper's constants, by

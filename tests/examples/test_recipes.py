@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from examples.noisy_labels import data, recipes
 from examples.noisy_labels.batches import Batch
 from examples.noisy_labels.label_correction import LabelCorrection
+from examples.noisy_labels.label_correction import split as split_batch
 from examples.noisy_labels.models import Corrector, Perceptron
 from examples.noisy_labels.recipes import MetaLabelCorrection, Supervised
-from examples.noisy_labels.settings import Settings
+from examples.noisy_labels.settings import METHODS, Settings
 from examples.noisy_labels.training import Run
 
 OPTIONS: dict[str, Any] = {"dataset": "digits", "network": "mlp", "noise": "flip", "augment": False}
@@ -57,6 +58,37 @@ def test_upper_loss_with_rho_one_is_cross_entropy() -> None:
     loss = LabelCorrection(classifier, corrector, rho=1.0).upper_loss(clean)
     log_p = classifier(clean.inputs)[0].log_softmax(1)
     torch.testing.assert_close(loss, -log_p[torch.arange(7), clean.labels].mean())
+
+
+@pytest.mark.parametrize("mixture", ["logits", "code"])
+def test_upper_loss_may_mix_logits(mixture: str) -> None:
+    """With the corrector's logits, or with its probabilities among logits, as in the released code."""
+    classifier, corrector, clean, _ = problem()
+    losses = LabelCorrection(classifier, corrector, rho=0.2, mixture=mixture)
+    logits, features = classifier(clean.inputs)
+    corrected = corrector.layers(torch.cat([features, corrector.embedding(clean.labels)], dim=1))
+    corrected = corrected if mixture == "logits" else corrected.softmax(1)
+    expected = torch.zeros((), dtype=torch.float64)
+    for z, g, label in zip(logits, corrected, clean.labels.tolist(), strict=True):
+        mixed = 0.2 * z + 0.8 * g
+        expected = expected - (mixed[label].exp() / mixed.exp().sum()).log() / 7
+    torch.testing.assert_close(losses.upper_loss(clean), expected, rtol=1e-12, atol=0)
+
+
+def test_trusted_images_may_join_the_lower_loss_in_a_mean_over_all_images() -> None:
+    classifier, corrector, clean, noisy = problem()
+    upper, joining = split_batch(clean, 0.5)
+    assert joining is not None
+    assert (len(upper.labels), len(joining.labels)) == (3, 4)
+    loss = LabelCorrection(classifier, corrector, rho=0.2).lower_loss(noisy, joining)
+    logits, features = classifier(noisy.inputs)
+    soft = corrector(features, noisy.labels)
+    hard = nn.functional.one_hot(clean.labels[3:], 4)
+    both = torch.cat([logits, classifier(clean.inputs[3:])[0]])
+    expected = -(torch.cat([soft, hard]) * both.log_softmax(1)).sum() / 13
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    assert split_batch(clean, 0.0) == (clean, None)
+    assert len(split_batch(clean, 0.99)[0].labels) == 1  # the upper loss is never left without images
 
 
 def test_lower_loss_is_cross_entropy_with_soft_labels() -> None:
@@ -149,7 +181,7 @@ def test_learning_rate_drops_where_it_was_published() -> None:
     assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.01])
 
 
-@pytest.mark.parametrize("method", ["ce", "clean", "ce-clean", "ebomlc", "ebomlc-difference", "mlc-d"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_starts_from_the_same_weights_and_trains(method: str) -> None:
     settings = Settings(method=method, clean_fraction=0.04, **OPTIONS)
     run = Run(settings, data.load(settings, torch.device("cpu")))

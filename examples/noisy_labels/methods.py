@@ -1,0 +1,56 @@
+"""What the name of a method stands for: a choice of options, each of which can be said otherwise.
+
+Without a corrector:
+
+- ``ce``: cross-entropy on the noisy labels as given.
+- ``clean``: cross-entropy on the trusted images alone.
+- ``ce-clean``: the sum of both: EBOMLC with rho = 1, a corrector that copies, and a multiplier of 1.
+
+With one:
+
+- ``ebomlc``: EBOMLC as printed, in the value-function reading: grad_w Q = grad_w G(w), step from w.
+- ``ebomlc-difference``: the reading of its proofs: grad_w Q = grad_w G(w) - grad_w G(w1), step from w.
+- ``ebomlc-released``: what the authors' released code computes, with the clean gradient as a gradient (the code
+  flips its sign, scales it by the learning rate and adds the momentum buffer to it).
+- ``mlc-d``: MLC by plain BOME: rho = 1, no damping, several look-ahead steps on one batch.
+
+``docs/examples/paper_and_code.md`` says what is printed, what the code does, and how these differ from both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# The printed equations, and where they are silent, the choice that changes least.
+PRINTED: dict[str, Any] = {
+    "delta": 0.25,
+    "rho": 0.2,
+    "value_gradient": "value_function",
+    "step_from": "outer",
+    "inner_step": "plain",
+    "mixture": "probability",
+    "features": "held",
+    "mix_clean": 0.0,
+    "corrector": "mlc",
+    "buffers": "once",
+}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "ce": PRINTED,
+    "clean": PRINTED,
+    "ce-clean": PRINTED,
+    "ebomlc": PRINTED,
+    "ebomlc-difference": PRINTED | {"value_gradient": "difference"},
+    "ebomlc-released": PRINTED
+    | {
+        "value_gradient": "difference",
+        "step_from": "inner",
+        "inner_step": "preview",
+        "mixture": "code",
+        "features": "recomputed",
+        "mix_clean": 0.5,
+        "corrector": "released",
+        "buffers": "every",
+    },
+    "mlc-d": PRINTED | {"delta": 0.5, "rho": 1.0},  # delta is not printed for it; the released code has 0.5
+}
