@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from examples.noisy_labels.files import replacing
 
 NAME = "checkpoint.pt"
 
 
 def save(file: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint so that, killed at any moment, either the old or the new one is there, whole."""
-    unfinished = file.with_suffix(".unfinished")
-    with unfinished.open("wb") as stream:
+    with replacing(file) as stream:
         torch.save(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(file)
 
 
-def load(file: Path, device: torch.device) -> dict[str, Any]:
-    """Read a checkpoint; only tensors and plain values are accepted, so a foreign file cannot run code."""
-    content: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
+def load(file: Path) -> dict[str, Any]:
+    """Read a checkpoint into the host's memory; whoever takes a part of it moves it to its device.
+
+    Only tensors and plain values are accepted, so a foreign file cannot run code. Loading to the device instead would
+    put Adam's step counter there too, and Adam would wait for the device at every step to read it.
+    """
+    content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return content

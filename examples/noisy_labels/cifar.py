@@ -8,25 +8,30 @@ line per epoch and a last one with method, setting, test accuracy, label recover
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 if not __package__:  # started as a script: replace the script's folder by the checkout on the module search path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from examples.noisy_labels import (
+    accelerator,
     checkpoint,
     command_line,
     compare,
     data,
     evaluation,
+    files,
     human_labels,
     interruption,
     noise,
     results,
 )
+from examples.noisy_labels.board import FOLDER, Board, require
 from examples.noisy_labels.command_line import CONFIGURATION, Command
-from examples.noisy_labels.log import Log
+from examples.noisy_labels.interruption import Interrupted, Interruption
+from examples.noisy_labels.log import Log, Record
 from examples.noisy_labels.training import Run, train
 
 LOG = "log.jsonl"
@@ -44,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ArithmeticError) as problem:
         print(problem, file=sys.stderr)
         return 1
-    except interruption.Interrupted as stop:
+    except Interrupted as stop:
         print(f"{stop}; to go on: --resume --out {command.out}", file=sys.stderr)
         return interruption.EXIT_CODE
 
@@ -53,35 +58,55 @@ def _train(command: Command) -> int:
     settings, folder = command.settings, command.out
     if not (command.resume or command.overwrite) and (folder / LOG).exists():
         raise FileExistsError(f"--out {folder}: holds a run already. Use --resume, --overwrite or another --out.")
+    if settings.tensorboard:
+        require()
     device = command_line.device(settings.device)
-    task = data.load(settings, device)
-    print(_describe(task, settings.title))
-    if settings.noise == "human":
-        print(human_labels.TERMS)
-    folder.mkdir(parents=True, exist_ok=True)
-    run = Run(settings, task)
-    saved = folder / checkpoint.NAME
-    if command.resume and saved.is_file():
-        content = checkpoint.load(saved, device)
-        if content["device"] != run.device:
-            rule = f"the run was on {content['device']}, whose random streams cannot go on on {run.device}"
-            raise ValueError(f"--resume: {rule}. Give its --device, or start another run.")
-        run.load_state_dict(content["run"])
-        log = Log(folder / LOG, content["log_size"])
-        print(f"resumed after epoch {run.epoch}, step {run.step}")
-    else:
-        saved.unlink(missing_ok=True)
-        settings.save(folder / CONFIGURATION)
-        log = Log(folder / LOG)
-        rate = noise.realised_rate(task.true, task.given)
-        sizes = {"noisy": len(task.noisy), "clean": len(task.clean), "test": len(task.test)}
-        log.write("start", setting=settings.title, method=settings.method, **sizes, wrong=rate, overlap=task.overlap)
-    train(run, log, folder)
-    _present(run, log, folder)
+    with Interruption() as interruption, accelerator.prepared(settings, device), ExitStack() as stack:
+        task = data.load(settings, device)
+        print(describe(task, settings.title))
+        if settings.noise == "human":
+            print(human_labels.TERMS)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.sweep(folder)
+        run = Run(settings, task)
+        listener = None
+        if settings.tensorboard:
+            listener = stack.enter_context(Board(folder / FOLDER, len(run.noisy))).add
+        log = _resume(command, run, listener) if command.resume else None
+        log = log or _start(command, run, listener)
+        train(run, log, folder, interruption)
+        _present(run, log, folder, interruption)
     return 0
 
 
-def _describe(task: data.Task, title: str) -> str:
+def _resume(command: Command, run: Run, listener: Callable[[Record], None] | None) -> Log | None:
+    """Put a run where its checkpoint is and return its log; None where it was killed before the first checkpoint."""
+    saved = command.out / checkpoint.NAME
+    if not saved.is_file():
+        return None
+    content = checkpoint.load(saved)
+    if content["device"] != run.device:
+        rule = f"the run was on {content['device']}, whose random streams cannot go on on {run.device}"
+        raise ValueError(f"--resume: {rule}. Give its --device, or start another run.")
+    run.load_state_dict(content["run"])
+    print(f"resumed after epoch {run.epoch}, step {run.step}")
+    return Log(command.out / LOG, content["log_size"], listener)
+
+
+def _start(command: Command, run: Run, listener: Callable[[Record], None] | None) -> Log:
+    """Write the configuration and the first record of the log."""
+    settings, task, folder = command.settings, run.task, command.out
+    (folder / checkpoint.NAME).unlink(missing_ok=True)  # first, so that no checkpoint stands beside another's settings
+    settings.save(folder / CONFIGURATION)
+    log = Log(folder / LOG, listener=listener)
+    rate = noise.realised_rate(task.true, task.given)
+    sizes = {"noisy": len(task.noisy), "clean": len(task.clean), "test": len(task.test)}
+    log.write("start", setting=settings.title, method=settings.method, **sizes, wrong=rate, overlap=task.overlap)
+    return log
+
+
+def describe(task: data.Task, title: str) -> str:
+    """Return the line that says what the data are: sizes, the realised share of wrong labels, images in two parts."""
     wrong = 100 * noise.realised_rate(task.true, task.given)
     return (
         f"{title}: {len(task.noisy)} noisy images ({wrong:.2f} % of the labels are wrong), "
@@ -89,15 +114,22 @@ def _describe(task: data.Task, title: str) -> str:
     )
 
 
-def _present(run: Run, log: Log, folder: Path) -> None:
+def _present(run: Run, log: Log, folder: Path, interruption: Interruption) -> None:
     from examples.noisy_labels import pictures  # matplotlib takes a second to import, too long for an error message
 
     title = f"{run.settings.method} on {run.settings.title}, seed {run.settings.seed}"
-    probabilities = evaluation.corrected_labels(run.recipe, run.task)
-    results.write_corrected_labels(folder / "corrected_labels.csv", run.task, probabilities)
-    pictures.curves(folder / "curves.png", log.epochs(), title)
-    pictures.label_heatmap(folder / "labels.png", run.task, probabilities, title)
-    pictures.suspicious(folder / "suspicious.png", run.task, probabilities, title)
+    task, probabilities = run.task, evaluation.corrected_labels(run.recipe, run.task)
+    wrong = noise.realised_rate(task.true, task.given)
+    writers: list[Callable[[], None]] = [
+        lambda: results.write_corrected_labels(folder / "corrected_labels.csv", task, probabilities),
+        lambda: pictures.curves(folder / "curves.png", log.epochs(), title, wrong),
+        lambda: pictures.label_heatmap(folder / "labels.png", task, probabilities, title),
+        lambda: pictures.suspicious(folder / "suspicious.png", task, probabilities, title),
+    ]
+    for write in writers:
+        if interruption.requested:  # the last checkpoint holds the finished training; whoever goes on writes all again
+            raise Interrupted("stopped after the last epoch, before all results were written")
+        write()
     line = results.end_line(run.settings, log)
     log.write("end", line=line)
     print(f"log, pictures and corrected labels: {folder}")

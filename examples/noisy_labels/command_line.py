@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from examples.noisy_labels.settings import PRESETS, Settings, from_dict, preset
+from examples.noisy_labels.settings import GROUPS, PRESETS, Settings, from_dict, preset, without_method
 
 CONFIGURATION = "config.json"
 OWN = ("preset", "config", "out", "resume", "overwrite", "compare", "download", "seeds")  # not part of the settings
-FREE_ON_RESUME = {"data", "device", "log_interval"}  # may differ from the saved run: they do not change its numbers
+# May differ from the saved run: they do not change its numbers.
+FREE_ON_RESUME = {"data", "device", "log_interval", "on_nonfinite", "tensorboard"}
 EPILOG = """examples:
   cifar.py                                      EBOMLC on CIFAR-10, if it is found
   cifar.py --dataset digits                     the same on digits, in seconds
@@ -51,6 +52,8 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
     own = {name: given.pop(name) for name in OWN}
     try:
         from_file = json.loads(own["config"].read_text()) if own["config"] else {}
+        if own["compare"] or given.get("method", from_file.get("method")) != from_file.get("method"):
+            from_file = without_method(from_file)
         said = from_file | given
         settings = resolve(said, own["preset"])
         out = own["out"] or Path("runs") / (f"{settings.dataset}-compare" if own["compare"] else settings.folder_name)
@@ -123,8 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--compare", action="store_true", help="run all methods on several seeds and print a table")
     run.add_argument("--download", action="store_true", help="fetch CIFAR if it is not found, into --data or ./data")
     run.add_argument("--seeds", type=_integers, metavar="N,N,...", help="seeds of --compare")
-    options = parser.add_argument_group("the setting")
     for one in dataclasses.fields(Settings):
+        if one.name in GROUPS:
+            options = parser.add_argument_group(GROUPS[one.name])
         flag, kind = "--" + one.name.replace("_", "-"), one.metadata["kind"]
         words = one.metadata["description"] + ("" if one.default is None else f" [{one.default}]")
         common = {"default": argparse.SUPPRESS, "help": words.replace("%", "%%")}

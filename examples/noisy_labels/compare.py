@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.noisy_labels import command_line, data, evaluation
+from examples.noisy_labels import accelerator, command_line, data, evaluation
 from examples.noisy_labels.command_line import Command
 from examples.noisy_labels.settings import Settings
 from examples.noisy_labels.training import Run
@@ -76,16 +76,17 @@ def main(command: Command) -> int:
 
 def train_once(settings: Settings) -> tuple[Outcome, data.Task, Tensor]:
     """Train without log and checkpoint; return the outcome, the task, and the corrected labels as probabilities."""
-    clock = time.perf_counter()
-    task = data.load(settings, command_line.device(settings.device))
-    run = Run(settings, task)
-    while run.epoch < settings.epochs:
-        while run.step < len(run.noisy):
-            run.advance()
-        run.end_epoch()
-    probabilities = evaluation.corrected_labels(run.recipe, task)
-    scores = evaluation.recovery(probabilities, task)
-    accuracy, seconds = evaluation.accuracy(run.recipe, task), time.perf_counter() - clock
+    clock, device = time.perf_counter(), command_line.device(settings.device)
+    task = data.load(settings, device)
+    with accelerator.prepared(settings, device):
+        run = Run(settings, task)
+        while run.epoch < settings.epochs:
+            while run.step < len(run.noisy):
+                run.advance()
+            run.end_epoch()
+        probabilities = evaluation.corrected_labels(run.recipe, task)
+        scores = evaluation.recovery(probabilities, task)
+        accuracy, seconds = evaluation.accuracy(run.recipe, task), time.perf_counter() - clock
     return Outcome(settings.method, settings.seed, accuracy, **scores, seconds=seconds), task, probabilities
 
 

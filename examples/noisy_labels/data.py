@@ -52,6 +52,7 @@ class Task:
     names: tuple[str, ...]
     mean: Tensor
     std: Tensor
+    memory_format: torch.memory_format = torch.preserve_format  # order in memory of the inputs
 
     def __post_init__(self) -> None:
         if self.overlap:
@@ -70,12 +71,17 @@ class Task:
 
     def inputs(self, pixels: Tensor) -> Tensor:
         """Turn a batch of uint8 pixels into normalised floating point inputs."""
-        return (pixels.float() - self.mean) / self.std
+        ordered = pixels.to(memory_format=self.memory_format)  # while a pixel is still one byte
+        return (ordered.float() - self.mean) / self.std
 
 
 def load(settings: Settings, device: torch.device) -> Task:
     """Read the images, deal them into parts and corrupt the labels of the noisy part."""
-    pool = digits() if settings.dataset == "digits" else cifar(settings.dataset, settings.data)
+    return dealt(digits() if settings.dataset == "digits" else cifar(settings.dataset, settings.data), settings, device)
+
+
+def dealt(pool: Pool, settings: Settings, device: torch.device) -> Task:
+    """Deal images into parts, corrupt the labels of the noisy part and bring all to the device."""
     clean, noisy, test = split(pool, settings)
     given = given_labels(pool, noisy, settings)
     shape = (1, -1, 1, 1)
@@ -89,6 +95,7 @@ def load(settings: Settings, device: torch.device) -> Task:
         names=pool.names,
         mean=torch.tensor(pool.mean, device=device).view(shape),
         std=torch.tensor(pool.std, device=device).view(shape),
+        memory_format=settings.memory_format,
     )
 
 

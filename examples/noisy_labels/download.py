@@ -1,8 +1,14 @@
-"""Fetch a CIFAR archive from its authors' page, with a progress bar; its hash is checked before it is unpacked."""
+"""Fetch a CIFAR archive from its authors' page, with a progress bar; its hash is checked before it is unpacked.
+
+The fetching is torch's own (`torch.hub`): it writes beside the file, checks the hash and renames.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import tarfile
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +38,9 @@ SOURCES = {
 def fetch(dataset: str, folder: Path) -> None:
     """Download and unpack the binary archive of a data set into a folder; about 165 MiB, 180 MiB unpacked.
 
+    An archive that is in the folder already, with the right hash, is taken instead. Killed at any moment, no half of a
+    data set is left where it would be found.
+
     Raises:
         ValueError: The file that came has another hash. It is deleted.
         OSError: The network or the disk failed.
@@ -39,11 +48,25 @@ def fetch(dataset: str, folder: Path) -> None:
     source = SOURCES[dataset]
     folder.mkdir(parents=True, exist_ok=True)
     archive = folder / source.url.rsplit("/", 1)[1]
-    try:
-        torch.hub.download_url_to_file(source.url, str(archive), hash_prefix=source.sha256)
-    except RuntimeError as problem:  # what torch.hub raises on a wrong hash, after deleting the file
-        rule = f"the file is not the published one ({problem})"
-        raise ValueError(f"download({source.url}): {rule}. Try again, or fetch it by hand and give --data.") from None
-    with tarfile.open(archive) as content:
-        content.extractall(folder, filter="data")  # refuses links and paths that lead out of the folder
+    if not (archive.is_file() and _sha256(archive) == source.sha256):
+        try:
+            torch.hub.download_url_to_file(source.url, str(archive), hash_prefix=source.sha256, progress=True)
+        except RuntimeError as problem:  # what torch.hub raises on a wrong hash, after deleting the file
+            rule = f"the file is not the published one ({problem})"
+            advice = "Try again, or fetch it by hand and give --data."
+            raise ValueError(f"download({source.url}): {rule}. {advice}") from None
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f"{archive.name}.") as name:
+        unpacked = Path(name)
+        with tarfile.open(archive) as content:
+            content.extractall(unpacked, filter="data")  # refuses links and paths that lead out of the folder
+        for one in unpacked.iterdir():
+            place = folder / one.name
+            if place.is_dir():
+                shutil.rmtree(place)  # no complete data set, or nothing had been fetched
+            one.replace(place)
     archive.unlink()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

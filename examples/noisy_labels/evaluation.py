@@ -27,7 +27,7 @@ def accuracy(recipe: Recipe, task: Task) -> float:
     right = torch.zeros((), device=task.pixels.device)
     with evaluating(recipe):
         for index in task.test.split(CHUNK):
-            logits, _ = recipe.classifier(task.inputs(task.pixels[index]))
+            logits, _ = recipe.classify(task.inputs(task.pixels[index]))
             right += (logits.argmax(1) == task.labels[index]).sum()
     return right.item() / len(task.test)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from examples.noisy_labels.data import Task
+from examples.noisy_labels.files import replacing
 from examples.noisy_labels.log import Log
 from examples.noisy_labels.settings import Settings
 
@@ -41,10 +43,12 @@ def write_corrected_labels(file: Path, task: Task, probabilities: Tensor) -> Non
         suspicion_rank(probabilities, task.given).tolist(),
         strict=True,
     )
-    with file.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["index", "given", "corrected", "probability", "suspicion"])
-        writer.writerows([index, given, new, f"{p:.4f}", rank] for index, given, new, p, rank in rows)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["index", "given", "corrected", "probability", "suspicion"])
+    writer.writerows([index, given, new, f"{p:.4f}", rank] for index, given, new, p, rank in rows)
+    with replacing(file) as stream:
+        stream.write(text.getvalue().encode())
 
 
 def suspicion_rank(probabilities: Tensor, given: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""One run: its state, its loop over epochs, and the two ways it ends."""
+"""One run: its state, its loop over epochs, and the ways it ends.
+
+Steps are put into the device's queue and nothing waits for them: images and labels lie on the device, batches are cut
+and augmented there, and numbers are read only for the log. So there is nothing to prefetch either.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +31,7 @@ class Run:
         self.settings, self.task = settings, task
         self.device = task.pixels.device.type
         self.recipe = recipes.build(settings, len(task.names), task.pixels.device)
+        self.recipe.classifier.to(memory_format=settings.memory_format)  # type: ignore[call-overload]
         self.noisy = self._batches("noisy batches", task.noisy, task.given)
         self.clean = self._batches("clean batches", task.clean, task.labels[task.clean], settings.corrupt_clean)
         self.epoch, self.step, self.seconds = 0, 0, 0.0  # completed epochs; steps and seconds within the current one
@@ -35,18 +40,32 @@ class Run:
     def advance(self) -> dict[str, Tensor]:
         """Take one step and add its numbers to those of the epoch, without waiting for the device."""
         numbers = self.recipe.step(next(self.noisy), next(self.clean))
-        for name, value in numbers.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
+        self.sums = {name: self.sums[name] + value if self.sums else value for name, value in numbers.items()}
         self.step += 1
         return numbers
 
-    def end_epoch(self) -> dict[str, float]:
-        """Return the epoch's means and make ready for the next epoch."""
-        means = {name: value.item() / self.step for name, value in self.sums.items()}
-        for name, value in means.items():
+    def read(self, numbers: dict[str, Tensor]) -> dict[str, float]:
+        """Return numbers of this epoch as floats, if the run is sound; waits for the device once.
+
+        Raises:
+            ArithmeticError: A number since the epoch began, or a weight, is NaN or infinite.
+        """
+        networks = self.recipe.networks.values()
+        tensors = [one for network in networks for one in (*network.parameters(), *network.buffers())]
+        weights = torch._foreach_norm([one.detach() for one in tensors if one.is_floating_point()], math.inf)
+        largest = torch.stack([one.float() for one in weights]).max()
+        asked = [largest, *self.sums.values(), *numbers.values()]
+        weight, *values = torch.stack([one.float() for one in asked]).tolist()
+        sums, answers = values[: len(self.sums)], values[len(self.sums) :]
+        for name, value in [*zip(self.sums, sums, strict=True), ("a weight", weight)]:
             if not math.isfinite(value):
                 rule = f"{name} is {value} in epoch {self.epoch + 1}"
                 raise ArithmeticError(f"Run({self.settings.method}): {rule}. It diverged. Try a smaller --lr.")
+        return dict(zip(numbers, answers, strict=True))
+
+    def end_epoch(self) -> dict[str, float]:
+        """Return the epoch's means and make ready for the next epoch."""
+        means = {name: value / self.step for name, value in self.read(self.sums).items()}
         self.recipe.end_epoch()
         self.epoch, self.step, self.seconds, self.sums = self.epoch + 1, 0, 0.0, {}
         return means
@@ -67,9 +86,9 @@ class Run:
         self.noisy.load_state_dict(state["noisy"])
         self.clean.load_state_dict(state["clean"])
         restore_global_state(state["random"])
-        progress = state["progress"]
+        progress, device = state["progress"], self.task.pixels.device
         self.epoch, self.step, self.seconds = progress["epoch"], progress["step"], progress["seconds"]
-        self.sums = dict(progress["sums"])
+        self.sums = {name: value.to(device) for name, value in progress["sums"].items()}
 
     def _batches(self, purpose: str, index: Tensor, labels: Tensor, corrupt: float = 0.0) -> Batches:
         size, seed, augment = self.settings.batch_size, self.settings.seed, self.settings.augment
@@ -78,21 +97,27 @@ class Run:
         )
 
 
-def train(run: Run, log: Log, folder: Path) -> None:
+def train(run: Run, log: Log, folder: Path, interruption: Interruption) -> None:
     """Train to the last epoch; write the log and, after each epoch, a checkpoint.
 
     Raises:
         Interrupted: SIGTERM or Ctrl-C came. The checkpoint holds the very step.
+        ArithmeticError: The run diverged. The checkpoint is the last one before that was noticed.
     """
-    with Interruption() as interruption:
+    try:
         while run.epoch < run.settings.epochs:
             _train_epoch(run, log, folder, interruption)
             save(run, log, folder)
+    except ArithmeticError as problem:
+        file = folder / checkpoint.NAME
+        kept = f" {file} holds the last checkpoint before it." if file.is_file() else ""
+        raise ArithmeticError(f"{problem}{kept}") from problem
 
 
 def save(run: Run, log: Log, folder: Path) -> None:
     """Write the checkpoint of a run and the size of its log."""
-    checkpoint.save(folder / checkpoint.NAME, {"run": run.state_dict(), "log_size": log.size, "device": run.device})
+    size = log.sync()
+    checkpoint.save(folder / checkpoint.NAME, {"run": run.state_dict(), "log_size": size, "device": run.device})
 
 
 def _train_epoch(run: Run, log: Log, folder: Path, interruption: Interruption) -> None:
@@ -103,11 +128,12 @@ def _train_epoch(run: Run, log: Log, folder: Path, interruption: Interruption) -
         while run.step < steps:
             numbers = run.advance()
             if (run.epoch * steps + run.step) % interval == 0:
-                values = {name: value.item() for name, value in numbers.items()}
+                values = run.read(numbers)
                 log.write("step", epoch=run.epoch + 1, step=run.step, **values)
                 bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
             bar.update()
             if interruption.requested:
+                run.read({})  # a state that has diverged shall not replace a good checkpoint
                 run.seconds = before + time.perf_counter() - clock
                 save(run, log, folder)
                 raise Interrupted(f"stopped in epoch {run.epoch + 1} after step {run.step}")

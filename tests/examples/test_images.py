@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -264,3 +265,68 @@ def test_a_download_with_another_hash_is_refused(
     with pytest.raises(ValueError, match="is not the published one"):
         download.fetch("cifar10", folder)
     assert not list(folder.iterdir())
+
+
+def test_an_archive_that_is_there_is_not_fetched_again(
+    cifar10_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = served(cifar10_folder, tmp_path, monkeypatch)
+    folder.mkdir()
+    shutil.copy(tmp_path / "web" / "cifar-10-binary.tar.gz", folder)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", None)
+    download.fetch("cifar10", folder)
+    assert len(data.cifar("cifar10", str(folder)).labels) == 180
+
+
+def test_an_archive_that_was_cut_off_is_fetched_again(
+    cifar10_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = served(cifar10_folder, tmp_path, monkeypatch)
+    folder.mkdir()
+    (folder / "cifar-10-binary.tar.gz").write_bytes(b"half")
+    download.fetch("cifar10", folder)
+    assert len(data.cifar("cifar10", str(folder)).labels) == 180
+    assert "100%" in capsys.readouterr().err, "progress is shown"
+
+
+def test_unpacking_that_was_killed_leaves_nothing_to_be_found(
+    cifar10_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Half of CIFAR-10's training batches would be taken for a small data set.
+    folder = served(cifar10_folder, tmp_path, monkeypatch)
+    extract = tarfile.TarFile.extractall
+
+    def killed(self: tarfile.TarFile, path: Path, **options: object) -> None:
+        extract(self, path, **options)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "extractall", killed)
+        with pytest.raises(KeyboardInterrupt):
+            download.fetch("cifar10", folder)
+    with pytest.raises(data.DataNotFoundError):
+        data.cifar("cifar10", str(folder))
+    download.fetch("cifar10", folder)
+    assert len(data.cifar("cifar10", str(folder)).labels) == 180
+
+
+def test_an_archive_that_leads_out_of_its_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive, secret = tmp_path / "cifar-10-binary.tar.gz", tmp_path / "secret"
+    secret.write_text("kept")
+    with tarfile.open(archive, "w:gz") as content:
+        content.add(secret, "../secret")
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    monkeypatch.setitem(download.SOURCES, "cifar10", download.Source(archive.as_uri(), digest))
+    secret.write_text("changed")
+    with pytest.raises(tarfile.OutsideDestinationError):
+        download.fetch("cifar10", tmp_path / "folder")
+    assert secret.read_text() == "changed"
+
+
+def test_every_way_to_unpickle_is_restricted() -> None:
+    # Each module that reads pickles, and how: torch.load takes weights only, and pickle.load is not called at all.
+    for file in Path(data.__file__).parent.rglob("*.py"):
+        text = file.read_text()
+        assert "pickle.load" not in text, file
+        assert "allow_pickle=True" not in text, file
+        assert text.count("torch.load(") == text.count("weights_only=True"), file

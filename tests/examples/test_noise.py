@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
 
-from examples.noisy_labels import noise
+from examples.noisy_labels import cifar, data, noise
 from examples.noisy_labels.randomness import generator
+from examples.noisy_labels.settings import Settings
 
 GROUPS = torch.arange(100) % 20  # any assignment of 100 classes to 20 superclasses of 5
 
@@ -132,3 +135,117 @@ def test_noise_depends_on_the_seed_only() -> None:
 def test_impossible_noise_is_refused(protocol: str, classes: int, exclude_true: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         noise.matrix(protocol, 0.4, classes, exclude_true=exclude_true)
+
+
+# --- full-size label vectors: 50,000 training labels, 2 % of them trusted, as the published protocol has it ----------
+
+# CIFAR-100's superclass of each class, in alphabetical order of the classes: aquatic mammals 0, fish 1, flowers 2, ...
+COARSE = (
+    "4 1 14 8 0 6 7 7 18 3 3 14 9 18 7 11 3 9 7 11 6 11 5 10 7 6 13 15 3 15 0 11 1 10 12 14 16 9 11 5 "
+    "5 19 8 8 15 13 14 17 18 10 16 4 17 4 2 0 17 4 18 17 10 3 2 12 12 16 12 1 9 19 2 10 0 1 16 12 9 13 15 13 "
+    "16 19 2 4 6 19 5 5 8 19 18 1 2 15 6 0 17 8 14 13"
+)
+SUPERCLASSES = torch.tensor([int(one) for one in COARSE.split()])
+PROTOCOLS = [
+    *[(classes, protocol) for classes in (10, 100) for protocol in noise.PROTOCOLS if protocol != "hierarchical"],
+    (100, "hierarchical"),
+]
+# Share of wrong labels as a multiple of the rate, with balanced classes.
+FACTORS = {(10, "uniform"): 0.9, (100, "uniform"): 0.99, (10, "asymmetric"): 0.5, (100, "asymmetric"): 0.4}
+
+
+def full_task(classes: int, protocol: str, rate: float, **options: object) -> data.Task:
+    """Deal and corrupt 60,000 labels without images, through the very code that a run takes."""
+    labels = torch.arange(60_000) % classes
+    groups = SUPERCLASSES if classes == 100 else None
+    names = tuple(map(str, range(classes)))
+    pool = data.Pool(torch.zeros(60_000, 1), labels, torch.arange(50_000, 60_000), names, (0.0,), (1.0,), groups)
+    settings = Settings(dataset=f"cifar{classes}", noise=protocol, rate=rate, **options)  # type: ignore[arg-type]
+    return data.dealt(pool, settings, torch.device("cpu"))
+
+
+def test_superclasses_are_those_of_cifar100() -> None:
+    assert torch.bincount(SUPERCLASSES).tolist() == [5] * 20
+
+
+@pytest.mark.skipif("BILEVEL_CIFAR100" not in os.environ, reason="BILEVEL_CIFAR100 names no folder with CIFAR-100")
+def test_superclasses_are_those_of_the_archive() -> None:
+    pool = data.cifar("cifar100", os.environ["BILEVEL_CIFAR100"])
+    assert pool.groups is not None
+    assert torch.equal(pool.groups, SUPERCLASSES)
+
+
+@pytest.mark.parametrize(("classes", "protocol"), PROTOCOLS)
+def test_realised_rate_of_a_full_data_set(classes: int, protocol: str) -> None:
+    task = full_task(classes, protocol, 0.4)
+    assert (len(task.clean), len(task.noisy), len(task.test), task.overlap) == (1000, 49_000, 10_000, 0)
+    assert torch.bincount(task.labels[task.clean]).tolist() == [1000 // classes] * classes
+    matrix = noise.matrix(protocol, 0.4, classes, SUPERCLASSES if classes == 100 else None)
+    expected = 0.4 * FACTORS.get((classes, protocol), 1.0)
+    assert wrong(matrix) == pytest.approx(expected, abs=1e-12)
+    per_class = 1 - matrix.diagonal()
+    sigma = ((per_class * (1 - per_class)).mean().item() / 49_000) ** 0.5
+    assert abs(noise.realised_rate(task.true, task.given) - expected) < 3 * sigma
+    # Every class by itself: 100 tests at once, hence four sigma.
+    counts = torch.bincount(task.true, minlength=classes)
+    shares = torch.bincount(task.true[task.given != task.true], minlength=classes) / counts
+    assert ((shares - per_class).abs() <= 4 * (per_class * (1 - per_class) / counts).sqrt()).all()
+    assert (matrix[task.true, task.given] > 0).all()
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.4, 0.6, 0.8])
+@pytest.mark.parametrize("classes", [10, 100])
+def test_uniform_rates_of_the_published_tables(classes: int, rate: float) -> None:
+    sigma = (0.25 / 49_000) ** 0.5
+    included = full_task(classes, "uniform", rate)
+    expected = rate * (1 - 1 / classes)
+    assert noise.realised_rate(included.true, included.given) == pytest.approx(expected, abs=3 * sigma)
+    excluded = full_task(classes, "uniform", rate, exclude_true=True)
+    assert noise.realised_rate(excluded.true, excluded.given) == pytest.approx(rate, abs=3 * sigma)
+    assert torch.equal(included.noisy, excluded.noisy), "the split has a stream of its own"
+
+
+def test_flip_makes_two_thirds_of_one_class_wrong() -> None:
+    task = full_task(10, "flip", 0.4)
+    frogs = task.given == 6
+    assert (task.true[frogs] != 6).double().mean().item() == pytest.approx(2 / 3, abs=0.02)
+
+
+@pytest.mark.parametrize(("protocol", "touched"), [("asymmetric", 40), ("hierarchical", 100)])
+def test_noise_of_cifar100_stays_in_its_superclass(protocol: str, touched: int) -> None:
+    task = full_task(100, protocol, 0.4)
+    assert torch.equal(SUPERCLASSES[task.given], SUPERCLASSES[task.true])
+    assert len(task.true[task.given != task.true].unique()) == touched
+    per_superclass = torch.bincount(SUPERCLASSES[task.true[task.given != task.true].unique()])
+    assert per_superclass.tolist() == [touched // 20] * 20
+
+
+def test_the_maps_do_not_depend_on_the_seed_of_the_run() -> None:
+    for protocol in ("flip", "flip2", "asymmetric"):
+        first, second = (full_task(100, protocol, 1.0, seed=seed) for seed in (1, 2))
+        maps = [{(a, b) for a, b in zip(t.true.tolist(), t.given.tolist(), strict=True)} for t in (first, second)]
+        assert maps[0] == maps[1]
+
+
+def test_parts_drawn_independently_would_leak() -> None:
+    # What published loaders do: every part shuffles the images of each class anew and takes its share.
+    stream = torch.Generator().manual_seed(0)
+    leaked = 0
+    for _ in range(10):
+        trusted = torch.randperm(5000, generator=stream)[:100]
+        noisy = torch.randperm(5000, generator=stream)[100:]
+        leaked += int(torch.isin(trusted, noisy).sum())
+    # Each of 1,000 trusted images is among the noisy ones with probability 0.98.
+    sigma = (1000 * 0.98 * 0.02) ** 0.5
+    assert abs(leaked - 980) < 3 * sigma
+    assert full_task(10, "uniform", 0.4).overlap == 0
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_a_run_prints_realised_rate_and_overlap(classes: int) -> None:
+    task = full_task(classes, "uniform", 0.4)
+    realised = 100 * noise.realised_rate(task.true, task.given)
+    assert cifar.describe(task, "the setting") == (
+        f"the setting: 49000 noisy images ({realised:.2f} % of the labels are wrong), "
+        "1000 trusted, 10000 test; overlap 0"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -10,13 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from examples.noisy_labels import checkpoint, cifar, interruption, pictures
+from examples.noisy_labels import checkpoint, cifar, files, interruption, pictures
 from examples.noisy_labels.training import Run
+from killing import assert_same, log_of, weights_of
 
 REPOSITORY = Path(__file__).parents[2]
 # Batch statistics, crops, momentum, Adam, a schedule and an incomplete pass over the clean set: all that has state.
@@ -28,26 +27,6 @@ Advance = Callable[[Run], dict[str, torch.Tensor]]
 
 class KilledError(Exception):
     """Stands for a SIGKILL: nothing is saved after it."""
-
-
-def log_of(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of a log without the times, which differ between any two runs."""
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name not in ("seconds", "line")} for record in records]
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    recipe = checkpoint.load(folder / checkpoint.NAME, torch.device("cpu"))["run"]["recipe"]
-    parts = (name for name in ("classifier", "corrector") if name in recipe)
-    return {f"{part}.{name}": value for part in parts for name, value in recipe[part].items()}
-
-
-def assert_same(one: Path, other: Path) -> None:
-    assert log_of(one) == log_of(other)
-    first, second = weights_of(one), weights_of(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
-    assert (one / "corrected_labels.csv").read_text() == (other / "corrected_labels.csv").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +83,7 @@ def test_an_interrupted_run_saves_the_very_step(
         patch.setattr(Run, "advance", interrupted)
         assert cifar.main([*command, "--out", str(broken)]) == interruption.EXIT_CODE
     assert "stopped in epoch 2 after step 3; to go on: --resume --out" in capsys.readouterr().err
-    progress = checkpoint.load(broken / checkpoint.NAME, torch.device("cpu"))["run"]["progress"]
+    progress = checkpoint.load(broken / checkpoint.NAME)["run"]["progress"]
     assert (progress["epoch"], progress["step"]) == (1, 3)
     assert cifar.main([*command, "--resume", "auto", "--out", str(broken)]) == 0
     assert_same(whole, broken)
@@ -141,7 +120,7 @@ def test_a_finished_run_only_writes_its_results_again(tmp_path: Path) -> None:
 def test_a_checkpoint_that_runs_code_is_refused(tmp_path: Path) -> None:
     torch.save({"run": os.system}, tmp_path / checkpoint.NAME)
     with pytest.raises(Exception, match=r"\.system"):
-        checkpoint.load(tmp_path / checkpoint.NAME, torch.device("cpu"))
+        checkpoint.load(tmp_path / checkpoint.NAME)
 
 
 def test_a_broken_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
@@ -149,12 +128,48 @@ def test_a_broken_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     checkpoint.save(file, {"run": 1})
     with pytest.raises(Exception, match="pickle"):
         checkpoint.save(file, {"run": lambda: None})
-    assert checkpoint.load(file, torch.device("cpu")) == {"run": 1}
+    assert checkpoint.load(file) == {"run": 1}
 
 
 def test_a_run_cannot_change_its_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cifar.main(["--dataset", "digits", "--method", "ce", "--epochs", "1", "--out", str(tmp_path)]) == 0
     file = tmp_path / checkpoint.NAME
-    checkpoint.save(file, checkpoint.load(file, torch.device("cpu")) | {"device": "cuda"})
+    checkpoint.save(file, checkpoint.load(file) | {"device": "cuda"})
     assert cifar.main(["--resume", "--out", str(tmp_path)]) == 1
     assert "the run was on cuda, whose random streams cannot go on on cpu" in capsys.readouterr().err
+
+
+def test_a_log_that_was_shortened_is_not_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cifar.main(["--dataset", "digits", "--method", "ce", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    (tmp_path / "log.jsonl").write_text("")
+    assert cifar.main(["--resume", "--out", str(tmp_path)]) == 1
+    assert "has 0 bytes, and" in capsys.readouterr().err
+
+
+def test_writing_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "table.csv"
+    file.write_text("old")
+    with pytest.raises(TypeError), files.replacing(file) as stream:
+        stream.writelines([b"new", "no bytes"])  # type: ignore[list-item]
+    assert [one.name for one in tmp_path.iterdir()] == ["table.csv"]
+    assert file.read_text() == "old"
+    (tmp_path / f"table.csv{files.UNFINISHED}").write_text("what a killed process leaves")
+    files.sweep(tmp_path)
+    assert [one.name for one in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_an_early_sigterm_waits_for_the_first_step(
+    cifar10_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # While images are read nothing can be saved yet: the request is remembered.
+    load = cifar.data.load
+
+    def slow(*arguments: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cifar.data, "load", slow)
+    out = tmp_path / "run"
+    command = ["--data", str(cifar10_folder), "--method", "ce", *NETWORK, "--out", str(out)]
+    assert cifar.main(command) == interruption.EXIT_CODE
+    assert checkpoint.load(out / checkpoint.NAME)["run"]["progress"]["step"] == 1
