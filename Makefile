@@ -36,8 +36,9 @@ docs: $(DEV) ## build the documentation anew, warnings are errors
 tests: $(DEV) ## run the tests, with every example in docstrings, README and docs
 	$(BIN)/python -m pytest
 
-benchmarks: $(EXAMPLES) ## time one step against the same mathematics written by hand
+benchmarks: $(EXAMPLES) ## time steps and hypergradients against the same mathematics written by hand
 	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.hypergradient
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) docs/_build build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -41,6 +41,9 @@ VARIANTS: dict[str, list[str]] = {
     "ebomlc-difference, step from w1": ["--method", "ebomlc-difference", "--step-from", "inner"],
     "ebomlc-released": ["--method", "ebomlc-released"],
     "ebomlc-released, wrong sign kept": ["--method", "ebomlc-released", "--clean-gradient", "released"],
+    "ebomlc, corrupted clean labels": ["--method", "ebomlc", "--corrupt-clean", "0.5"],
+    "ebomlc, log mixture": ["--method", "ebomlc", "--mixture", "log"],
+    "ebomlc, both": ["--method", "ebomlc", "--corrupt-clean", "0.5", "--mixture", "log"],
 }
 TABLES: dict[str, list[str]] = {
     "quick": ["ce", "clean", "ce-clean", "ebomlc", "ebomlc, printed constants"],
@@ -53,6 +56,7 @@ TABLES: dict[str, list[str]] = {
         "ebomlc-released",
         "ebomlc-released, wrong sign kept",
     ],
+    "repairs": ["ce", "ebomlc", "ebomlc, corrupted clean labels", "ebomlc, log mixture", "ebomlc, both"],
 }
 QUANTITIES = ("test_accuracy", "right", "recovered", "broken")
 
