@@ -106,7 +106,10 @@ def given_labels(pool: Pool, noisy: Tensor, settings: Settings) -> Tensor:
         places = folders(settings.data)
         return human_labels.read(settings.dataset, places, settings.human_column, training)[noisy]
     classes = len(pool.names)
-    transition = noise.matrix(settings.noise, settings.rate, classes, pool.groups, settings.exclude_true)
+    if settings.transition is not None:
+        transition = noise.read(Path(settings.transition).expanduser(), classes)
+    else:
+        transition = noise.matrix(settings.noise, settings.rate, classes, pool.groups, settings.exclude_true)
     return noise.corrupt(pool.labels[noisy], transition, generator(settings.seed, "noise"))
 
 

@@ -9,6 +9,8 @@ the seed of the run, because the published tables were made that way.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -98,6 +100,28 @@ def matrix(
         case "hierarchical":
             raise ValueError("noise(hierarchical): needs classes in superclasses. Only CIFAR-100 has them.")
     raise ValueError(f"noise({protocol}): must be one of {', '.join(PROTOCOLS)}.")
+
+
+def read(file: Path, classes: int) -> Tensor:
+    """Read a transition matrix: one line of comma-separated probabilities for each true class.
+
+    Raises:
+        ValueError: It is not of ``classes`` rows and columns, or a row is no distribution.
+    """
+    owner = f"noise({file})"
+    try:
+        found = np.loadtxt(file, delimiter=",", ndmin=2)
+    except ValueError as problem:
+        raise ValueError(f"{owner}: {problem}. Write numbers with commas between them, without a heading.") from None
+    if found.shape != (classes, classes):
+        shape = " x ".join(map(str, found.shape))
+        raise ValueError(f"{owner}: is {shape}, expected {classes} x {classes}. Write a line for each true class.")
+    # Within what rounding to two digits may leave; `corrupt` divides by the sum.
+    bad = np.flatnonzero((found < 0).any(1) | ~(np.abs(found.sum(1) - 1) <= 0.01))
+    if len(bad):
+        row = ", ".join(f"{p:g}" for p in found[bad[0]])
+        raise ValueError(f"{owner}: line {bad[0] + 1} is {row}; probabilities are at least 0 and sum to 1. Mend it.")
+    return torch.from_numpy(found)
 
 
 def corrupt(labels: Tensor, transition: Tensor, generator: torch.Generator) -> Tensor:

@@ -52,7 +52,8 @@ class Settings:
     method: str = option("ebomlc", "what is trained; see methods.py", METHODS)
     dataset: str = option("cifar10", "which images; digits come with scikit-learn", DATASETS)
     data: str | None = option(None, "folder of the unpacked archive [$BILEVEL_DATA, then ./data]")
-    noise: str = option("uniform", "how labels are corrupted; see noise.py", (*PROTOCOLS, "human"))
+    noise: str = option("uniform", "how labels are corrupted; see noise.py", (*PROTOCOLS, "human", "matrix"))
+    transition: str | None = option(None, "CSV file with a row of label probabilities for each class (matrix noise)")
     human_column: str = option("worse", "which labels of CIFAR-N (human noise)", tuple(COLUMNS))
     rate: float = option(0.4, "noise rate", kind=float)
     exclude_true: bool = option(False, "uniform noise never draws the true class", kind=bool)
@@ -134,6 +135,9 @@ class Settings:
         if self.exclude_true and self.noise != "uniform":
             rule = f"{self.noise} noise never draws the true class. Use it with uniform."
             raise ValueError(f"Settings(exclude_true=True): {rule}")
+        if (self.noise == "matrix") != (self.transition is not None):
+            rule = "goes together with --noise matrix, which needs it. Give both or neither."
+            raise ValueError(f"Settings(transition={self.transition!r}): {rule}")
         if self.dataset not in NOISE_OF_ONE_DATASET.get(self.noise, DATASETS):
             made_for = " and ".join(NOISE_OF_ONE_DATASET[self.noise])
             rule = f"exists for {made_for} only. Use flip or pairflip."
@@ -165,6 +169,8 @@ class Settings:
         """Return the setting in a few words, without the method and the seed."""
         if self.noise == "human":
             return f"{self.dataset} human labels ({self.human_column})"
+        if self.transition is not None:
+            return f"{self.dataset} noise of {Path(self.transition).name}"
         kind = "uniform, true class excluded," if self.exclude_true else self.noise
         return f"{self.dataset} {kind} {100 * self.rate:g} %"
 
@@ -173,6 +179,7 @@ class Settings:
         """Return a folder name that tells runs of different methods, settings and seeds apart."""
         kind = f"{self.noise}{'-excluded' if self.exclude_true else ''}{self.rate:g}"
         kind = f"human-{self.human_column}" if self.noise == "human" else kind
+        kind = kind if self.transition is None else f"matrix-{Path(self.transition).stem}"
         return f"{self.dataset}-{kind}-{self.method}-seed{self.seed}"
 
     def save(self, file: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from examples.noisy_labels import cifar, data, noise
+from examples.noisy_labels import archives, cifar, data, noise
 from examples.noisy_labels.randomness import generator
 from examples.noisy_labels.settings import Settings
 
@@ -168,9 +169,15 @@ def test_superclasses_are_those_of_cifar100() -> None:
     assert torch.bincount(SUPERCLASSES).tolist() == [5] * 20
 
 
-@pytest.mark.skipif("BILEVEL_CIFAR100" not in os.environ, reason="BILEVEL_CIFAR100 names no folder with CIFAR-100")
+REAL = os.environ.get("BILEVEL_DATA")
+
+
+@pytest.mark.skipif(
+    REAL is None or archives.find("cifar100", [Path(REAL)]) is None,
+    reason="BILEVEL_DATA names no folder with CIFAR-100",
+)
 def test_superclasses_are_those_of_the_archive() -> None:
-    pool = data.cifar("cifar100", os.environ["BILEVEL_CIFAR100"])
+    pool = data.cifar("cifar100", REAL)
     assert pool.groups is not None
     assert torch.equal(pool.groups, SUPERCLASSES)
 
@@ -249,3 +256,45 @@ def test_a_run_prints_realised_rate_and_overlap(classes: int) -> None:
         f"the setting: 49000 noisy images ({realised:.2f} % of the labels are wrong), "
         "1000 trusted, 10000 test; overlap 0"
     )
+
+
+def test_a_transition_matrix_of_ones_own_is_followed(tmp_path: Path) -> None:
+    """Three kinds of rows: kept, always another class, and a coin."""
+    rows = torch.eye(10, dtype=torch.float64)
+    rows[3], rows[4] = torch.eye(10, dtype=torch.float64)[7], (rows[4] + rows[5]) / 2
+    file = tmp_path / "my_noise.csv"
+    file.write_text("\n".join(",".join(f"{p:.2f}" for p in row) for row in rows.tolist()))
+    settings = Settings(dataset="digits", noise="matrix", transition=str(file), network="mlp")
+    task = data.load(settings, torch.device("cpu"))
+    given = {one: task.given[task.true == one] for one in range(10)}
+    assert all(bool((given[one] == one).all()) for one in (0, 1, 2, 5, 6, 7, 8, 9))
+    assert bool((given[3] == 7).all())
+    share = (given[4] == 5).double().mean().item()
+    assert set(given[4].tolist()) == {4, 5}
+    assert abs(share - 0.5) < 3 * (0.25 / len(given[4])) ** 0.5
+    assert "my_noise" in settings.folder_name
+    assert settings.title == "digits noise of my_noise.csv"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0.5,0.5\n0,1\n0.1,0.9", "is 3 x 2, expected 2 x 2"),
+        ("1,0\n0.6,0.5", r"line 2 is 0\.6, 0\.5; probabilities are at least 0 and sum to 1"),
+        ("1,0\n-0.1,1.1", "line 2 is"),
+        ("1,0\nnan,1", "line 2 is"),
+        ("a,b\n0,1", "Write numbers with commas"),
+        ("1,0\n1", "Write numbers with commas"),
+    ],
+)
+def test_a_wrong_transition_matrix_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "noise.csv"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        noise.read(file, 2)
+
+
+@pytest.mark.parametrize("options", [{"noise": "matrix"}, {"transition": "noise.csv"}])
+def test_a_transition_matrix_and_its_noise_go_together(options: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="goes together with --noise matrix"):
+        Settings(**options)  # type: ignore[arg-type]
