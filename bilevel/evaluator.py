@@ -146,7 +146,13 @@ class Look:
 
     @contextmanager
     def lower_graph(
-        self, index: int, at: Point | None = None, substitute: Point | None = None, *, trains: bool = False
+        self,
+        index: int,
+        at: Point | None = None,
+        substitute: Point | None = None,
+        *,
+        current: bool = False,
+        trains: bool = False,
     ) -> Iterator[Graph]:
         """Build the graph of G, and its aux, for derivatives of higher order, to be taken inside the ``with``.
 
@@ -154,17 +160,18 @@ class Look:
             index: Which lower batch, as in :meth:`lower`.
             at: Values to swap in.
             substitute: Instead, tensors to put in the places of the lower variables: dual tensors, or a graph.
-            trains: Whether a real lower step is taken along its gradient, as in :meth:`lower`.
+            current: Whether these have the current values, so that buffers move as in :meth:`lower`.
+            trains: Whether a real lower step is taken along the gradient, as there.
         """
         index, batch = self._lower_batch(index)
-        with self._graph(self.lower_loss, ("lower", index), batch, at, substitute, trains, trains) as graph:
+        with self._graph(self.lower_loss, ("lower", index), batch, at, substitute, current, trains) as graph:
             yield graph
 
     @contextmanager
     def upper_graph(self, substitute: Point, *, current: bool = False) -> Iterator[Graph]:
         """Build the graph of F with other tensors in the places of the lower variables, as in :meth:`lower_graph`.
 
-        ``current`` says that they have the current values, so that buffers move as in :meth:`upper`.
+        ``current``: as there.
         """
         with self._graph(self.upper_loss, "upper", self._upper_batch, None, substitute, current) as graph:
             yield graph

@@ -824,6 +824,28 @@ def test_the_faster_mode_is_taken_and_named(options: dict[str, Any], taken: str)
     assert relative(list(answer.upper.values()), list(expected.upper.values())) < 1e-12
 
 
+@pytest.mark.parametrize("mode", ["adjoint", "graph"])
+def test_with_a_start_no_buffer_moves_but_those_of_the_upper_modules(mode: str) -> None:
+    """The lower modules are only borrowed: nothing is evaluated at their own values."""
+    setup = Setup("sgd")
+    values = [p.detach().clone() for p in setup.student.parameters()]
+    factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+    optimizer = setup.optimizer(
+        bilevel.Unrolled,
+        upper=factor,
+        upper_optimizer=torch.optim.SGD([factor], lr=0.1),
+        other=setup.corrector,
+        inner_steps=2,
+        mode=mode,
+        start=lambda: [factor * value for value in values],
+    )
+    before = {name: b.clone() for name, b in setup.student.named_buffers()}
+    assert before
+    optimizer.step(*setup.data[:3])
+    for name, buffer in setup.student.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
 def test_where_lower_variables_are_in_no_module_the_adjoint_serves() -> None:
     w = torch.ones(3, dtype=torch.float64, requires_grad=True)
     levels = {"upper_optimizer": torch.optim.SGD([UPPER], lr=0.1), "lower_optimizer": torch.optim.SGD([w], lr=0.1)}

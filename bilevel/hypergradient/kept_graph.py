@@ -39,12 +39,12 @@ class KeptGraph:
         self._point, self._state = list(start), state
         self._first = True
 
-    def step(self, index: int, *, trains: bool = False) -> Evaluation:
-        """Take a step on lower batch ``index``; return G before it. ``trains``: as in :meth:`Look.lower`."""
+    def step(self, index: int, *, current: bool = False, trains: bool = False) -> Evaluation:
+        """Take a step on lower batch ``index``; return G before it. The flags are those of :meth:`Look.lower_graph`."""
         w = self._point
         with torch.enable_grad(), _hooks_refused():
             with (
-                self._look.lower_graph(index, substitute=w, trains=trains) as (value, aux),
+                self._look.lower_graph(index, substitute=w, current=current, trains=trains) as (value, aux),
                 two_derivatives(FIRST_ORDER),
             ):
                 gradient = torch.autograd.grad(value, w, create_graph=True, allow_unused=True)

@@ -45,7 +45,7 @@ class Unrolled(Sequential[HypergradientStats]):
             differentiated), and the upper update follows them.
         start: A function without arguments that computes the starting lower variables from the upper ones, as a
             mapping by name or in parameter order; it is differentiated through (MAML). The lower variables themselves
-            then never move.
+            then never move, nor do the buffers of their modules.
         mode: ``"adjoint"`` stores the k points and walks back with one product of G per step: memory of one step beside
             copies of the lower variables. ``"graph"`` keeps the graph of all steps, as other libraries do: their
             memory, and no second evaluation. ``"auto"`` (default) is the faster one as measured: adjoint for one
@@ -158,17 +158,17 @@ class Unrolled(Sequential[HypergradientStats]):
         rule, skipped = self._rule(), self.inner_steps - self._differentiated
         evaluations: list[Evaluation] = []
         state = rule.start()
+        at_current = start is None
         if start is None:
             point = look.point()
             if skipped:
                 evaluations.append(look.lower(wrt="lower"))
                 plain = descend(look, rule, evaluations[0], skipped)
                 point, state = plain.end, plain.state
-            start, chained = leaves(point), False
-        else:
-            chained = True
-        walk = KeptGraph(look, rule, start, state, chained=chained)
-        evaluations += [walk.step(index) for index in range(skipped, self.inner_steps)]
+            start = leaves(point)
+        walk = KeptGraph(look, rule, start, state, chained=not at_current)
+        steps = range(skipped, self.inner_steps)
+        evaluations += [walk.step(index, current=at_current and index == 0) for index in steps]
         return self._by_graph(look, evaluations[0], *walk.finish())
 
     def _train_and_look(self, look: Look, *, real: bool) -> Directions[HypergradientStats]:
@@ -189,7 +189,11 @@ class Unrolled(Sequential[HypergradientStats]):
                 rule = self._rule()
                 state = [{name: s.clone() for name, s in entry.items()} for entry in rule.start()]
                 walk = KeptGraph(look, rule, leaves(look.point()), state, chained=False)
-            g = look.lower(index, wrt="lower", trains=True) if walk is None else walk.step(index, trains=True)
+            g = (
+                look.lower(index, wrt="lower", trains=True)
+                if walk is None
+                else walk.step(index, current=True, trains=True)
+            )
             evaluations.append(g)
             self._train_along(g, real=real, kept=walk is not None)
             if walk is not None:
