@@ -97,7 +97,7 @@ class EMLC(Sequential[HypergradientStats]):
 
     def _train_and_look(self, look: Look, *, real: bool) -> Directions[HypergradientStats]:
         beginning = Saved([self._lower]) if self.memory == "replay" else None
-        first, steps = self._train(look, real=real, rule=self._rule, keep=0 if beginning else self.inner_steps)
+        first, steps = self._train(look, real=real, keep=0 if beginning else self.inner_steps)
         f = look.upper()
         if beginning:
             beginning.restore()

@@ -170,19 +170,20 @@ class Sequential(BilevelOptimizer[H], ABC):
     ) -> tuple[Evaluation, list[Step]]:
         """Take the real lower steps; return G before the first.
 
-        The last ``keep`` steps are recorded: copies of each point and of the state of ``rule``, as its derivative will
-        need them.
+        The last ``keep`` steps are recorded: a copy of each point and, if there is a ``rule``, the gradient and a copy
+        of the rule's state, as its derivative will need them.
         """
         steps: list[Step] = []
         first: Evaluation | None = None
         for index in range(self.inner_steps):
             g = look.lower(index, wrt="lower", trains=True)
             first = first or g
-            kept = rule is not None and index >= self.inner_steps - keep
-            if rule is not None and kept:
-                state = [{name: s.clone() for name, s in entry.items()} for entry in rule().start()]
-                steps.append(Step(index, [x.clone() for x in look.point()], g.lower, state))
-            self._train_along(g, real=real, kept=kept)
+            kept = index >= self.inner_steps - keep
+            if kept:
+                start = rule().start() if rule is not None else []
+                state = [{name: s.clone() for name, s in entry.items()} for entry in start]
+                steps.append(Step(index, [x.clone() for x in look.point()], [] if rule is None else g.lower, state))
+            self._train_along(g, real=real, kept=kept and rule is not None)
         return first or look.lower(wrt="lower"), steps
 
     def _train_along(self, g: Evaluation, *, real: bool, kept: bool) -> None:
