@@ -4,6 +4,7 @@ from . import barrier, problems
 from .checking import check_directions
 from .directions import Directions, Stats
 from .errors import ClosureError, NonFiniteError
+from .held import hold
 from .hypergradient import ConjugateGradient, FixedPoint, Neumann
 from .methods import (
     BOME,
@@ -19,7 +20,6 @@ from .methods import (
     Unrolled,
 )
 from .optimizer import BilevelOptimizer
-from .replay import hold
 
 __version__ = "0.1.0"
 

@@ -49,7 +49,7 @@ def step_of(case: str) -> str:
 
 BARRIER, TERMS = "barrier.py", "methods/dynamic_barrier.py"
 DESCENT, WALK = "descent.py", "hypergradient/trajectory.py"
-EVALUATOR, REPLAY, PRODUCTS = "evaluator.py", "replay.py", "products.py"
+EVALUATOR, REPLAY, PRODUCTS, ROUTES = "evaluator.py", "replay.py", "products.py", "routes.py"
 LINEAR, SEQUENTIAL, UNROLLED = "hypergradient/linear.py", "methods/sequential.py", "methods/unrolled.py"
 KEPT_GRAPH, START = "hypergradient/kept_graph.py", "hypergradient/start.py"
 EMLC, MLC, IMPLICIT = "methods/emlc.py", "methods/mlc.py", "methods/implicit.py"
@@ -381,14 +381,14 @@ MUTATIONS = [
     ),
     Mutation(
         "held tensors are not replayed",
-        REPLAY,
+        "held.py",
         "return self.values[self.cursor - 1].clone()",
         "return tensor.detach()",
         "test_identities.py::test_grad_alpha_q_is_the_corrector_pulled_by_the_change_of_log_probabilities",
     ),
     Mutation(
         "held tensors carry a gradient",
-        REPLAY,
+        "held.py",
         "            return tensor.detach()\n",
         "            return tensor\n",
         "test_replay.py::test_hold_cuts_the_gradient_inside_a_step_and_is_the_identity_outside",
@@ -425,8 +425,8 @@ MUTATIONS = [
     Mutation(
         "what no substitute reaches is not noticed",
         PRODUCTS,
-        "    if missed:\n        raise _NoForwardMode(",
-        "    if False:\n        raise _NoForwardMode(",
+        "    if missed:\n        raise NoForwardMode(",
+        "    if False:\n        raise NoForwardMode(",
         "test_products.py::test_a_captured_parameter_of_a_module_is_named",
     ),
     Mutation(
@@ -785,14 +785,14 @@ MUTATIONS = [
     ),
     Mutation(
         "a fallback is forgotten",
-        PRODUCTS,
+        ROUTES,
         "        look.product_routes[kind] = other\n",
         "",
         "test_products.py::test_auto_falls_back_once_and_says_why",
     ),
     Mutation(
         "both products start with the slower route",
-        PRODUCTS,
+        ROUTES,
         'first = "reverse" if kind == "both" or ',
         'first = "reverse" if ',
         "test_products.py::test_the_route_taken_is_told",

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from bilevel import ClosureError
 from bilevel.closures import MISSING
 from bilevel.evaluator import Evaluator, Look
-from bilevel.products import ROUTES, Route, mixed_product, route_taken, upper_product
+from bilevel.products import mixed_product, upper_product
+from bilevel.routes import ROUTES, Route, route_taken
 from bilevel.variables import Level
 from bilevel.vectors import Vector
 

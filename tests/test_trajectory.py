@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bilevel.descent import GradientDescent, Preview, Rule, current_rates
 from bilevel.evaluator import Evaluator
 from bilevel.hypergradient import Trajectory, adjoint, descend
-from bilevel.products import Route
+from bilevel.routes import Route
 from bilevel.variables import Level
 from bilevel.vectors import Vector
 

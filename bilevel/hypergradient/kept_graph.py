@@ -12,7 +12,7 @@ from ..closures import Loss, leaves_of
 from ..descent import Point, Rule, State
 from ..errors import ClosureError
 from ..evaluator import Evaluation, Look
-from ..products import refuse_wrong_rules, two_derivatives
+from ..routes import refuse_wrong_rules, two_derivatives
 from ..variables import Level
 from ..vectors import Vector
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..descent import Point, Rule, State
 from ..evaluator import Evaluation, Look
-from ..products import Route, mixed_product, upper_product
+from ..products import mixed_product, upper_product
+from ..routes import Route
 from ..vectors import Vector, add_scaled
 
 

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from ..barrier import Barrier, GradientNorm
 from ..descent import InnerStep
 from ..optimizer import Common
-from ..products import Route
+from ..routes import Route
 from .barrier_terms import ValueGradient
 from .dynamic_barrier import DynamicBarrier, StepFrom
 

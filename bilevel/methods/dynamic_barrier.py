@@ -17,7 +17,7 @@ from ..errors import choice, count, message, number
 from ..evaluator import Evaluation, Look
 from ..hypergradient import adjoint, descend
 from ..optimizer import BilevelOptimizer, Common
-from ..products import ROUTES, Route, route_taken
+from ..routes import ROUTES, Route, route_taken
 from ..variables import Level
 from ..vectors import Vector, accumulation_dtype, add_scaled, dot, squared_norm, subtract
 from .barrier_terms import Terms, ValueGradient, gradient_claims, plain_products

@@ -9,7 +9,7 @@ from ..barrier import Aligned
 from ..descent import InnerStep
 from ..errors import number
 from ..optimizer import Common
-from ..products import Route
+from ..routes import Route
 from .barrier_terms import ValueGradient
 from .dynamic_barrier import DynamicBarrier, StepFrom
 

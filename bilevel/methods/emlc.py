@@ -13,8 +13,9 @@ from ..errors import choice, number
 from ..evaluator import Look
 from ..handover import hand_over
 from ..optimizer import Common
-from ..products import Route, upper_product
+from ..products import upper_product
 from ..rollback import Saved
+from ..routes import Route
 from ..vectors import Vector, add_scaled
 from .sequential import HypergradientStats, Sequential
 

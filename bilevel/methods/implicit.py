@@ -15,7 +15,8 @@ from ..errors import choice, message
 from ..evaluator import Look
 from ..hypergradient import ConjugateGradient, Solver
 from ..optimizer import Common
-from ..products import Route, mixed_product, route_taken, upper_product
+from ..products import mixed_product, upper_product
+from ..routes import Route, route_taken
 from ..vectors import Vector, subtract
 from .sequential import HypergradientStats, Sequential
 

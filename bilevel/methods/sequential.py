@@ -23,8 +23,8 @@ from ..evaluator import Evaluation, Look
 from ..handover import hand_over
 from ..hypergradient import Step, adjoint, descend
 from ..optimizer import BilevelOptimizer, Common
-from ..products import ROUTES, Kind, Route, route_taken
 from ..rollback import Saved
+from ..routes import ROUTES, Kind, Route, route_taken
 from ..variables import Level
 from ..vectors import Vector, add_scaled, dot, squared_norm, subtract
 

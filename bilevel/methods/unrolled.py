@@ -13,7 +13,7 @@ from ..errors import choice, count, message
 from ..evaluator import Evaluation, Look
 from ..hypergradient import KeptGraph, Start, adjoint, descend, leaves, start_of, through_start
 from ..optimizer import Common
-from ..products import Route
+from ..routes import Route
 from ..vectors import Vector, add_scaled
 from .sequential import HypergradientStats, Sequential
 
@@ -156,20 +156,22 @@ class Unrolled(Sequential[HypergradientStats]):
 
     def _look_ahead_by_graph(self, look: Look, start: list[Tensor] | None) -> Directions[HypergradientStats]:
         rule, skipped = self._rule(), self.inner_steps - self._differentiated
-        evaluations: list[Evaluation] = []
+        first: Evaluation | None = None
         state = rule.start()
         at_current = start is None
         if start is None:
             point = look.point()
             if skipped:
-                evaluations.append(look.lower(wrt="lower"))
-                plain = descend(look, rule, evaluations[0], skipped)
+                first = look.lower(wrt="lower")
+                plain = descend(look, rule, first, skipped)
                 point, state = plain.end, plain.state
             start = leaves(point)
         walk = KeptGraph(look, rule, start, state, chained=not at_current)
-        steps = range(skipped, self.inner_steps)
-        evaluations += [walk.step(index, current=at_current and index == 0) for index in steps]
-        return self._by_graph(look, evaluations[0], *walk.finish())
+        for index in range(skipped, self.inner_steps):
+            g = walk.step(index, current=at_current and index == 0)
+            first = first or g
+        assert first is not None  # at least one step is differentiated
+        return self._by_graph(look, first, *walk.finish())
 
     def _train_and_look(self, look: Look, *, real: bool) -> Directions[HypergradientStats]:
         if self._keeps_graph:
@@ -182,7 +184,7 @@ class Unrolled(Sequential[HypergradientStats]):
 
     def _train_and_look_by_graph(self, look: Look, *, real: bool) -> Directions[HypergradientStats]:
         """Values come from the lower optimizer, derivatives from its rule."""
-        evaluations: list[Evaluation] = []
+        first: Evaluation | None = None
         walk: KeptGraph | None = None
         for index in range(self.inner_steps):
             if index == self.inner_steps - self._differentiated:
@@ -194,12 +196,13 @@ class Unrolled(Sequential[HypergradientStats]):
                 if walk is None
                 else walk.step(index, current=True, trains=True)
             )
-            evaluations.append(g)
+            first = first or g
             self._train_along(g, real=real, kept=walk is not None)
             if walk is not None:
                 walk.follow(look.point(), self._rule().start())
-        assert walk is not None  # at least one step is differentiated
-        return self._by_graph(look, evaluations[0], *walk.finish(real=True))
+        assert first is not None  # at least one step is taken,
+        assert walk is not None  # and one differentiated
+        return self._by_graph(look, first, *walk.finish(real=True))
 
     def _by_graph(self, look: Look, g: Evaluation, f: Evaluation, total: Vector) -> Directions[HypergradientStats]:
         stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product="graph")

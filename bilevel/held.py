@@ -1,0 +1,100 @@
+"""``hold``: a value of a batch's first evaluation, given again to its later evaluations in the step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .errors import ClosureError
+
+
+@dataclass
+class Held:
+    """The tensors that a batch's first evaluation held, in the order of its calls of :func:`hold`."""
+
+    values: list[Tensor] = field(default_factory=list)
+    cursor: int | None = None  # None while recording
+
+    def visit(self, tensor: Tensor) -> Tensor:
+        if self.cursor is None:
+            # A copy: the closure may go on to change its own tensor in place (an in-place ReLU, say).
+            self.values.append(tensor.detach().clone())
+            return tensor.detach()
+        if self.cursor >= len(self.values) or self.values[self.cursor].shape != tensor.shape:
+            raise ClosureError(
+                "hold(tensor): a look-ahead evaluation held other tensors than the batch's first evaluation. "
+                "The loss branches on something that changes between its calls. Call hold the same way in every call."
+            )
+        self.cursor += 1
+        return self.values[self.cursor - 1].clone()
+
+
+_active: ContextVar[Held | None] = ContextVar("bilevel_held", default=None)
+
+
+@contextmanager
+def holding(held: Held) -> Iterator[None]:
+    """Let :func:`hold` record into ``held``, or read from it, during one evaluation."""
+    token = _active.set(held)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def _replayed(tensor: Tensor) -> Tensor:
+    held = _active.get()
+    return tensor if held is None else held.visit(tensor)
+
+
+_reader: Callable[[Tensor], Tensor] = _replayed
+
+
+def shield_from_compiler() -> None:
+    """Make a compiled loss break its graph at :func:`hold`: a trace would freeze what is held.
+
+    Only once the compiler is loaded, because asking for it loads it, which takes longer than importing this library.
+    """
+    global _reader
+    if _reader is _replayed and "torch._dynamo" in sys.modules:
+        _reader = torch.compiler.disable(_replayed)
+
+
+def hold(tensor: Tensor) -> Tensor:
+    """Hold a value fixed at the current point while the losses are looked at around it.
+
+    Inside a loss, during ``step``, ``directions`` and ``check_directions``: the first evaluation of a batch gets
+    ``tensor.detach()``, every later evaluation of that batch in the same step gets the same values again, whatever the
+    variables are then. So a held value is a constant of the step: no gradient flows through it. Outside a step it is
+    the identity, gradient included.
+
+    Use it for the features that a label corrector reads (otherwise the targets at the look-ahead point would differ
+    from those at the current one), and for targets that dropout must not touch.
+
+    Args:
+        tensor: Any tensor that is computed inside the loss.
+
+    Returns:
+        A tensor of the same shape, dtype and device.
+
+    Raises:
+        TypeError: ``tensor`` is not a tensor.
+        ClosureError: A later evaluation calls ``hold`` more often than the first, or with another shape.
+
+    Example:
+        >>> import torch, bilevel
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> bilevel.hold(x) is x  # outside a step
+        True
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"hold(tensor={type(tensor).__name__}): must be a tensor. Hold the parts of a structure one by one."
+        )
+    return _reader(tensor)

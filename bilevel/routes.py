@@ -1,0 +1,173 @@
+"""Which way a product of the lower loss is computed: the choice, the fallback, and what a way cannot serve.
+
+Three routes give the same numbers (the third up to its step):
+
+* ``forward``: dual tensors. Needs a forward-mode rule of every operation (for both products, of its backward too), and
+  a loss that reads the lower variables from modules.
+* ``reverse``: double backward; fails through compiled closures.
+* ``difference``: a central difference of two plain gradients; works for every loss, approximate.
+
+``auto`` is what ``benchmarks/hypergradient.py`` found to be faster and smaller. For ``G_aw v`` alone that is
+``forward``: one dual evaluation through the lower model, 1.2 plain gradients on a ResNet-32 against 3.7. For both
+products it is ``reverse``: 4.3 against 4.6, and half the memory. Where a loss does not allow the one, the other serves,
+after one warning that says why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Literal, TypeVar
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.utils.checkpoint import CheckpointError
+
+from .errors import ClosureError
+from .evaluator import Look
+
+Route = Literal["auto", "forward", "reverse", "difference"]
+Kind = Literal["both", "upper"]
+T = TypeVar("T")
+ROUTES: tuple[str, ...] = ("auto", "forward", "reverse", "difference")
+FIRST_ORDER = 'Use product="reverse" or product="difference", or a first-order method such as BOME or FiniteDifference.'
+DIFFERENCE = 'Use product="difference", or a first-order method such as BOME or FiniteDifference.'
+# How torch says that an operation has no forward mode; or that it has, and that fails (mse_loss on torch 2.13).
+ZERO_TENSORS = "ZeroTensors are immutable"
+NO_FORWARD_RULE = ("forward AD", "forward-mode", ZERO_TENSORS)
+# How torch says that an operation cannot be differentiated twice.
+NO_SECOND_RULE = ("is not implemented", "double backward", "create_graph=False", "differentiate twice")
+# Where it does not say so: the node, and what to tell.
+WRONG_SECOND_RULES = {
+    # The gradient's graph ends in an error node beside the path to the variables: the second derivative reads 0.
+    "torch::autograd::Error": "it calls a custom function that is marked once_differentiable.",
+    # The fused kernel's second derivative takes the saved norm for a constant (gradgradcheck fails on torch 2.13).
+    "WeightNormInterfaceBackward0": "torch's second derivative of weight_norm is wrong.",
+}
+
+
+def route_taken(look: Look, kind: Kind, route: Route) -> str:
+    """Name the route that serves products of this kind, for ``stats``."""
+    if route != "auto":
+        return route
+    # Bare tensors are read from the closure's surroundings, where no substitute reaches them: no use in trying.
+    first = "reverse" if kind == "both" or look.lower_level.has_bare_tensors else "forward"
+    return look.product_routes.get(kind, first)
+
+
+def by_route(
+    look: Look,
+    kind: Kind,
+    route: Route,
+    forward: Callable[[], T],
+    reverse: Callable[[], T],
+    difference: Callable[[], T],
+) -> T:
+    """Compute a product by its route. If ``auto`` cannot be served, the other exact one serves from then on."""
+    chosen = route_taken(look, kind, route)
+    if chosen == "difference":
+        return difference()
+    ways = [("forward", forward, "forward mode"), ("reverse", reverse, "double backward")]
+    (_, way, _), (other, otherwise, name) = ways if chosen == "forward" else reversed(ways)
+    try:
+        return way()
+    except Unserved as problem:
+        if route != "auto":
+            raise _refusal(problem) from problem.__cause__
+        try:
+            found = otherwise()
+        except Unserved as second:
+            no_route = problem if isinstance(problem, NoDoubleBackward) else second
+            raise _refusal(no_route) from no_route.__cause__
+        warnings.warn(f"{problem} Falling back to {name} for this optimizer.", stacklevel=2)
+        look.product_routes[kind] = other
+        return found
+
+
+class Unserved(Exception):
+    """A route does not serve this loss; the message names the operation or the variable."""
+
+
+class NoForwardMode(Unserved):
+    """There is no forward-mode rule, or a variable is not read from a module."""
+
+
+class NoDoubleBackward(Unserved):
+    """There is no second derivative, or a wrong one."""
+
+
+def _refusal(problem: Unserved) -> ClosureError:
+    return ClosureError(f"{problem} {FIRST_ORDER if isinstance(problem, NoForwardMode) else DIFFERENCE}")
+
+
+@cache
+def _load_forward_rules() -> None:
+    """Make one dual tensor quietly: with its first one torch loads scripted rules, and warns about torch.jit itself."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+
+
+@contextmanager
+def dual_numbers() -> Iterator[None]:
+    """Enter forward mode, and say in one line what has no rule for it."""
+    _load_forward_rules()
+    try:
+        with forward_ad.dual_level():
+            yield
+    except RuntimeError as error:
+        text = _first_line(error)
+        # Checkpointing counts saved tensors, and dual numbers save more in the forward than in the recomputation.
+        known = isinstance(error, (NotImplementedError, CheckpointError))
+        if not known and not any(mark in text for mark in NO_FORWARD_RULE):
+            raise
+        if ZERO_TENSORS in text:  # torch does not say where
+            text = f"mse_loss, most likely: write (a - b).square().mean(). {text}"
+        raise NoForwardMode(f"lower_loss has no forward-mode product: {text}") from error
+
+
+@contextmanager
+def second_derivatives() -> Iterator[None]:
+    """Say in one line what has no second derivative."""
+    try:
+        yield
+    except ClosureError:
+        raise
+    except RuntimeError as error:
+        text = _first_line(error)
+        if not any(mark in text for mark in NO_SECOND_RULE):
+            raise
+        raise NoDoubleBackward(f"lower_loss has no double backward: {text}") from error
+
+
+@contextmanager
+def two_derivatives(advice: str) -> Iterator[None]:
+    """The same, with an ``advice``, as the error that users see."""
+    try:
+        with second_derivatives():
+            yield
+    except NoDoubleBackward as problem:
+        raise ClosureError(f"{problem} {advice}") from problem.__cause__
+
+
+def refuse_wrong_rules(values: Sequence[Tensor]) -> None:
+    """Refuse, inside :func:`two_derivatives`, what torch has no second derivative of but answers with a number."""
+    seen: set[Node] = set()
+    stack = [value.grad_fn for value in values]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() in WRONG_SECOND_RULES:
+            raise NoDoubleBackward(f"lower_loss has no double backward: {WRONG_SECOND_RULES[node.name()]}")
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).partition("\n")[0].rstrip()
+    return line if line.endswith(".") else f"{line}."
