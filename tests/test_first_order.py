@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,60 @@ def difference(setup: Setup, w: Tensors, direction: Tensors, size: float, batch:
 
 def detached(states: Sequence[State]) -> list[State]:
     return [{k: v.detach() if isinstance(v, Tensor) else v for k, v in s.items()} for s in states]
+
+
+class Entries(nn.Module):
+    """Lower variables whose gradient in alpha is the identity, so that the direction shows D itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("maker", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_decay": 0.3}, {"amsgrad": True}, {"amsgrad": True, "weight_decay": 0.1}]
+)
+def test_sama_has_the_slope_of_the_real_adam_step(maker: Any, options: dict[str, Any]) -> None:
+    """Of its change in each entry of the gradient, by differences of ``torch.optim`` steps; up to the bias corrections,
+    one factor for all entries, which SAMA leaves out.
+    """
+    entries, alpha = Entries(), torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    pulls = iter([4.0, 2.0, 1.0, 0.5] + 4 * [0.4])  # falling gradients: the maximum of v is an old one
+
+    def gradient_at(w: Tensor) -> Tensor:
+        return w.cos() * torch.tensor([1.0, 3.0, 0.3], dtype=torch.float64)
+
+    lower = maker(entries.parameters(), lr=0.01, **options)
+    for pull in list(pulls)[:6]:
+        entries.w.grad = pull * gradient_at(entries.w.detach())
+        lower.step()
+    state, before = copy.deepcopy(lower.state_dict()), entries.w.detach().clone()
+
+    def moved(gradient: Tensor) -> Tensor:
+        other = Entries()
+        other.w.data.copy_(before)
+        optimizer = maker(other.parameters(), lr=0.01, **options)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        other.w.grad = gradient
+        optimizer.step()
+        return before - other.w.detach()
+
+    g = gradient_at(before)
+    slope = (moved(g + 1e-6) - moved(g - 1e-6)) / 2e-6
+    weights = torch.tensor([1.0, 3.0, 0.3], dtype=torch.float64)
+    method = bilevel.SAMA(
+        lambda: entries.w.sum(),
+        lambda: (entries.w.sin() * weights).sum() + (alpha * entries.w).sum(),
+        upper=alpha,
+        lower=entries,
+        upper_optimizer=torch.optim.SGD([alpha], lr=0.1),
+        lower_optimizer=lower,
+        radius=1e-3,
+    )
+    ratio = -method.directions().upper["0"] / slope
+    assert ratio.std() < 1e-5 * ratio.mean().abs()
+    assert 1 < ratio.mean() < 10
 
 
 # --- DARTS --------------------------------------------------------------------------------------------------------
@@ -138,6 +193,8 @@ def sama(setup: Setup, batches: Sequence[Any], steps: int, radius: float) -> Ten
     for t in range(steps):
         batch, at = batch_of(lower, t), leaves(w)
         g, before = gradient(plain_lower(constants, at, batch), at), states
+        decays = [0.0 if mover.decoupled else mover.weight_decay for mover in setup.movers]
+        g = [slope + decay * x for slope, decay, x in zip(g, decays, w, strict=True)]  # what the moments are of
         moved, after = step(plain_lower, constants, leaves(w), states, setup.movers, batch)
         w, states = [x.detach() for x in moved], detached(after)
     at = leaves(w)
@@ -151,6 +208,9 @@ def sama(setup: Setup, batches: Sequence[Any], steps: int, radius: float) -> Ten
         (b1, b2), m, v = mover.betas, state.get("m", 0 * f_w), state.get("v", 0 * f_w)
         now = b2 * v + (1 - b2) * slope**2
         d = mover.lr * ((1 - b1) * b2 * v - b1 * (1 - b2) * slope * m) / (now.sqrt() + mover.adam_eps) ** 3
+        if mover.amsgrad and "largest" in state:
+            old = state["largest"]
+            d = torch.where(old > now, mover.lr * (1 - b1) / (old.sqrt() + mover.adam_eps), d)
         u.append(d * f_w)
     through = difference(setup, w, u, radius / float(flat(u).norm()), batch_of(lower, steps - 1))
     return combined((1.0, gradient(plain_upper(alpha, at, upper), alpha)), (-1.0, through))

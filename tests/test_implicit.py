@@ -430,6 +430,25 @@ def test_a_warm_start_does_not_change_what_a_converged_solver_answers(make: Any)
     torch.testing.assert_close(answers[0], answers[1], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("solver", [Neumann(0, rate=1.0), FixedPoint(1, rate=1.0), Neumann(3, rate=1.0)])
+def test_an_answer_is_never_that_of_another_point(solver: Any) -> None:
+    """With the Hessian 1 these solvers are exact; a warm start must not keep them at the first answer."""
+    w, alpha = (torch.zeros(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    optimizer = bilevel.Implicit(
+        lambda: (w - 1).square().sum() / 2,
+        lambda: (w - alpha).square().sum() / 2,
+        upper=alpha,
+        lower=w,
+        upper_optimizer=torch.optim.SGD([alpha], lr=0.1),
+        lower_optimizer=torch.optim.SGD([w], lr=0.1),
+        inner_steps=0,
+        solver=solver,
+    )
+    optimizer.step()
+    w.data.fill_(3)
+    torch.testing.assert_close(optimizer.directions().upper["0"], torch.full((2,), 2.0).double())
+
+
 @pytest.mark.parametrize("stop", [1, 3])
 def test_the_warm_start_is_in_the_checkpoint(stop: int) -> None:
     """Stopping in the middle changes no bit, with a solver that never converges; without the start it would."""

@@ -27,6 +27,7 @@ EVERY: dict[str, Callable[..., Solver]] = {
     "heavy ball": lambda n=400, **options: FixedPoint(n, rate=options.pop("rate", RATE), momentum=0.5, **options),
 }
 every_solver = pytest.mark.parametrize("name", EVERY)
+every_iteration = pytest.mark.parametrize("name", [name for name in EVERY if name != "neumann"])  # from a start
 
 
 class System:
@@ -261,7 +262,7 @@ def test_a_variable_that_the_upper_loss_does_not_use(name: str) -> None:
     torch.testing.assert_close(present, system.join(dense.x), rtol=1e-13, atol=1e-13)
 
 
-@every_solver
+@every_iteration
 def test_a_start_at_the_solution_stays_there(name: str) -> None:
     system = drawn(1, 2, 4)
     answer = system.answer()
@@ -272,7 +273,7 @@ def test_a_start_at_the_solution_stays_there(name: str) -> None:
     assert system.products == 1  # to see it
 
 
-@every_solver
+@every_iteration
 def test_a_start_near_the_solution_only_comes_nearer(name: str) -> None:
     """Also with momentum, whose velocity starts at rest there."""
     system = drawn(1, 2, 4)
@@ -285,7 +286,7 @@ def test_a_start_near_the_solution_only_comes_nearer(name: str) -> None:
     assert distances[-1] < 0.7 * distances[0]
 
 
-@every_solver
+@every_iteration
 def test_a_start_saves_iterations(name: str) -> None:
     system = drawn(*[1 + 0.5 * k for k in range(12)])
     cold = system.solve(EVERY[name](tolerance=1e-6))
@@ -357,13 +358,13 @@ def test_neumann_without_a_tolerance_has_converged_only_at_a_residual_of_zero() 
     [
         (lambda n: ConjugateGradient(n, tolerance=0.0), lambda n, warm: n + warm),
         (lambda n: Neumann(n, rate=RATE), lambda n, warm: n + 1),
-        (lambda n: FixedPoint(n, rate=RATE, tolerance=0.0), lambda n, warm: n),
+        (lambda n: FixedPoint(n, rate=RATE, tolerance=0.0), lambda n, warm: n + warm),
     ],
     ids=["cg", "neumann", "fixed point"],
 )
 def test_products_are_the_documented_ones(make: Any, products: Any, warm: bool, iterations: int) -> None:
-    """CG: one an iteration, and one to begin from a start. Neumann: one a term, and one for the residual. Fixed point:
-    one an iteration.
+    """CG: one an iteration, and one to begin from a start. Neumann: one a term, and one for the residual, wherever it
+    is told to start. Fixed point: one an iteration, and one from a start: only from 0 the first step is known.
     """
     system = drawn(1, 2, 4, 7, 9)
     system.solve(make(iterations), torch.ones(5, dtype=torch.float64) if warm else None)
@@ -378,6 +379,23 @@ def test_nothing_that_was_passed_is_changed() -> None:
         system.solve(make(5), start)
         assert torch.equal(system.right, kept)
         assert start.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_the_neumann_series_begins_with_its_first_term_whatever_the_start(count: int) -> None:
+    one, other = (drawn(1, 2, 4).solve(Neumann(count), start) for start in (None, torch.full((3,), 9.0).double()))
+    assert all(torch.equal(a, b) for a, b in zip(one.x, other.x, strict=True) if a is not None and b is not None)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_fixed_point_iteration_from_a_start_is_one(count: int) -> None:
+    """``x <- x + a (b - H x)``, so many times: a single one moves an old answer too."""
+    system = drawn(1, 2, 4)
+    x = torch.full((3,), 9.0, dtype=torch.float64)
+    found = system.solve(FixedPoint(count, rate=0.1, tolerance=0.0), x)
+    for _ in range(count):
+        x = x + 0.1 * (system.right - system.matrix @ x)
+    torch.testing.assert_close(torch.cat([part.reshape(-1) for part in found.x if part is not None]), x)
 
 
 def test_solvers_are_values() -> None:

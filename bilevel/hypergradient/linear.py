@@ -142,10 +142,12 @@ class Neumann(Solver):
             number("Neumann", "tolerance", self.tolerance, minimum=0.0)
 
     def solve(self, product: Product, right: Vector, start: Vector | None, rates: Rates) -> Solution:
-        """Run ``x += a (b - (H + d) x)``, which adds the next term of the series."""
+        """Run ``x += a (b - (H + d) x)``, which adds the next term of the series; it begins with ``a b``, so that a
+        ``start`` means nothing to it.
+        """
         rates = rates if self.rate is None else [self.rate] * len(right)
         damped = _damped(product, self.damping)
-        return _stationary(damped, right, start, self.iterations, self.tolerance, rates, 0.0)
+        return _stationary(damped, right, None, self.iterations, self.tolerance, rates, 0.0)
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,8 @@ class FixedPoint(Solver):
         """Run the adjoint of the lower step; for a quadratic G it is the heavy ball on ``<x, H x>/2 - <b, x>``."""
         rates = rates if self.rate is None else [self.rate] * len(right)
         damped = _damped(product, self.damping)
-        return _stationary(damped, right, start, self.iterations - 1, self.tolerance, rates, self.momentum)
+        known = start is None  # the first iteration from 0
+        return _stationary(damped, right, start, self.iterations - known, self.tolerance, rates, self.momentum)
 
 
 def _stationary(

@@ -46,8 +46,8 @@ class FiniteDifference(Sequential[HypergradientStats]):
         TypeError, ValueError: An argument is off, or the lower optimizer cannot be followed; the message says what can.
 
     Cost:
-        Two gradients of G (one of them the ordinary step), one of F, two gradients of G in alpha alone. Memory: one
-        copy of the lower variables.
+        Two gradients of G (one of them the ordinary step), one of F, two gradients of G in alpha alone. Memory: about
+        four copies of the lower variables.
 
     Example:
         >>> import torch, bilevel

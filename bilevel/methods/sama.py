@@ -49,7 +49,8 @@ class SAMA(Sequential[HypergradientStats]):
         TypeError, ValueError: An argument is off, or the lower optimizer is neither SGD, Adam nor AdamW.
 
     Cost:
-        k gradients of G, one of F, two gradients of G in alpha alone. Memory: one copy of the lower variables.
+        k gradients of G, one of F, two gradients of G in alpha alone. Memory: about three
+        copies of the lower variables.
 
     Example:
         >>> import torch, bilevel
@@ -96,16 +97,22 @@ class SAMA(Sequential[HypergradientStats]):
         """Return ``u = D grad_w F``."""
         if isinstance(self.lower_optimizer, torch.optim.SGD):
             return upper
-        terms = zip(self._lower.groups(), last.gradient, last.state, upper, strict=True)
-        return [None if u is None or g is None else _adam_slope(group, g, s) * u for group, g, s, u in terms]
+        point = [] if last.point is None else last.point
+        terms = zip(self._lower.groups(), point, last.gradient, last.state, upper, strict=True)
+        return [None if u is None or g is None else _adam_slope(group, x, g, s) * u for group, x, g, s, u in terms]
 
     def _rule(self) -> Rule:
         return GradientDescent(current_rates(self._lower, None))
 
 
-def _adam_slope(group: dict[str, Any], g: Tensor, state: dict[str, Tensor]) -> Tensor:
+def _adam_slope(group: dict[str, Any], x: Tensor, g: Tensor, state: dict[str, Tensor]) -> Tensor:
     beta1, beta2 = group["betas"]
+    if not group.get("decoupled_weight_decay"):
+        g = g + group["weight_decay"] * x  # what the moments are of
     m, v = state.get("exp_avg", torch.zeros_like(g)), state.get("exp_avg_sq", torch.zeros_like(g))
     after = beta2 * v + (1 - beta2) * g * g
     slope = group["lr"] * ((1 - beta1) * beta2 * v - beta1 * (1 - beta2) * g * m) / (after.sqrt() + group["eps"]) ** 3
+    if "max_exp_avg_sq" in state:  # amsgrad: where an old maximum stands, the gradient moves the first moment alone
+        held = state["max_exp_avg_sq"]
+        slope = torch.where(held > after, group["lr"] * (1 - beta1) / (held.sqrt() + group["eps"]), slope)
     return torch.where(after > 0, slope, 0.0).to(g.dtype)
