@@ -22,7 +22,8 @@ napoleon_numpy_docstring = False
 # A reference to a name of ours that does not exist is an error. Other projects' names are left as text: looking them up
 # (intersphinx) would make the build need a network.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!bilevel\b).*")]
+# Names of other packages, and type variables, which have no entry of their own.
+nitpick_ignore_regex = [("py:.*", r"(?!bilevel\b).*"), ("py:.*", r"bilevel\..*\.[A-Z]")]
 
 html_theme = "furo"
 html_title = f"bilevel {release}"
