@@ -4,7 +4,7 @@ Two kinds of products exist. ``EMLC``, ``MLC`` and one-step ``Unrolled`` need th
 forward mode through the lower model; ``Unrolled`` with more steps, ``Implicit`` and BOME's unrolled reading need the
 mixed one (with ``G_ww v``), by double backward. Where forward mode has no rule, double backward serves, after one
 warning that names the operation; where neither has one, an error names the first-order way. Forward mode for mixed
-products, which differentiates the backward of each operation as well, can be asked for. Torch 2.13 on the CPU.
+products, which differentiates the backward of each operation as well, can be asked for. Torch 2.11 and 2.13 on the CPU.
 """
 
 from __future__ import annotations
