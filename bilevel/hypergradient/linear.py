@@ -156,7 +156,8 @@ class FixedPoint(Solver):
     b``.
 
     ``Phi`` is gradient descent, or with ``momentum`` the heavy ball, whose buffer is then part of the adjoint's state.
-    Contracts wherever the lower steps do. Without momentum, n iterations are the Neumann series with n - 1.
+    Contracts wherever the lower steps do. Without momentum, n iterations from 0 are the Neumann series
+    with n - 1.
 
     Args:
         iterations: n >= 1; default 20.

@@ -72,8 +72,8 @@ class Implicit(Sequential[ImplicitStats]):
 
     Cost:
         k gradients of G (with ``inner_steps=0`` one, for the stats), one of F, one mixed product per iteration of the
-        solver, one upper product. One mixed product more for the residual of ``Neumann``, and for ``ConjugateGradient``
-        where it starts from the last p. Memory: a few copies of the lower variables, whatever k is.
+        solver, one upper product. One mixed product more for the residual of ``Neumann``, and for the other solvers
+        where they start from the last p. Memory: a few copies of the lower variables, whatever k is.
 
     Example:
         >>> import torch, bilevel
