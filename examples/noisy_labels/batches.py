@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import abc
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -24,11 +25,56 @@ class Batch(NamedTuple):
     shown: Tensor
 
 
-class Batches:
-    """Iterates for ever over the images of one part, reshuffled for each pass.
+class Shuffled(abc.ABC):
+    """Iterates for ever over one part of a data set, reshuffled for each pass.
 
-    The images left over at the end of a pass are dropped, because a last batch of one or two images would spoil batch
-    statistics; the next shuffle brings them back. A part smaller than the batch size is one batch.
+    What is left over at the end of a pass is dropped, because a last batch of one or two would spoil batch statistics;
+    the next shuffle brings it back. A part smaller than the batch size is one batch.
+
+    Args:
+        index: Positions of the part in the data set.
+        size: Samples per batch.
+        seed, purpose: Name the random stream of the order, and of what else a batch draws.
+    """
+
+    def __init__(self, index: Tensor, *, size: int, seed: int, purpose: str) -> None:
+        self.index, self.size = index, min(size, len(index))
+        self.stream = generator(seed, purpose, index.device)
+        self.order = index.new_empty(0)
+        self.position = 0
+
+    @abc.abstractmethod
+    def batch(self, chosen: Tensor) -> Batch:
+        """Make the batch of the samples that are ``chosen``, as positions in the part."""
+
+    def __len__(self) -> int:
+        """Return the number of batches in a pass."""
+        return len(self.index) // self.size
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if self.position + self.size > len(self.order):
+            self.order = torch.randperm(len(self.index), device=self.index.device, generator=self.stream)
+            self.position = 0
+        chosen = self.order[self.position : self.position + self.size]
+        self.position += self.size
+        return self.batch(chosen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is needed to continue with the very next batch."""
+        return {"stream": self.stream.get_state(), "order": self.order, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.stream.set_state(state["stream"].cpu())
+        self.order = state["order"].to(self.index.device)
+        self.position = state["position"]
+
+
+class Batches(Shuffled):
+    """Batches of the images of one part.
 
     Args:
         task: Images and parts.
@@ -52,25 +98,11 @@ class Batches:
         augment: bool,
         corrupt: float = 0.0,
     ) -> None:
-        self.task, self.index, self.labels, self.augment, self.corrupt = task, index, labels, augment, corrupt
-        self.size = min(size, len(index))
-        self.stream = generator(seed, purpose, index.device)
-        self.order = index.new_empty(0)
-        self.position = 0
+        super().__init__(index, size=size, seed=seed, purpose=purpose)
+        self.task, self.labels, self.augment, self.corrupt = task, labels, augment, corrupt
 
-    def __len__(self) -> int:
-        """Return the number of batches in a pass."""
-        return len(self.index) // self.size
-
-    def __iter__(self) -> Batches:
-        return self
-
-    def __next__(self) -> Batch:
-        if self.position + self.size > len(self.order):
-            self.order = torch.randperm(len(self.index), device=self.index.device, generator=self.stream)
-            self.position = 0
-        chosen = self.order[self.position : self.position + self.size]
-        self.position += self.size
+    def batch(self, chosen: Tensor) -> Batch:
+        """Cut, crop and mirror the chosen images, all at once."""
         index = self.index[chosen]
         pixels = crop_and_flip(self.task.pixels, index, self.stream) if self.augment else self.task.pixels[index]
         labels = self.labels[chosen]
@@ -82,13 +114,3 @@ class Batches:
         device, stream = labels.device, self.stream
         drawn = torch.randint(len(self.task.names), labels.shape, device=device, generator=stream)
         return torch.where(torch.rand(labels.shape, device=device, generator=stream) < self.corrupt, drawn, labels)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what is needed to continue with the very next batch."""
-        return {"stream": self.stream.get_state(), "order": self.order, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
-        self.stream.set_state(state["stream"].cpu())
-        self.order = state["order"].to(self.index.device)
-        self.position = state["position"]

@@ -29,7 +29,8 @@ from examples.noisy_labels import (
     results,
 )
 from examples.noisy_labels.board import FOLDER, Board, require
-from examples.noisy_labels.command_line import CONFIGURATION, Command
+from examples.noisy_labels.command_line import Command
+from examples.noisy_labels.configuration import CONFIGURATION
 from examples.noisy_labels.interruption import Interrupted, Interruption
 from examples.noisy_labels.log import Log, Record
 from examples.noisy_labels.training import Run, train

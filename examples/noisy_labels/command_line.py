@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from examples.noisy_labels.configuration import CONFIGURATION, of_saved_run
 from examples.noisy_labels.settings import GROUPS, PRESETS, Settings, from_dict, preset, without_method
 
-CONFIGURATION = "config.json"
 OWN = ("preset", "config", "out", "resume", "overwrite", "compare", "download", "seeds")  # not part of the settings
 # May differ from the saved run: they do not change its numbers.
 FREE_ON_RESUME = {"data", "device", "log_interval", "on_nonfinite", "tensorboard"}
@@ -60,7 +60,7 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
         saved = out / CONFIGURATION
         resume = bool(own["resume"]) and (saved.is_file() or own["resume"] == "required")
         if resume:
-            settings = _saved(saved, given)
+            settings = from_dict(of_saved_run(out, given, FREE_ON_RESUME))
     except (ValueError, OSError) as problem:
         parser.error(str(problem))
     return Command(
@@ -85,21 +85,6 @@ def resolve(said: dict[str, Any], preset_name: str | None) -> Settings:
         raise ValueError(f"--preset {preset_name}: describes training on CIFAR. The digits have one of their own.")
     automatic = "paper" if device(said.get("device", Settings.device)).type == "cuda" else "quick"
     return from_dict(preset(preset_name or automatic, dataset, method) | said)
-
-
-def _saved(file: Path, given: dict[str, Any]) -> Settings:
-    """Return the settings of the run to be resumed; what is said explicitly must agree with them."""
-    if not file.is_file():
-        rule = "there is no run to resume"
-        raise ValueError(f"--resume: {rule} in {file.parent}. Give its --out, or use --resume auto to start one.")
-    saved = json.loads(file.read_text())
-    changed = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
-    for name, value in given.items():
-        plain = list(value) if isinstance(value, tuple) else value
-        if name not in changed and plain != saved.get(name):
-            rule = f"the saved run has {name} = {saved.get(name)}, not {plain}"
-            raise ValueError(f"--resume: {rule}. Leave the option out, or start another run with another --out.")
-    return from_dict(saved | changed)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,10 +15,11 @@ if not __package__:  # started as a script: replace the script's folder by the c
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from examples.noisy_labels import accelerator, checkpoint, command_line, files
+from examples.noisy_labels.configuration import CONFIGURATION
 from examples.noisy_labels.interruption import EXIT_CODE, Interrupted, Interruption
 from examples.noisy_labels.log import Log
 from examples.noisy_labels.own import model, options, reading, report
-from examples.noisy_labels.own.options import CONFIGURATION, Command
+from examples.noisy_labels.own.options import Command
 from examples.noisy_labels.own.reading import Data
 from examples.noisy_labels.own.run import Run, load, train
 from examples.noisy_labels.settings import Settings

@@ -1,20 +1,17 @@
-"""Endless shuffled batches of samples that live on the device, with a position that can be saved."""
+"""Batches of a user's samples, which live on the device."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from examples.noisy_labels.augment import crop_and_flip
-from examples.noisy_labels.batches import Batch
-from examples.noisy_labels.randomness import generator
+from examples.noisy_labels.batches import Batch, Shuffled
 
 
-class SampleBatches:
-    """Iterates for ever over one part of the samples, reshuffled for each pass; what is left of a pass is dropped.
+class SampleBatches(Shuffled):
+    """Batches of one part of the samples.
 
     Args:
         inputs: All inputs, of which ``index`` takes a part.
@@ -40,26 +37,12 @@ class SampleBatches:
         augment: bool = False,
         corrupt: Tensor | None = None,
     ) -> None:
-        self.inputs, self.index, self.labels, self.shown = inputs, index, labels, shown
+        super().__init__(index, size=size, seed=seed, purpose=purpose)
+        self.inputs, self.labels, self.shown = inputs, labels, shown
         self.augment, self.corrupt = augment, corrupt
-        self.size = min(size, len(index))
-        self.stream = generator(seed, purpose, index.device)
-        self.order = index.new_empty(0)
-        self.position = 0
 
-    def __len__(self) -> int:
-        """Return the number of batches in a pass."""
-        return len(self.index) // self.size
-
-    def __iter__(self) -> SampleBatches:
-        return self
-
-    def __next__(self) -> Batch:
-        if self.position + self.size > len(self.order):
-            self.order = torch.randperm(len(self.index), device=self.index.device, generator=self.stream)
-            self.position = 0
-        chosen = self.order[self.position : self.position + self.size]
-        self.position += self.size
+    def batch(self, chosen: Tensor) -> Batch:
+        """Take the chosen samples, with what the corrector is told of them."""
         index = self.index[chosen]
         inputs = crop_and_flip(self.inputs, index, self.stream) if self.augment else self.inputs[index]
         return Batch(inputs, self.labels[chosen], self._told(chosen))
@@ -72,13 +55,3 @@ class SampleBatches:
         drawn = torch.randint(classes, (len(chosen),), device=device, generator=self.stream)
         random = torch.rand(len(chosen), device=device, generator=self.stream) < self.corrupt[chosen]
         return torch.where(random.unsqueeze(1), functional.one_hot(drawn, classes).to(shown.dtype), shown)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what is needed to continue with the very next batch."""
-        return {"stream": self.stream.get_state(), "order": self.order, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
-        self.stream.set_state(state["stream"].cpu())
-        self.order = state["order"].to(self.index.device)
-        self.position = state["position"]

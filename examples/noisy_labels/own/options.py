@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from examples.noisy_labels.configuration import CONFIGURATION, of_saved_run
 from examples.noisy_labels.files import replacing
 from examples.noisy_labels.settings import option
 
@@ -19,7 +20,6 @@ ENOUGH_STEPS = 1000  # small tables are gone through so often that there are thi
 EPOCHS = 20  # at least, however long the table
 CORRUPT_IF_TOLD = 0.5  # see `Options.corrupt`
 
-CONFIGURATION = "config.json"
 OWN = ("out", "config", "resume", "overwrite")  # not part of the configuration
 FREE_ON_RESUME = {"table", "images", "trusted", "test", "device", "log_interval"}  # the samples themselves are compared
 EPILOG = """examples:
@@ -178,16 +178,9 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
 
 def _saved(folder: Path | None, given: dict[str, Any]) -> Options:
     """Return the options of the run to be resumed; what is said explicitly must agree with them."""
-    if folder is None or not (folder / CONFIGURATION).is_file():
-        rule = f"there is no run to resume in {folder}" if folder else "which run is not said"
-        raise ValueError(f"--resume: {rule}. Give its --out, or use --resume auto to start one.")
-    saved = json.loads((folder / CONFIGURATION).read_text(encoding="utf-8"))
-    for name, value in given.items():
-        plain = list(value) if isinstance(value, tuple) else value
-        if name not in FREE_ON_RESUME and plain != saved.get(name):
-            rule = f"the saved run has {name} = {saved.get(name)}, not {plain}"
-            raise ValueError(f"--resume: {rule}. Leave the option out, or start another run with another --out.")
-    return from_dict(saved | {name: value for name, value in given.items() if name in FREE_ON_RESUME})
+    if folder is None:
+        raise ValueError("--resume: which run is not said. Give its --out, or use --resume auto to start one.")
+    return from_dict(of_saved_run(folder, given, FREE_ON_RESUME))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,29 @@
+"""The configuration that a run has saved, and what may be said about it when the run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+CONFIGURATION = "config.json"
+
+
+def of_saved_run(folder: Path, given: Mapping[str, Any], free: Collection[str]) -> dict[str, Any]:
+    """Return the options of the run in a folder, with what was ``given`` for the ``free`` ones.
+
+    Raises:
+        ValueError: There is none, or something else was given that is not as in the saved run.
+    """
+    file = folder / CONFIGURATION
+    if not file.is_file():
+        rule = "there is no run to resume"
+        raise ValueError(f"--resume: {rule} in {folder}. Give its --out, or use --resume auto to start one.")
+    saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in given.items():
+        plain = list(value) if isinstance(value, tuple) else value
+        if name not in free and plain != saved.get(name):
+            rule = f"the saved run has {name} = {saved.get(name)}, not {plain}"
+            raise ValueError(f"--resume: {rule}. Leave the option out, or start another run with another --out.")
+    return saved | {name: value for name, value in given.items() if name in free}
