@@ -432,8 +432,8 @@ MUTATIONS = [
     Mutation(
         "double backward forgets alpha",
         PRODUCTS,
-        "return products[: len(upper)], products[len(upper) :]",
-        "return [None] * len(upper), products[len(upper) :]",
+        "return Found(_double_backward(look, index, direction, at, [*upper, *lower]))",
+        "found = _double_backward(look, index, direction, at, lower)\n    return Found([*[None] * len(upper), *found])",
         step_of("unrolled, reverse"),
     ),
     # Arithmetic
@@ -709,8 +709,8 @@ MUTATIONS = [
     Mutation(
         "Unrolled: the graph misses what F reads elsewhere",
         KEPT_GRAPH,
-        "                    self._refuse_unreached(loss, value)\n                found",
-        "                    pass\n                found",
+        "        self._refuse_read(loss, found[len(upper) + len(self._point) :])\n",
+        "",
         "test_unrolled.py::test_a_captured_parameter_is_refused_by_the_graph_for_either_loss",
     ),
     Mutation(
@@ -786,7 +786,7 @@ MUTATIONS = [
     Mutation(
         "a fallback is forgotten",
         ROUTES,
-        "        look.product_routes[kind] = other\n",
+        '        look.verification.routes[f"{ways.kind} product, {route}"] = chosen\n',
         "",
         "test_products.py::test_auto_falls_back_once_and_says_why",
     ),

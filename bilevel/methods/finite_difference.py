@@ -13,7 +13,8 @@ from ..errors import number
 from ..evaluator import Look
 from ..hypergradient import Step, pull_back
 from ..optimizer import Common
-from ..products import upper_difference
+from ..products import upper_product
+from ..routes import route_taken
 from .sequential import HypergradientStats, Sequential
 
 
@@ -92,6 +93,7 @@ class FiniteDifference(Sequential[HypergradientStats]):
         ahead, _ = rule.step(look.point(), g.lower, step.state)
         f = look.upper(at=ahead)
         _, direction, _ = pull_back(rule, step, look.point(), f.lower, [{} for _ in ahead])
-        through = upper_difference(look, 0, direction, None, radius=self.radius)
-        stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product="difference")
+        through = upper_product(look, 0, direction, None, "difference", gradient=g.lower, radius=self.radius)
+        route = route_taken(look, "upper", "difference")
+        stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=route)
         return self._directions(look, f, g, through, stats)

@@ -130,7 +130,7 @@ class Implicit(Sequential[ImplicitStats]):
         found = self.solver.solve(hessian, f.lower, start, current_rates(self._lower, None))
         self._found = self._named([None] * len(self._upper.names), found.x)[1]
         through = upper_product(look, last, found.x, None, self.product)
-        self._evaluator.lower_loss.check_use("upper", through)
+        look.check_dependence(through)
         stats = ImplicitStats(
             f.value,
             first.value,

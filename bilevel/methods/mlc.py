@@ -109,8 +109,8 @@ class MLC(BilevelOptimizer[HypergradientStats]):
         ahead, _ = rule.step(look.point(), g.lower, rule.start())
         f = look.upper(at=ahead)
         _, through_step, _ = pull_back(rule, step, look.point(), f.lower, [{} for _ in ahead])
-        product = upper_product(look, 0, through_step, None, self.product)
-        self._evaluator.lower_loss.check_use("upper", product)
+        product = upper_product(look, 0, through_step, None, self.product, gradient=g.lower)
+        look.check_dependence(product)
         m: Vector = add_scaled(f.upper, 1.0, product)
         value, aux = f.value, f.aux
         if self.inner_steps > 1:

@@ -14,7 +14,8 @@ from ..errors import number
 from ..evaluator import Look
 from ..hypergradient import Step
 from ..optimizer import Common
-from ..products import upper_difference
+from ..products import upper_product
+from ..routes import route_taken
 from ..vectors import Vector, subtract
 from .sequential import HypergradientStats, Sequential
 
@@ -89,8 +90,9 @@ class SAMA(Sequential[HypergradientStats]):
         g, steps = self._train(look, real=real, rule=lambda: Preview(self._lower), keep=1)
         f = look.upper()
         direction = self._adapted(steps[-1], f.lower)
-        product = upper_difference(look, self.lower_batches - 1, direction, None, radius=self.radius)
-        stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product="difference")
+        product = upper_product(look, self.lower_batches - 1, direction, None, "difference", radius=self.radius)
+        route = route_taken(look, "upper", "difference")
+        stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=route)
         return self._directions(look, f, g, subtract([None] * len(product), product), stats)
 
     def _adapted(self, last: Step, upper: Vector) -> Vector:

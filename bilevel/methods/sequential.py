@@ -206,7 +206,7 @@ class Sequential(BilevelOptimizer[H], ABC):
         self, look: Look, f: Evaluation, g: Evaluation, through: Vector, stats: H | None = None
     ) -> Directions[H]:
         """Answer with the sum of F's own gradient and the part ``through`` the lower steps."""
-        self._evaluator.lower_loss.check_use("upper", through)
+        look.check_dependence(through)
         named, _ = self._named(add_scaled(f.upper, 1.0, through), [None] * len(self._lower.names))
         if stats is None:
             taken = route_taken(look, self.product_kind, self.product)
