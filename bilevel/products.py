@@ -1,7 +1,7 @@
 """Products of the lower loss: ``d/de grad_(alpha, w) G(w + e v, alpha)`` at ``e = 0``, without a Hessian.
 
 *Mixed products* are both parts, ``(G_aw v, G_ww v)``; an *upper product* is ``G_aw v`` alone, which is cheaper.
-``routes.py`` says by which of three ways.
+``routing.py`` says by which of three ways.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from .closures import leaves_of
-from .evaluator import Evaluation, Look, Point
-from .routes import Found, NoForwardMode, Route, Ways, by_route, dual_numbers, refuse_wrong_rules, second_derivatives
+from .evaluation import Evaluation, Point
+from .evaluator import Look
+from .routes import NoForwardMode, Route, dual_numbers, refuse_wrong_rules, second_derivatives
+from .routing import Found, Ways, by_route
 from .vectors import Vector, add_scaled, squared_norm, subtract
 
 Product = tuple[Vector, Vector]

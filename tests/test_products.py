@@ -20,7 +20,8 @@ from bilevel import ClosureError
 from bilevel.closures import MISSING
 from bilevel.evaluator import Evaluator, Look
 from bilevel.products import mixed_product, upper_product
-from bilevel.routes import ROUTES, Route, route_taken
+from bilevel.routes import ROUTES, Route
+from bilevel.routing import route_taken
 from bilevel.variables import Level
 from bilevel.vectors import Vector
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..closures import Loss, leaves_of
 from ..descent import Point, Rule, State
 from ..errors import ClosureError
-from ..evaluator import Evaluation, Look
+from ..evaluation import Evaluation
+from ..evaluator import Look
 from ..routes import refuse_wrong_rules, two_derivatives
 from ..variables import Level
 from ..vectors import Vector

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..descent import Point, Rule, State
-from ..evaluator import Evaluation, Look
+from ..evaluation import Evaluation
+from ..evaluator import Look
 from ..products import mixed_product, upper_product
 from ..routes import Route
 from ..vectors import Vector, add_scaled

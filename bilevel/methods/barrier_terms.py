@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..barrier import Products
 from ..checking import Claim, shifted
-from ..evaluator import Evaluation, Look
+from ..evaluation import Evaluation
+from ..evaluator import Look
 from ..vectors import Vector, add_scaled, dot
 
 ValueGradient = Literal["value_function", "difference", "unrolled"]

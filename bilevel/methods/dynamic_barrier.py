@@ -14,10 +14,12 @@ from ..checking import Claim
 from ..descent import GradientDescent, InnerStep, Preview, Rule, check_preview, current_rates
 from ..directions import Directions, Stats
 from ..errors import choice, count, message, number
-from ..evaluator import Evaluation, Look
+from ..evaluation import Evaluation
+from ..evaluator import Look
 from ..hypergradient import adjoint, descend
 from ..optimizer import BilevelOptimizer, Common
-from ..routes import ROUTES, Route, route_taken
+from ..routes import ROUTES, Route
+from ..routing import route_taken
 from ..variables import Level
 from ..vectors import Vector, accumulation_dtype, add_scaled, dot, squared_norm, subtract
 from .barrier_terms import Terms, ValueGradient, gradient_claims, plain_products

@@ -14,7 +14,7 @@ from ..evaluator import Look
 from ..hypergradient import Step, pull_back
 from ..optimizer import Common
 from ..products import upper_product
-from ..routes import route_taken
+from ..routing import route_taken
 from .sequential import HypergradientStats, Sequential
 
 

@@ -16,7 +16,8 @@ from ..evaluator import Look
 from ..hypergradient import ConjugateGradient, Solver
 from ..optimizer import Common
 from ..products import mixed_product, upper_product
-from ..routes import Route, route_taken
+from ..routes import Route
+from ..routing import route_taken
 from ..vectors import Vector, subtract
 from .sequential import HypergradientStats, Sequential
 

@@ -16,7 +16,8 @@ from ..evaluator import Look
 from ..hypergradient import Step, pull_back
 from ..optimizer import BilevelOptimizer, Common
 from ..products import upper_product
-from ..routes import ROUTES, Route, route_taken
+from ..routes import ROUTES, Route
+from ..routing import route_taken
 from ..variables import Level
 from ..vectors import Vector, add_scaled, dot, squared_norm
 from .sequential import HypergradientStats, derivative_claims

@@ -15,7 +15,7 @@ from ..evaluator import Look
 from ..hypergradient import Step
 from ..optimizer import Common
 from ..products import upper_product
-from ..routes import route_taken
+from ..routing import route_taken
 from ..vectors import Vector, subtract
 from .sequential import HypergradientStats, Sequential
 

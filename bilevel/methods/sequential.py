@@ -19,12 +19,14 @@ from ..checking import Claim, shifted
 from ..descent import GradientDescent, InnerStep, Point, Preview, Rule, check_preview, current_rates
 from ..directions import Directions, Stats
 from ..errors import choice, count, number
-from ..evaluator import Evaluation, Look
+from ..evaluation import Evaluation
+from ..evaluator import Look
 from ..handover import hand_over
 from ..hypergradient import Step, adjoint, descend
 from ..optimizer import BilevelOptimizer, Common
 from ..rollback import Saved
-from ..routes import ROUTES, Kind, Route, route_taken
+from ..routes import ROUTES, Route
+from ..routing import Kind, route_taken
 from ..variables import Level
 from ..vectors import Vector, add_scaled, dot, squared_norm, subtract
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..descent import InnerStep, Point
 from ..directions import Directions
 from ..errors import choice, count, message
-from ..evaluator import Evaluation, Look
+from ..evaluation import Evaluation
+from ..evaluator import Look
 from ..hypergradient import KeptGraph, Start, Unreached, adjoint, descend, leaves, start_of, through_start
 from ..optimizer import Common
 from ..routes import Route
