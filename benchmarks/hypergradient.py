@@ -224,6 +224,7 @@ def memory(setting: Setting, counts: tuple[int, ...]) -> dict[str, Any]:
                 lower_optimizer=case.sgd,
                 inner_steps=steps,
                 memory=mode,  # type: ignore[arg-type]
+                verify="never",
             )
             emlc.step(clean, noisy)
             resident = [*case.resident(), *clean, *noisy]

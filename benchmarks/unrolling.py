@@ -105,7 +105,7 @@ class Library(Reweighting):
     """`bilevel.Unrolled`."""
 
     mode: Any = "adjoint"
-    checks: Mapping[str, Any] = {}
+    checks: Mapping[str, Any] = {"verify": "never"}  # as between two looks
 
     def prepare(self) -> None:
         self.optimizer = bilevel.Unrolled(
@@ -137,7 +137,7 @@ class LibraryGraph(Library):
 class LibraryUnchecked(LibraryGraph):
     """The same without the check for NaN and without the copy that takes a failed step back."""
 
-    checks: Mapping[str, Any] = {"on_nonfinite": "ignore", "atomic": False}
+    checks: Mapping[str, Any] = {"on_nonfinite": "ignore", "atomic": False, "verify": "never"}
 
 
 class Higher(Reweighting):

@@ -185,7 +185,7 @@ def _tell_noise(
         name = f"{ways.kind} product by difference"
         look.verification.say_of(
             name,
-            f"{name}: {apart:.0%} of it is noise of the precision that lower_loss computes in; in float64 it is right. "
+            f"{name}: {apart:.0%} of it is error of the precision that lower_loss computes in; in float64 it is right. "
             'Usual causes: autocast, or a loss that is large beside its slopes. Use product="reverse" or a larger '
             "radius, or switch autocast off in the lower loss.",
         )

@@ -532,7 +532,7 @@ def test_differences_under_autocast_are_told_to_be_noise() -> None:
 
     scene.losses = under_autocast  # type: ignore[method-assign]
     optimizer = scene.optimizer(bilevel.FiniteDifference, radius=1e-3)
-    with pytest.warns(UserWarning, match="is noise of the precision.*autocast"):
+    with pytest.warns(UserWarning, match="is error of the precision.*autocast"):
         optimizer.step(scene.clean, scene.noisy)
     assert optimizer.state_dict()["verification"]["routes"] == {}
 
