@@ -1,57 +1,27 @@
-"""``check_directions``: what a method computed, against finite differences of the user's own losses in float64."""
+"""``check_directions``: what a method computed, against plain autograd and finite differences of the user's losses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .claims import Claim, Comparison, Slope, worse
 from .errors import count, number
-from .evaluator import Look
+from .evaluator import Evaluation, Look
+from .plain import Plain, Precision
 from .variables import Level
-from .vectors import Vector, add_scaled, exchange
+from .vectors import Vector, dot
 
 # A central difference in float64 with a step of about 1e-5 is good to some 1e-10 where third derivatives are of order
 # one.
 TOLERANCE = 1e-6
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One number that a method computed, and how to get it another way.
-
-    Attributes:
-        name: What it is, in the words of the class's docstring.
-        computed: The number.
-        along: ``e -> h(e)``: the number should be ``h'(0)``; or None.
-        expected: The number computed independently; or None.
-        verdict: Whether the comparison can pass or fail; False for the distance of an approximation.
-    """
-
-    name: str
-    computed: Tensor
-    along: Callable[[float], Tensor] | None = None
-    expected: Tensor | float | None = None
-    verdict: bool = True
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One line of a report: the number as the method computed it, as it should be, and their relative difference.
-
-    ``passed`` is None where an approximation is only measured.
-    """
-
-    name: str
-    computed: float
-    expected: float
-    error: float
-    passed: bool | None
 
 
 @dataclass(frozen=True)
@@ -63,7 +33,8 @@ class Report:
         comparisons: One line for each number that was compared.
 
     Example:
-        >>> from bilevel.checking import Comparison, Report
+        >>> from bilevel.checking import Report
+        >>> from bilevel.claims import Comparison
         >>> Report("BOME", (Comparison("Q", 1.0, 1.0, 0.0, True),)).passed
         True
     """
@@ -73,19 +44,66 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every comparison that has a verdict is within its tolerance."""
+        """False only on a real disagreement; a line without a verdict fails nothing."""
         return all(line.passed is not False for line in self.comparisons)
+
+    @property
+    def verdict(self) -> str:
+        """The report in a few words: ``FAILED``, ``all passed``, ``passed, n without a verdict`` or ``NO VERDICT``."""
+        open_lines = [line for line in self.comparisons if line.passed is None and not line.measured]
+        if not self.passed:
+            return "FAILED"
+        if not any(line.passed for line in self.comparisons):
+            return "NO VERDICT"
+        return f"passed, {len(open_lines)} without a verdict" if open_lines else "all passed"
 
     def __str__(self) -> str:
         width = max([len(line.name) for line in self.comparisons], default=4)
-        rows = [f"{self.method}: {'all passed' if self.passed else 'FAILED'}"]
+        rows = [f"{self.method}: {self.verdict}"]
         rows.append(f"  {'what':<{width}}  {'computed':>14}  {'expected':>14}  {'error':>9}")
         for line in self.comparisons:
             mark = {True: "", False: "  <-- differs", None: "  (no verdict)"}[line.passed]
             rows.append(
                 f"  {line.name:<{width}}  {line.computed:>14.7e}  {line.expected:>14.7e}  {line.error:>9.1e}{mark}"
             )
+        notes: dict[str, list[str]] = {}  # one reason is often that of several lines
+        for line in self.comparisons:
+            if line.note:
+                notes.setdefault(line.note, []).append(line.name)
+        rows += [f"  {'; '.join(names)}: {note}" for note, names in notes.items()]
         return "\n".join(rows)
+
+
+class Check:
+    """What a method's claims are made from: fresh looks at the losses, and probes of both levels.
+
+    Attributes:
+        probes: Random vectors of the upper and the lower level, in pairs.
+    """
+
+    def __init__(self, optimizer: Checkable, batches: Sequence[Any], samples: int) -> None:
+        self._optimizer, self._batches = optimizer, batches
+        self.precision = Precision()
+        generator = torch.Generator().manual_seed(0)
+
+        def probe(level: Level) -> list[Tensor]:
+            return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device) for t in level.tensors]
+
+        upper, lower = optimizer._levels()
+        self.probes = [(probe(upper), probe(lower)) for _ in range(samples)]
+
+    @contextmanager
+    def look(self) -> Iterator[Look]:
+        """Look at the losses as a step would, and take everything back; each look sees the same random numbers."""
+        with self._optimizer._look(self._batches) as look:
+            yield look
+            look.replay.undo()
+
+    @contextmanager
+    def plain(self) -> Iterator[Plain]:
+        """The same by plain autograd."""
+        with self.look() as look:
+            yield Plain(look, self.precision)
 
 
 class Checkable(Protocol):
@@ -93,7 +111,7 @@ class Checkable(Protocol):
 
     def _look(self, batches: Sequence[Any], upper: Any = ..., lower: Any = ...) -> AbstractContextManager[Look]: ...
 
-    def _claims(self, look: Look, probe: Callable[[Level], Vector]) -> list[Claim]: ...
+    def _claims(self, check: Check) -> Generator[Claim, None, None]: ...
 
     def _all_modules(self) -> list[nn.Module]: ...
 
@@ -101,24 +119,42 @@ class Checkable(Protocol):
 
 
 def check_directions(optimizer: Checkable, *batches: Any, samples: int = 2, tolerance: float = TOLERANCE) -> Report:
-    """Compare what ``optimizer`` computes at the current point with finite differences of your losses.
+    """Compare what ``optimizer`` computes at the current point with plain autograd and with finite differences.
 
     Modules, bare variables and the floating-point tensors of the batches are cast to float64 for the check and
-    restored bit for bit; nothing moves. Barrier methods: directional derivatives of F, G and q in both levels (q as
-    ``value_gradient`` reads it), Q, and the multiplier from independently computed products. Exact hypergradients
-    (``Unrolled`` without truncation, ``MLC`` of one call): the derivative of F after the lower steps. The others:
-    cosine and relative error between them and the exact derivative through as many lower steps, without a verdict.
+    restored bit for bit; nothing moves. Two questions are asked.
+
+    *Are the directions those of the method's own formula?* Every gradient and product in it is taken once more by
+    ``torch.autograd.grad`` of your closure as it stands, without any of the ways in which the library evaluates
+    closures faster:
+
+    * ``BOME``, ``EBOMLC``: gradients of F, G and q (as ``value_gradient`` reads it), Q, the multiplier, the directions
+      of both levels and, with ``step_from="inner"``, the inner point;
+    * ``Unrolled``: the derivative back through the (last ``truncate``) lower steps, one double backward each;
+    * ``EMLC``, ``MLC``: the products at their own points, with their own discount; of ``MLC`` the accumulated estimate;
+    * ``Implicit``: the formula with the p that was found, and the residual of that p;
+    * ``FiniteDifference``, ``SAMA``: their central difference of plain gradients; and whether, in the limit of a small
+      radius, it is the derivative that plain autograd gives.
+
+    *Is autograd's derivative of your losses their derivative?* Directional derivatives of F, G and q, or of F after
+    the lower steps, against central differences. An approximate method's cosine with, and relative distance from, the
+    exact derivative of its lower steps stand beside, without a verdict.
+
+    There is no verdict, and a note says why, where a kink (ReLU at 0) lies so near that the differences to both sides
+    never agree; where something that depends on the variables is a constant for autograd (``detach()``, ``no_grad``,
+    the singular vectors of spectral norm), which ``bilevel.hold(tensor)`` would hold for both; where an operation has
+    no second derivative; and where a loss computes in less than float64 inside, or is not repeatable.
 
     Args:
         optimizer: Any optimizer of this library.
         batches: As for ``step``.
-        samples: Random probes per gradient, >= 1; each costs up to a dozen loss calls per line of the report.
-        tolerance: Largest relative difference that passes, >= 0. Kinks (ReLU at 0) near the point can exceed it: check
-            at another batch. A ``.detach()`` inside a loss hides from autograd what finite differences see: write
-            ``bilevel.hold(tensor)`` instead, which is a constant for both.
+        samples: Random probes per gradient, >= 1; each costs up to a dozen loss calls per line of the report, more
+            near a kink. A line shows the worst probe, and lacks a verdict only if all of them do.
+        tolerance: Largest relative difference that passes, >= 0.
 
     Returns:
-        A report; ``report.passed`` is the verdict, ``print(report)`` shows a table.
+        A report; ``report.passed`` is False only on a real disagreement, ``print(report)`` shows a table with notes,
+        whose first line says if nothing at all got a verdict.
 
     Raises:
         TypeError, ValueError: ``samples`` or ``tolerance`` is off.
@@ -138,57 +174,47 @@ def check_directions(optimizer: Checkable, *batches: Any, samples: int = 2, tole
     count("check_directions", "samples", samples, minimum=1)
     number("check_directions", "tolerance", tolerance, minimum=0.0)
     upper, lower = optimizer._levels()
-    generator = torch.Generator().manual_seed(0)
-
-    def probe(level: Level) -> Vector:
-        return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device) for t in level.tensors]
-
     # The optimizers' state as well: methods that take real lower steps take them here, and torch mixes no dtypes.
     wide = _float64(optimizer._all_modules(), [*upper.tensors, *lower.tensors, *_state(upper), *_state(lower)])
     lines: dict[str, Comparison] = {}
-    with wide, optimizer._look([_widened(batch) for batch in batches]) as look:
-        for _ in range(samples):
-            for claim in optimizer._claims(look, probe):
-                line = _compare(claim, tolerance)
-                if claim.name not in lines or line.error > lines[claim.name].error:
-                    lines[claim.name] = line  # report the worst probe
-        look.replay.undo()
+    with wide:
+        check = Check(optimizer, [_widened(batch) for batch in batches], samples)
+        # Closed whatever happens: a claim is judged while the look that it came from is open.
+        with closing(optimizer._claims(check)) as claims:
+            for claim in claims:
+                line = claim.compare(tolerance, check.precision)
+                lines[line.name] = worse(lines[line.name], line) if line.name in lines else line
     return Report(type(optimizer).__name__, tuple(lines.values()))
 
 
-@contextmanager
-def shifted(look: Look, size: float, upper: Vector, lower: Vector) -> Iterator[None]:
-    """Move both levels by ``size`` along a probe for the duration."""
-    tensors = [*look.upper_level.tensors, *look.lower_level.tensors]
-    moved = [x.clone() for x in add_scaled([t.detach() for t in tensors], size, [*upper, *lower]) if x is not None]
-    exchange(tensors, moved)
-    try:
-        yield
-    finally:
-        exchange(tensors, moved)
+def loss_claims(check: Check, plain: Plain, upper: Evaluation, lower: Evaluation) -> Iterator[Claim]:
+    """Directional derivatives of F and G in both levels, from gradients that a method works with."""
+
+    def loss(side: str, u: Vector, v: Vector) -> tuple[Callable[[float], Tensor], Callable[[float], Evaluation]]:
+        def along(size: float) -> Tensor:
+            with plain.shifted(size, u, v):
+                return plain.upper_value() if side == "upper" else plain.lower_value()
+
+        def differentiated(size: float) -> Evaluation:
+            with plain.shifted(size, u, v):
+                return plain.upper() if side == "upper" else plain.lower()
+
+        return along, differentiated
+
+    for up, low in check.probes:
+        still_up, still_low = [None] * len(up), [None] * len(low)
+        for name, side, gradients in (("F", "upper", upper), ("G", "lower", lower)):
+            along, found = loss(side, up, still_low)
+            slope = partial(_along, found, "upper", up)
+            yield Slope(f"<grad_alpha {name}, u>", dot(gradients.upper, up), along, slope)
+            along, found = loss(side, still_up, low)
+            slope = partial(_along, found, "lower", low)
+            yield Slope(f"<grad_w {name}, u>", dot(gradients.lower, low), along, slope)
 
 
-def _compare(claim: Claim, tolerance: float) -> Comparison:
-    computed = float(claim.computed)
-    if claim.along is None:
-        expected = float(claim.expected) if claim.expected is not None else float("nan")
-        error = _relative(computed, expected, 1e-14)
-        return Comparison(claim.name, computed, expected, error, error <= tolerance if claim.verdict else None)
-    best, expected = float("inf"), float("nan")
-    for step in (1e-4, 1e-5, 1e-6):  # the best of three: truncation, rounding and kinks each spoil another one
-        ahead, behind = float(claim.along(step)), float(claim.along(-step))
-        difference = (ahead - behind) / (2 * step)
-        rounding = 1e-15 * max(abs(ahead), abs(behind)) / step
-        error = _relative(computed, difference, rounding)
-        if error < best:
-            best, expected = error, difference
-    return Comparison(claim.name, computed, expected, best, best <= tolerance)
-
-
-def _relative(a: float, b: float, noise: float) -> float:
-    """Relative difference, where a difference below ``noise`` cannot be told from zero."""
-    difference = abs(a - b)
-    return 0.0 if difference <= noise else difference / max(abs(a), abs(b))
+def _along(found: Callable[[float], Evaluation], side: str, direction: Vector, size: float) -> Tensor:
+    evaluation = found(size)
+    return dot(evaluation.upper if side == "upper" else evaluation.lower, direction)
 
 
 def _widened(batch: Any) -> Any:
@@ -207,15 +233,23 @@ def _state(level: Level) -> list[Tensor]:
 def _float64(modules: Iterable[nn.Module], variables: Iterable[Tensor]) -> Iterator[None]:
     """Give every floating-point tensor a float64 copy of its data, and its own data back afterwards."""
     tensors: dict[int, Tensor] = {id(t): t for t in variables}
-    for module in modules:
-        tensors.update((id(t), t) for t in (*module.parameters(), *module.buffers()))
+    parts = [part for module in modules for part in module.modules()]
+    for part in parts:
+        tensors.update((id(t), t) for t in (*part._parameters.values(), *part._buffers.values()) if t is not None)
     kept = [(t, t.data, t.grad) for t in tensors.values() if t.is_floating_point()]
+    # Plain attributes too: constants, and the weight that an old-style norm computes anew in each forward.
+    plain = [(vars(part), name, t) for part in parts for name, t in vars(part).items() if isinstance(t, Tensor)]
     try:
         for tensor, data, _ in kept:
             tensor.grad = None
             tensor.data = data.double()
+        for attributes, name, value in plain:
+            if value.is_floating_point() and value.is_leaf and not value.requires_grad:
+                attributes[name] = value.double()
         yield
     finally:
         for tensor, data, grad in kept:
             tensor.data = data
             tensor.grad = grad
+        for attributes, name, value in plain:
+            attributes[name] = value

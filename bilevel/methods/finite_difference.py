@@ -4,17 +4,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Unpack
 
+from ..checking import Check
+from ..claims import Claim
 from ..descent import InnerStep
 from ..directions import Directions
 from ..errors import number
-from ..evaluator import Look
+from ..evaluator import Evaluation, Look
 from ..hypergradient import Step, pull_back
 from ..optimizer import Common
+from ..plain import Plain
 from ..products import upper_difference
-from .sequential import HypergradientStats, Sequential
+from ..vectors import Vector
+from .sequential import (
+    Formula,
+    HypergradientStats,
+    Sequential,
+    central_difference,
+    difference_claims,
+    summed,
+)
 
 
 class FiniteDifference(Sequential[HypergradientStats]):
@@ -95,3 +106,18 @@ class FiniteDifference(Sequential[HypergradientStats]):
         through = upper_difference(look, 0, direction, None, radius=self.radius)
         stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product="difference")
         return self._directions(look, f, g, through, stats)
+
+    def _formula(self, plain: Plain) -> Formula:
+        """The same difference, of plain gradients."""
+        f, direction = self._plain_direction(plain)
+        return summed(f.upper, 1.0, central_difference(plain, 0, direction, self.radius))
+
+    def _more_claims(self, check: Check, answer: Directions[HypergradientStats]) -> Iterator[Claim]:
+        with check.plain() as plain:
+            yield from difference_claims(check, plain, 0, self._plain_direction(plain)[1])
+
+    def _plain_direction(self, plain: Plain) -> tuple[Evaluation, Vector]:
+        """F at w', and v."""
+        end, (step,) = plain.walk(self._rule(), 1)
+        f = plain.upper(at=end)
+        return f, pull_back(self._rule(), step, plain.point(), f.lower, [{} for _ in end])[1]

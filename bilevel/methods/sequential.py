@@ -7,7 +7,7 @@ lower ones take their ordinary step. *Train first*: the lower variables take rea
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ..checking import Claim, shifted
-from ..descent import GradientDescent, InnerStep, Point, Preview, Rule, check_preview, current_rates
+from ..checking import Check
+from ..claims import DIFFERENCE, Claim, Measured, Same, Slope, Unknown
+from ..descent import GradientDescent, InnerStep, Preview, Rule, check_preview, current_rates
 from ..directions import Directions, Stats
 from ..errors import choice, count, number
 from ..evaluator import Evaluation, Look
 from ..handover import hand_over
-from ..hypergradient import Step, adjoint, descend
+from ..hypergradient import Step, through_start
 from ..optimizer import BilevelOptimizer, Common
+from ..plain import NoReference, Plain
 from ..rollback import Saved
 from ..routes import ROUTES, Kind, Route, route_taken
 from ..variables import Level
@@ -54,6 +56,9 @@ if TYPE_CHECKING:
     H = typing_extensions.TypeVar("H", bound=HypergradientStats, default=HypergradientStats)
 else:
     H = TypeVar("H", bound=HypergradientStats)
+
+
+GraphStart = Callable[[], list[Tensor]] | None
 
 
 class Sequential(BilevelOptimizer[H], ABC):
@@ -228,16 +233,49 @@ class Sequential(BilevelOptimizer[H], ABC):
         """Whether a real lower step may be taken; waits for the device unless ``on_nonfinite="ignore"``."""
         return self._are_finite({"lower_loss": [g.value], "the gradient of a lower step": g.lower})
 
-    def _claims(self, look: Look, probe: Callable[[Level], Vector]) -> list[Claim]:
-        answer = self._answer(look)
+    def _formula(self, plain: Plain) -> Formula:
+        """The upper direction by plain autograd, from the equations of the class.
+
+        Methods that train first take their real lower steps here as well; they are taken back afterwards.
+
+        Raises:
+            NoReference: Plain autograd has no second derivative of the lower loss.
+        """
+        raise NotImplementedError
+
+    def _claims(self, check: Check) -> Generator[Claim, None, None]:
+        """The direction against the class's own equations, then against the derivative of its lower steps."""
+        with check.look() as look:
+            answer = self._answer(look)
         upper = [answer.upper.get(name) for name in self._upper.names]
-        steps = max(self.inner_steps, 1)
-        return derivative_claims(
-            look, self._rule(), steps, upper, probe(self._upper), exact=self.exact, start=self._start_point
+        loose = DIFFERENCE if self.product == "difference" else 0.0
+        saved = Saved([self._lower])
+        try:
+            with check.plain() as plain:
+                formula = self._formula(plain)
+            yield Same("upper direction", upper, formula.upper, formula.size, tolerance=loose)
+        except NoReference as problem:
+            yield Unknown("upper direction", float(squared_norm(upper).sqrt()), str(problem))
+        finally:
+            saved.restore()
+        yield from self._more_claims(check, answer)
+        yield from derivative_claims(
+            check,
+            self._rule,
+            max(self.inner_steps, 1),
+            upper,
+            exact=self.exact,
+            tolerance=loose,
+            start=self._graph_start,
         )
 
-    def _start_point(self) -> Point | None:
-        """The lower point that the steps start from, if not the current one."""
+    def _more_claims(self, check: Check, answer: Directions[H]) -> Iterator[Claim]:
+        """What a class compares beside its direction."""
+        return iter(())
+
+    @property
+    def _graph_start(self) -> GraphStart:
+        """Computes the lower point that the steps start from, with its graph; None: the current one."""
         return None
 
 
@@ -249,35 +287,107 @@ class _SkippedError(Exception):
         self.loss = loss
 
 
+@dataclass(frozen=True)
+class Formula:
+    """An upper direction by plain autograd, and the size of the terms that it was summed from."""
+
+    upper: Vector
+    size: float
+
+
+def summed(gradient: Vector, scale: float, through: Vector) -> Formula:
+    """``gradient + scale through``: F's own gradient and the part through the lower level."""
+    size = float(squared_norm(gradient).sqrt()) + abs(scale) * float(squared_norm(through).sqrt())
+    return Formula(add_scaled(gradient, scale, through), size)
+
+
+def derivative(plain: Plain, rule: Rule, steps: int, *, last: int | None = None, start: GraphStart = None) -> Formula:
+    """The derivative of F after virtual lower steps, back through all or the ``last`` of them and to their start.
+
+    Raises:
+        NoReference: Plain autograd has no second derivative of the lower loss.
+    """
+    first = None if start is None else start()
+    end, taken = plain.walk(rule, steps, start=None if first is None else [x.detach() for x in first])
+    f = plain.upper(at=end)
+    through, bars = plain.adjoint(rule, taken if last is None else taken[-last:], f.lower)
+    if first is not None:
+        through = add_scaled(through, 1.0, through_start(first, plain.upper_level.tensors, bars))
+    return summed(f.upper, 1.0, through)
+
+
 def derivative_claims(
-    look: Look,
-    rule: Rule,
+    check: Check,
+    rule: Callable[[], Rule],
     steps: int,
     upper: Vector,
-    probe: Vector,
     *,
     exact: bool,
-    start: Callable[[], Point | None] = lambda: None,
-) -> list[Claim]:
-    """Exact methods: the total derivative of F after the lower steps. Others: how far they are from it."""
+    tolerance: float = 0.0,
+    start: GraphStart = None,
+) -> Iterator[Claim]:
+    """The total derivative of F after the lower steps: an exact method's number, or how far the others are from it."""
+    name = "<dF/dalpha, u>" if exact else f"exact {steps}-step <dF/dalpha, u>"
+    with check.plain() as plain:
+        still = [None] * len(plain.lower_level.names)
+        reference: Vector | None = None
+        try:
+            reference = derivative(plain, rule(), steps, start=start).upper
+        except NoReference as problem:
+            if not exact:
+                yield Unknown(name, float("nan"), str(problem))
+                return
+        for up, _ in check.probes:
 
-    def total(size: float) -> Tensor:
-        with shifted(look, size, probe, [None] * len(look.lower_level.names)):
-            point = start()
-            walk = descend(look, rule, look.lower(at=point, wrt="lower"), steps, start=point)
-            return look.upper(at=walk.end).value
+            def along(size: float, up: Vector = up) -> Tensor:
+                with plain.shifted(size, up, still):
+                    first = None if start is None else [x.detach() for x in start()]
+                    return plain.upper_value(at=plain.walk(rule(), steps, start=first)[0])
 
-    if exact:
-        return [Claim("<dF/dalpha, u>", dot(upper, probe), total)]
-    walk = descend(look, rule, look.lower(wrt="lower"), steps, keep=steps)
-    f = look.upper(at=walk.end)
-    through, _ = adjoint(look, rule, walk.steps, f.lower, "reverse")
-    reference = add_scaled(f.upper, 1.0, through)
-    size = squared_norm(reference).sqrt()
-    cosine = dot(upper, reference) / (squared_norm(upper).sqrt() * size)
-    relative = squared_norm(subtract(upper, reference)).sqrt() / size
-    return [
-        Claim(f"exact {steps}-step <dF/dalpha, u>", dot(reference, probe), total),
-        Claim("cosine with it", cosine, expected=1.0, verdict=False),
-        Claim("relative error", relative, expected=0.0, verdict=False),
-    ]
+            def slope(size: float, up: Vector = up) -> Tensor:
+                with plain.shifted(size, up, still):
+                    return dot(derivative(plain, rule(), steps, start=start).upper, up)
+
+            computed = upper if exact or reference is None else reference
+            yield Slope(name, dot(computed, up), along, None if reference is None else slope, tolerance)
+    if not exact and reference is not None:
+        size = squared_norm(reference).sqrt()
+        yield Measured("cosine with it", dot(upper, reference) / (squared_norm(upper).sqrt() * size), 1.0)
+        yield Measured("relative error", squared_norm(subtract(upper, reference)).sqrt() / size, 0.0)
+
+
+def central_difference(plain: Plain, index: int, direction: Vector, radius: float) -> Vector:
+    """``(grad_alpha G(w + e v) - grad_alpha G(w - e v)) / 2e`` with ``e = radius / |v|``, of plain gradients."""
+    length = float(squared_norm(direction).sqrt())
+    if length == 0:
+        return [None] * len(plain.upper_level.names)
+    e = radius / length
+    ahead, behind = (
+        plain.lower(index, [x for x in add_scaled(plain.point(), sign * e, direction) if x is not None]).upper
+        for sign in (1, -1)
+    )
+    return add_scaled([None] * len(ahead), 0.5 / e, subtract(ahead, behind))
+
+
+def difference_claims(check: Check, plain: Plain, index: int, direction: Vector) -> Iterator[Claim]:
+    """Whether a difference of ``grad_alpha G`` along ``direction`` is, for a small radius, its derivative."""
+    length = squared_norm(direction).sqrt()
+    size = sum(x.numel() for x in direction if x is not None) ** 0.5
+    along_w = add_scaled([None] * len(direction), size / torch.where(length > 0, length, 1.0), direction)
+    still = [None] * len(plain.upper_level.names)
+    for up, _ in check.probes:
+
+        def gradient(shift: float, up: Vector = up) -> Tensor:
+            with plain.shifted(shift, still, along_w):
+                return dot(plain.lower(index).upper, up)
+
+        def product(shift: float, up: Vector = up) -> Tensor:
+            with plain.shifted(shift, still, along_w):
+                return dot(plain.product(index, along_w)[0], up)
+
+        try:
+            now = product(0.0)
+        except NoReference as problem:
+            yield Unknown("its difference, small radius", float("nan"), str(problem))
+            return
+        yield Slope("its difference, small radius", now, gradient, product, by_differences=True)

@@ -7,15 +7,16 @@ from typing import Any, Literal, Unpack
 
 from torch import Tensor
 
-from ..descent import InnerStep, Point
+from ..descent import InnerStep
 from ..directions import Directions
 from ..errors import choice, count, message
 from ..evaluator import Evaluation, Look
 from ..hypergradient import KeptGraph, Start, adjoint, descend, leaves, start_of, through_start
 from ..optimizer import Common
+from ..plain import Plain
 from ..routes import Route
 from ..vectors import Vector, add_scaled
-from .sequential import HypergradientStats, Sequential
+from .sequential import Formula, GraphStart, HypergradientStats, Sequential, derivative, summed
 
 Mode = Literal["auto", "adjoint", "graph"]
 
@@ -224,7 +225,15 @@ class Unrolled(Sequential[HypergradientStats]):
             return super()._correct_then_train(look)
         return self._move(self._look_ahead(look), look)  # w is computed from the upper variables: nothing to train
 
-    def _start_point(self) -> Point | None:
-        if self.start is None:
-            return None
-        return [x.detach().clone() for x in start_of("Unrolled", self.start, self._lower)]
+    @property
+    def _graph_start(self) -> GraphStart:
+        start = self.start
+        return None if start is None else lambda: start_of("Unrolled", start, self._lower)
+
+    def _formula(self, plain: Plain) -> Formula:
+        """Back through the last ``truncate`` steps, one product after the other."""
+        if not self.trains_first:
+            return derivative(plain, self._rule(), self.inner_steps, last=self._differentiated, start=self._graph_start)
+        steps = plain.train(self.inner_steps, self._rule)
+        f = plain.upper()
+        return summed(f.upper, 1.0, plain.adjoint(self._rule(), steps[-self._differentiated :], f.lower)[0])
