@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from textwrap import wrap
 from typing import Any, Protocol
 
 import torch
@@ -70,7 +71,8 @@ class Report:
         for line in self.comparisons:
             if line.note:
                 notes.setdefault(line.note, []).append(line.name)
-        rows += [f"  {'; '.join(names)}: {note}" for note, names in notes.items()]
+        for note, names in notes.items():
+            rows += wrap(f"{'; '.join(names)}: {note}", 110, initial_indent="  ", subsequent_indent="    ")
         return "\n".join(rows)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .constants import holding, recording
-from .differences import Finding, Function, beside, differentiated
+from .differences import BESIDE, Finding, Function, differentiated
 from .plain import Precision
 from .vectors import Vector, dot, squared_norm, subtract
 
@@ -108,26 +108,37 @@ class Slope(Claim):
         if found.noise > 0:
             note = f"the loss is not the same in every call: {found.noise:.1e} of its value apart at one point."
             return None, f"no verdict: {note}"
-        if self._agrees_with_constants_held(plain, tolerance):
-            return (False, HELD_NOWHERE) if self.by_differences else (None, f"no verdict: {CONSTANT}")
-        there = None if self.slope is None else beside(self.along, self.slope, tolerance)
-        if there is False or (there is None and found.agrees is False):
+        constant = (False, HELD_NOWHERE) if self.by_differences else (None, f"no verdict: {CONSTANT}")
+        if self._agrees_with_constants_held(plain, tolerance, 0.0):
+            return constant
+        wrong = found.agrees is False
+        if self.slope is not None:  # a kink is left behind beside it, a mistake is not
+            for place in BESIDE:
+                there = float(self.slope(place))
+                agrees = differentiated(self.along, there, tolerance, place).agrees
+                if agrees:
+                    wrong = False
+                    break
+                if self._agrees_with_constants_held(there, tolerance, place):
+                    return constant
+                wrong = wrong or agrees is False
+        if wrong:
             return False, WRONG_DERIVATIVE
         low, high = sorted((found.backward, found.forward))
         within = low - tolerance * abs(low) <= plain <= high + tolerance * abs(high)
         where = f"{'between' if within else 'outside'} the slopes {low:.4g} and {high:.4g} to both sides."
-        return None, f"kink near this point, no verdict: {where}"
+        return None, f"kink near this point, no verdict: {plain:.4g} lies {where}"
 
-    def _agrees_with_constants_held(self, plain: float, tolerance: float) -> bool:
+    def _agrees_with_constants_held(self, slope: float, tolerance: float, at: float) -> bool:
         with recording() as constants:
-            self.along(0.0)
+            self.along(at)
 
         def held(size: float) -> Tensor:
             with holding(constants):
                 return self.along(size)
 
         try:
-            return bool(constants.values) and differentiated(held, plain, tolerance).agrees is True
+            return bool(constants.values) and differentiated(held, slope, tolerance, at).agrees is True
         except LookupError:
             return False
 
@@ -176,7 +187,7 @@ class Measured(Claim):
 
     def compare(self, tolerance: float, precision: Precision) -> Comparison:
         value = float(self.value)
-        return Comparison(self.name, value, self.ideal, _relative(value, self.ideal, 1e-14), None, measured=True)
+        return Comparison(self.name, value, self.ideal, abs(value - self.ideal), None, measured=True)
 
 
 @dataclass(frozen=True)

@@ -65,11 +65,14 @@ def differentiated(h: Function, slope: float, tolerance: float, at: float = 0.0)
         size = max(abs(slope), abs(difference))
         error = 0.0 if distance <= rounding else distance / size if size > 0 else 0.0
         # A small step resolves little: there, what cannot be told from zero says nothing.
-        resolved = step == STEPS[0] or rounding <= 1e-3 * size
-        if error <= tolerance and resolved:
-            return Finding(True, difference, error)
-        if not error >= closest.error:
-            closest = Finding(None, difference, error)
+        if error <= tolerance and (step == STEPS[0] or rounding <= 1e-3 * size):
+            agreed = Finding(True, difference, error, backward, forward)
+            if closest.agrees or step < STEPS[0] or error < 1e-2 * tolerance:
+                return agreed if error <= closest.error else closest
+            closest = agreed  # one step more, because the error of the largest is mostly its own
+            continue
+        if closest.agrees:
+            return closest
         # One kink inside the step spoils the central difference by half of the gap.
         apart = distance > 3 * gap + 10 * rounding
         if before is not None:
@@ -78,15 +81,8 @@ def differentiated(h: Function, slope: float, tolerance: float, at: float = 0.0)
             if (apart and last_apart) or (settled and distance > 10 * rounding):
                 return Finding(False, difference, error, backward, forward)
         before = difference, gap, apart
-        closest = Finding(None, closest.difference, closest.error, backward, forward)
+        better = error < closest.error
+        closest = Finding(
+            None, difference if better else closest.difference, min(error, closest.error), backward, forward
+        )
     return closest
-
-
-def beside(h: Function, slope: Function, tolerance: float) -> bool | None:
-    """Whether ``slope`` is the derivative of ``h`` next to 0: True where it is at one place, False at none of them."""
-    found: list[bool | None] = []
-    for place in BESIDE:
-        found.append(differentiated(h, float(slope(place)), tolerance, place).agrees)
-        if found[-1]:
-            return True
-    return False if False in found else None
