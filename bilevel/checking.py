@@ -101,6 +101,12 @@ class Check:
             yield look
             look.replay.undo()
 
+    def repeat(self) -> None:
+        """Find out how well the losses repeat."""
+        with self.plain() as plain:
+            for value in (plain.lower_value, plain.upper_value):
+                self.precision.repeated(float(value()), float(value()))
+
     @contextmanager
     def plain(self) -> Iterator[Plain]:
         """The same by plain autograd."""
@@ -182,6 +188,7 @@ def check_directions(optimizer: Checkable, *batches: Any, samples: int = 2, tole
     with wide:
         check = Check(optimizer, [_widened(batch) for batch in batches], samples)
         # Closed whatever happens: a claim is judged while the look that it came from is open.
+        check.repeat()
         with closing(optimizer._claims(check)) as claims:
             for claim in claims:
                 line = claim.compare(tolerance, check.precision)

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from .constants import holding, recording
-from .differences import BESIDE, Finding, Function, differentiated
+from .differences import BESIDE, REPEATS, Finding, Function, differentiated
 from .plain import Precision
 from .vectors import Vector, dot, squared_norm, subtract
 
 # What a central difference may be off by where ``product="difference"`` chose its step.
 DIFFERENCE = 1e-4
+# A method that takes differences is off by about its radius anyway: what it sees of constants may be that much.
+SEEN = 1e-2
+UNREPEATABLE = "the loss is not the same function in every call: {:.1e} of its value apart at one point."
 WRONG_DERIVATIVE = (
     "autograd's derivative of the loss is not its derivative. A custom Function with a wrong backward, or one that is "
     "meant to be another (straight-through)?"
@@ -91,7 +94,7 @@ class Slope(Claim):
         plain = computed if self.slope is None else float(self.slope(0.0))
         off = _relative(computed, plain, 1e-14)
         if not off <= _within(max(tolerance, self.tolerance), precision):
-            return Comparison(self.name, computed, plain, off, False, _said_by(self.tolerance))
+            return Comparison(self.name, computed, plain, off, False, _said_by(self.tolerance, precision))
         if precision.dtype != torch.float64:
             note = f"a loss computes in {precision.dtype} inside, too coarse for differences."
             return Comparison(self.name, computed, plain, off, None, f"no verdict from differences: {note}")
@@ -106,9 +109,10 @@ class Slope(Claim):
         if not isfinite(plain) or found.error == inf:
             return False, "not finite."
         if found.noise > 0:
-            note = f"the loss is not the same in every call: {found.noise:.1e} of its value apart at one point."
-            return None, f"no verdict: {note}"
-        constant = (False, HELD_NOWHERE) if self.by_differences else (None, f"no verdict: {CONSTANT}")
+            return False, UNREPEATABLE.format(found.noise)
+        constant: tuple[bool | None, str] = (None, f"no verdict: {CONSTANT}")
+        if self.by_differences:
+            constant = (False, HELD_NOWHERE) if found.error > SEEN else (None, f"no verdict: {HELD_NOWHERE}")
         if self._agrees_with_constants_held(plain, tolerance, 0.0):
             return constant
         wrong = found.agrees is False
@@ -124,6 +128,8 @@ class Slope(Claim):
                 wrong = wrong or agrees is False
         if wrong:
             return False, WRONG_DERIVATIVE
+        if found.jumps:
+            return None, "kink at this point, no verdict: the value jumps there."
         low, high = sorted((found.backward, found.forward))
         within = low - tolerance * abs(low) <= plain <= high + tolerance * abs(high)
         where = f"{'between' if within else 'outside'} the slopes {low:.4g} and {high:.4g} to both sides."
@@ -174,7 +180,7 @@ class Same(Claim):
             return Comparison(self.name, *shown, error, True, coarse)
         if torch.finfo(precision.dtype).bits < 32:
             return Comparison(self.name, *shown, error, None, f"no verdict: {coarse}")
-        return Comparison(self.name, *shown, error, False, _said_by(self.tolerance))
+        return Comparison(self.name, *shown, error, False, _said_by(self.tolerance, precision))
 
 
 @dataclass(frozen=True)
@@ -231,7 +237,9 @@ def _within(tolerance: float, precision: Precision) -> float:
     return tolerance if precision.dtype == torch.float64 else max(tolerance, 100 * precision.unit)
 
 
-def _said_by(loose: float) -> str:
+def _said_by(loose: float, precision: Precision) -> str:
+    if precision.noise > REPEATS:
+        return UNREPEATABLE.format(precision.noise)
     if loose:
         return f"expected is by plain autograd. A difference that is not one of autograd's: {HELD_NOWHERE}"
     return "expected is by plain autograd of the closure as it stands."

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .closures import Loss
 from .constants import constants_of_a_loss
@@ -25,6 +25,7 @@ from .substitution import plain_attention
 from .vectors import Vector, add_scaled, exchange
 
 Product = tuple[Vector, Vector]
+Buffers = list[tuple[Tensor, Tensor]]
 
 
 class NoReference(Exception):
@@ -32,14 +33,20 @@ class NoReference(Exception):
 
 
 class Precision:
-    """The coarsest floating-point type that a loss was seen to compute in."""
+    """How well the losses can be compared: the coarsest floating-point type that they were seen to compute in, and how
+    far apart two calls at one point are, relative to their value.
+    """
 
     def __init__(self) -> None:
         self.dtype = torch.float64
+        self.noise = 0.0
 
     @property
     def unit(self) -> float:
         return torch.finfo(self.dtype).eps
+
+    def repeated(self, value: float, again: float) -> None:
+        self.noise = max(self.noise, abs(value - again) / max(abs(value), 1e-300))
 
     def note(self, value: Tensor) -> None:
         """Search the graph of a loss for what was computed in less than float64."""
@@ -63,6 +70,7 @@ class Plain:
         self._look = look
         self._precision = precision
         self._noted: set[str] = set()
+        self._before: dict[int, Buffers] = {}  # by real step: the buffers it was taken with
         self.upper_level = look.upper_level
         self.lower_level = look.lower_level
 
@@ -88,14 +96,16 @@ class Plain:
         with self._lower(index, at) as value:
             return value.detach()
 
-    def product(self, index: int, direction: Vector, at: Point | None = None) -> Product:
-        """Return ``(G_aw v, G_ww v)``, by double backward.
+    def product(
+        self, index: int, direction: Vector, at: Point | None = None, buffers: Buffers | None = None
+    ) -> Product:
+        """Return ``(G_aw v, G_ww v)``, by double backward; ``buffers``: what the modules hold meanwhile.
 
         Raises:
             NoReference: There is no second derivative, or torch's is known to be wrong.
         """
         upper, lower = self.upper_level.tensors, self.lower_level.tensors
-        with plain_attention(), self._lower(index, at) as value:
+        with plain_attention(), self._lower(index, at, buffers=buffers) as value:
             try:
                 gradients = torch.autograd.grad(value, lower, create_graph=True, allow_unused=True)
                 pairs = [(g, v) for g, v in zip(gradients, direction, strict=True) if g is not None and v is not None]
@@ -128,20 +138,27 @@ class Plain:
         for index in range(count):
             point = self.point()
             state = [{name: s.clone() for name, s in entry.items()} for entry in rule().start()]
+            self._before[index] = [(b, b.detach().clone()) for module in self._modules() for b in module.buffers()]
             gradient = self.lower(index, trains=True).lower
             steps.append(Step(index, point, gradient, state))
             hand_over(self.lower_level, [None if g is None else g.clone() for g in gradient])
         return steps
 
-    def adjoint(self, rule: Rule, steps: Sequence[Step], cotangent: Vector) -> Product:
-        """Pull ``dh/dw_k`` back through ``steps``; return ``(dh/dalpha, dh/dw_0)``: one double backward a step."""
+    def adjoint(self, rule: Rule, steps: Sequence[Step], cotangent: Vector, *, as_trained: bool = False) -> Product:
+        """Pull ``dh/dw_k`` back through ``steps``; return ``(dh/dalpha, dh/dw_0)``: one double backward a step.
+
+        ``as_trained``: with the buffers that each real step was taken with, which only the graph of the walk knows;
+        else with those of the batch's first evaluation, as wherever the library evaluates a batch again.
+        """
         upper: Vector = [None] * len(self.upper_level.tensors)
         point_bar: Vector = cotangent
         state_bar: list[dict[str, Tensor]] = [{} for _ in cotangent]
         for step in reversed(steps):
             point = self.point() if step.point is None else step.point
             through_point, gradient_bar, state_bar = pull_back(rule, step, point, point_bar, state_bar)
-            mixed, hessian = self.product(step.index, gradient_bar, step.point)
+            mixed, hessian = self.product(
+                step.index, gradient_bar, step.point, self._before.get(step.index) if as_trained else None
+            )
             upper, point_bar = add_scaled(upper, 1.0, mixed), add_scaled(through_point, 1.0, hessian)
         return upper, point_bar
 
@@ -163,18 +180,30 @@ class Plain:
             yield value
 
     @contextmanager
-    def _lower(self, index: int, at: Point | None, trains: bool = False) -> Iterator[Tensor]:
+    def _lower(
+        self, index: int, at: Point | None, trains: bool = False, buffers: Buffers | None = None
+    ) -> Iterator[Tensor]:
         index, batch = self._look._lower_batch(index)
-        with self._called(self._look.lower_loss, ("lower", index), batch, at, trains) as value:
+        with self._called(self._look.lower_loss, ("lower", index), batch, at, trains, buffers) as value:
             yield value
 
     @contextmanager
-    def _called(self, loss: Loss, key: Any, batch: Any, at: Point | None, trains: bool = False) -> Iterator[Tensor]:
+    def _called(
+        self,
+        loss: Loss,
+        key: Any,
+        batch: Any,
+        at: Point | None,
+        trains: bool = False,
+        buffers: Buffers | None = None,
+    ) -> Iterator[Tensor]:
         own = self.lower_level.tensors
         values = None if at is None else [x.detach().clone() for x in at]  # the exchange must not reach the caller's
         replayed = self._look.replay.evaluation(key, current=at is None, trains=trains)
         with replayed, torch.enable_grad():
             torch.clear_autocast_cache()
+            for buffer, value in buffers or ():
+                buffer.data.copy_(value)
             if values is not None:
                 exchange(own, values)
             try:
@@ -188,6 +217,9 @@ class Plain:
                 if values is not None:
                     exchange(own, values)
                 torch.clear_autocast_cache()
+
+    def _modules(self) -> list[nn.Module]:
+        return [module for module, _ in self._look._evaluator.modules]
 
     def _differentiated(self, value: Tensor) -> Evaluation:
         upper = self.upper_level.tensors

@@ -140,7 +140,9 @@ class MLC(BilevelOptimizer[HypergradientStats]):
             yield Same("upper direction", m, formula.upper, formula.size, tolerance=loose)
         except NoReference as problem:
             yield Unknown("upper direction", float(squared_norm(m).sqrt()), str(problem))
-        yield from derivative_claims(check, lambda: Preview(self._lower), 1, m, exact=exact, tolerance=loose)
+        yield from derivative_claims(
+            check, lambda: Preview(self._lower), 1, m, exact=exact, compared=exact, tolerance=loose
+        )
 
     def _formula(self, plain: Plain) -> Formula:
         """The equations above by plain autograd, with gamma and the estimate so far."""

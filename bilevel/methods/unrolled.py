@@ -236,4 +236,6 @@ class Unrolled(Sequential[HypergradientStats]):
             return derivative(plain, self._rule(), self.inner_steps, last=self._differentiated, start=self._graph_start)
         steps = plain.train(self.inner_steps, self._rule)
         f = plain.upper()
-        return summed(f.upper, 1.0, plain.adjoint(self._rule(), steps[-self._differentiated :], f.lower)[0])
+        last = steps[-self._differentiated :]
+        through = plain.adjoint(self._rule(), last, f.lower, as_trained=self._keeps_graph)[0]
+        return summed(f.upper, 1.0, through)
