@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .claims import Claim, Comparison, Slope, worse
 from .errors import count, number
@@ -121,6 +121,8 @@ class Checkable(Protocol):
 
     def _claims(self, check: Check) -> Generator[Claim, None, None]: ...
 
+    def _own_state(self) -> dict[str, Any]: ...
+
     def _all_modules(self) -> list[nn.Module]: ...
 
     def _levels(self) -> tuple[Level, Level]: ...
@@ -182,8 +184,10 @@ def check_directions(optimizer: Checkable, *batches: Any, samples: int = 2, tole
     count("check_directions", "samples", samples, minimum=1)
     number("check_directions", "tolerance", tolerance, minimum=0.0)
     upper, lower = optimizer._levels()
-    # The optimizers' state as well: methods that take real lower steps take them here, and torch mixes no dtypes.
-    wide = _float64(optimizer._all_modules(), [*upper.tensors, *lower.tensors, *_state(upper), *_state(lower)])
+    # The state of the optimizers and of the method as well: real lower steps are taken here, and torch mixes no dtypes.
+    own = [x for x in tree_leaves(optimizer._own_state()) if isinstance(x, Tensor)]
+    variables = [*upper.tensors, *lower.tensors, *_state(upper), *_state(lower), *own]
+    wide = _float64(optimizer._all_modules(), variables)
     lines: dict[str, Comparison] = {}
     with wide:
         check = Check(optimizer, [_widened(batch) for batch in batches], samples)

@@ -83,7 +83,7 @@ def differentiated(h: Function, slope: float, tolerance: float, at: float = 0.0)
         if before is not None:
             last_difference, last_gap, last_apart = before
             settled = gap <= 0.2 * last_gap + 4 * rounding and abs(difference - last_difference) <= 0.1 * distance
-            if (apart and last_apart) or (settled and distance > 10 * rounding):
+            if (apart and (last_apart or step == STEPS[-1])) or (settled and distance > 10 * rounding):
                 return Finding(False, difference, error, backward, forward)
         before = difference, gap, apart
         better = error < closest.error
