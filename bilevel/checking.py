@@ -19,10 +19,13 @@ from .evaluator import Evaluation, Look
 from .plain import Plain, Precision
 from .variables import Level
 from .vectors import Vector, dot
+from .widening import widened
 
 # A central difference in float64 with a step of about 1e-5 is good to some 1e-10 where third derivatives are of order
 # one.
 TOLERANCE = 1e-6
+# How torch says that a loss mixes types.
+MIXED = ("dtype", "scalar type", "Float")
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,9 @@ def check_directions(optimizer: Checkable, *batches: Any, samples: int = 2, tole
     There is no verdict, and a note says why, where a kink (ReLU at 0) lies so near that the differences to both sides
     never agree; where something that depends on the variables is a constant for autograd (``detach()``, ``no_grad``,
     the singular vectors of spectral norm), which ``bilevel.hold(tensor)`` would hold for both; where an operation has
-    no second derivative; and where a loss computes in less than float64 inside, or is not repeatable.
+    no second derivative; and where a loss computes in less than float64 inside. Casts that it makes itself
+    (``logits.float()``, autocast) are casts to float64 here, so that this is rare. A loss that is not the same function
+    in every call fails.
 
     Args:
         optimizer: Any optimizer of this library.
@@ -168,8 +173,8 @@ def check_directions(optimizer: Checkable, *batches: Any, samples: int = 2, tole
 
     Raises:
         TypeError, ValueError: ``samples`` or ``tolerance`` is off.
-        RuntimeError: From your closure, if it mixes in float32 tensors of its own; pass them through the batch or
-            ``other=``.
+        RuntimeError: From your closure, if it mixes in float32 tensors of its own that could not be cast; pass them
+            through the batch or ``other=``.
 
     Example:
         >>> import torch, bilevel
@@ -188,16 +193,37 @@ def check_directions(optimizer: Checkable, *batches: Any, samples: int = 2, tole
     own = [x for x in tree_leaves(optimizer._own_state()) if isinstance(x, Tensor)]
     variables = [*upper.tensors, *lower.tensors, *_state(upper), *_state(lower), *own]
     wide = _float64(optimizer._all_modules(), variables)
-    lines: dict[str, Comparison] = {}
+    lines: tuple[Comparison, ...] = ()
     with wide:
         check = Check(optimizer, [_widened(batch) for batch in batches], samples)
-        # Closed whatever happens: a claim is judged while the look that it came from is open.
-        check.repeat()
-        with closing(optimizer._claims(check)) as claims:
-            for claim in claims:
-                line = claim.compare(tolerance, check.precision)
-                lines[line.name] = worse(lines[line.name], line) if line.name in lines else line
-    return Report(type(optimizer).__name__, tuple(lines.values()))
+        mixed: RuntimeError | None = None
+        try:
+            lines = _compared(optimizer, check, tolerance)
+        except RuntimeError as error:
+            if not any(mark in str(error) for mark in MIXED):
+                raise
+            mixed = error
+        if mixed is not None or check.precision.dtype != torch.float64:
+            # A cast, or a constant, inside a loss. Once more with float64 in its place, if the loss can do that.
+            check.precision = Precision()
+            try:
+                with widened():
+                    lines = _compared(optimizer, check, tolerance)
+            except Exception:
+                if mixed is not None:
+                    raise mixed from None
+    return Report(type(optimizer).__name__, lines)
+
+
+def _compared(optimizer: Checkable, check: Check, tolerance: float) -> tuple[Comparison, ...]:
+    lines: dict[str, Comparison] = {}
+    check.repeat()
+    # Closed whatever happens: a claim is judged while the look that it came from is open.
+    with closing(optimizer._claims(check)) as claims:
+        for claim in claims:
+            line = claim.compare(tolerance, check.precision)
+            lines[line.name] = worse(lines[line.name], line) if line.name in lines else line
+    return tuple(lines.values())
 
 
 def loss_claims(check: Check, plain: Plain, upper: Evaluation, lower: Evaluation) -> Iterator[Claim]:

@@ -32,6 +32,7 @@ LAYERS = [
     "directions",
     "handover",
     "rollback",
+    "widening",
     "constants",
     "differences",
     "plain",

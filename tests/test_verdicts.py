@@ -538,12 +538,57 @@ def test_spectral_norm_fails_nothing_without_a_reason(name: str, old: bool) -> N
     assert vars(net[0]).get("weight") is before["weight"]
 
 
+class Cast(Weighted):
+    """Autocast, casts, and float32 constants inside the loss, as mixed-precision training has them."""
+
+    constant = torch.full((3,), 0.5)
+
+    def lower_loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = self.net(x)
+        logits = logits.float() + torch.zeros(3) @ torch.eye(3) + self.constant.float()
+        losses = cross_entropy(logits.to(torch.float32), y, reduction="none")
+        weights = self.weights(bilevel.hold(losses.detach()))
+        return (weights * losses).mean().float()
+
+
+@every_method
+def test_casts_inside_a_loss_are_casts_to_float64(name: str) -> None:
+    problem = Cast()
+    problem.net.float()
+    problem.weights.float()
+    problem.batches = [(x.float(), y) for x, y in problem.batches]
+    method, options = METHODS[name]
+    optimizer = problem.optimizer(method, **options)
+    report = bilevel.check_directions(optimizer, *problem.batches)
+    assert report.verdict == "all passed", report
+    assert torch.get_default_dtype() == torch.float32
+    assert {p.dtype for p in problem.net.parameters()} == {torch.float32}
+
+
+def test_a_closure_that_cannot_be_cast_raises_its_own_error() -> None:
+    problem = Weighted("held")
+    calls: list[torch.dtype] = []
+
+    def strict(batch: Any) -> Tensor:
+        calls.append(batch[0].dtype)
+        raise RuntimeError(f"call {len(calls)}: expected scalar type Float but found Double")
+
+    problem.lower_loss = strict  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="call 1: expected scalar type"):
+        bilevel.check_directions(problem.optimizer(bilevel.BOME), *problem.batches)
+    assert len(calls) == 2  # a second time with casts widened
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_a_loss_in_less_than_float64_gets_no_verdict_from_differences() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
+    """A cast that is not seen as one, because it names the type by a string."""
+    for dtype, kind in ((torch.float32, "torch.FloatTensor"), (torch.bfloat16, "torch.BFloat16Tensor")):
         for name, (method, options) in METHODS.items():
             problem = Weighted("held")
             plain = problem.lower_loss
-            problem.lower_loss = lambda batch, f=plain, d=dtype: f(batch).to(d)  # type: ignore[method-assign]
+            problem.lower_loss = lambda batch, f=plain, k=kind: f(batch).type(k)  # type: ignore[method-assign]
             report = bilevel.check_directions(problem.optimizer(method, **options), *problem.batches, samples=1)
             assert report.passed, f"{name} {dtype}\n{report}"
             assert f"a loss computes in {dtype} inside" in notes(report)
