@@ -2,81 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from textwrap import wrap
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from .claims import Claim, Comparison, Slope, worse
+from .claims import Claim, Slope
 from .errors import count, number
 from .evaluator import Evaluation, Look
 from .plain import Plain, Precision
+from .report import Comparison, Report, worse
 from .variables import Level
 from .vectors import Vector, dot
-from .widening import widened
+from .widening import held_in_float64, in_float64, state_of, widened
 
 # A central difference in float64 with a step of about 1e-5 is good to some 1e-10 where third derivatives are of order
 # one.
 TOLERANCE = 1e-6
 # How torch says that a loss mixes types.
 MIXED = ("dtype", "scalar type", "Float")
-
-
-@dataclass(frozen=True)
-class Report:
-    """The result of :func:`check_directions`; ``str(report)`` is a table.
-
-    Attributes:
-        method: Name of the class that was checked.
-        comparisons: One line for each number that was compared.
-
-    Example:
-        >>> from bilevel.checking import Report
-        >>> from bilevel.claims import Comparison
-        >>> Report("BOME", (Comparison("Q", 1.0, 1.0, 0.0, True),)).passed
-        True
-    """
-
-    method: str
-    comparisons: tuple[Comparison, ...]
-
-    @property
-    def passed(self) -> bool:
-        """False only on a real disagreement; a line without a verdict fails nothing."""
-        return all(line.passed is not False for line in self.comparisons)
-
-    @property
-    def verdict(self) -> str:
-        """The report in a few words: ``FAILED``, ``all passed``, ``passed, n without a verdict`` or ``NO VERDICT``."""
-        open_lines = [line for line in self.comparisons if line.passed is None and not line.measured]
-        if not self.passed:
-            return "FAILED"
-        if not any(line.passed for line in self.comparisons):
-            return "NO VERDICT"
-        return f"passed, {len(open_lines)} without a verdict" if open_lines else "all passed"
-
-    def __str__(self) -> str:
-        width = max([len(line.name) for line in self.comparisons], default=4)
-        rows = [f"{self.method}: {self.verdict}"]
-        rows.append(f"  {'what':<{width}}  {'computed':>14}  {'expected':>14}  {'error':>9}")
-        for line in self.comparisons:
-            mark = {True: "", False: "  <-- differs", None: "  (no verdict)"}[line.passed]
-            rows.append(
-                f"  {line.name:<{width}}  {line.computed:>14.7e}  {line.expected:>14.7e}  {line.error:>9.1e}{mark}"
-            )
-        notes: dict[str, list[str]] = {}  # one reason is often that of several lines
-        for line in self.comparisons:
-            if line.note:
-                notes.setdefault(line.note, []).append(line.name)
-        for note, names in notes.items():
-            rows += wrap(f"{'; '.join(names)}: {note}", 110, initial_indent="  ", subsequent_indent="    ")
-        return "\n".join(rows)
 
 
 class Check:
@@ -191,11 +139,11 @@ def check_directions(optimizer: Checkable, *batches: Any, samples: int = 2, tole
     upper, lower = optimizer._levels()
     # The state of the optimizers and of the method as well: real lower steps are taken here, and torch mixes no dtypes.
     own = [x for x in tree_leaves(optimizer._own_state()) if isinstance(x, Tensor)]
-    variables = [*upper.tensors, *lower.tensors, *_state(upper), *_state(lower), *own]
-    wide = _float64(optimizer._all_modules(), variables)
+    variables = [*upper.tensors, *lower.tensors, *state_of(upper), *state_of(lower), *own]
+    wide = held_in_float64(optimizer._all_modules(), variables)
     lines: tuple[Comparison, ...] = ()
     with wide:
-        check = Check(optimizer, [_widened(batch) for batch in batches], samples)
+        check = Check(optimizer, [in_float64(batch) for batch in batches], samples)
         mixed: RuntimeError | None = None
         try:
             lines = _compared(optimizer, check, tolerance)
@@ -254,41 +202,3 @@ def loss_claims(check: Check, plain: Plain, upper: Evaluation, lower: Evaluation
 def _along(found: Callable[[float], Evaluation], side: str, direction: Vector, size: float) -> Tensor:
     evaluation = found(size)
     return dot(evaluation.upper if side == "upper" else evaluation.lower, direction)
-
-
-def _widened(batch: Any) -> Any:
-    def widen(leaf: Any) -> Any:
-        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return tree_map(widen, batch)
-
-
-def _state(level: Level) -> list[Tensor]:
-    entries = [entry for key, entry in level.optimizer.state.items() if isinstance(key, Tensor)]
-    return [x for entry in entries for name, x in entry.items() if isinstance(x, Tensor) and name != "step"]
-
-
-@contextmanager
-def _float64(modules: Iterable[nn.Module], variables: Iterable[Tensor]) -> Iterator[None]:
-    """Give every floating-point tensor a float64 copy of its data, and its own data back afterwards."""
-    tensors: dict[int, Tensor] = {id(t): t for t in variables}
-    parts = [part for module in modules for part in module.modules()]
-    for part in parts:
-        tensors.update((id(t), t) for t in (*part._parameters.values(), *part._buffers.values()) if t is not None)
-    kept = [(t, t.data, t.grad) for t in tensors.values() if t.is_floating_point()]
-    # Plain attributes too: constants, and the weight that an old-style norm computes anew in each forward.
-    plain = [(vars(part), name, t) for part in parts for name, t in vars(part).items() if isinstance(t, Tensor)]
-    try:
-        for tensor, data, _ in kept:
-            tensor.grad = None
-            tensor.data = data.double()
-        for attributes, name, value in plain:
-            if value.is_floating_point() and value.is_leaf and not value.requires_grad:
-                attributes[name] = value.double()
-        yield
-    finally:
-        for tensor, data, grad in kept:
-            tensor.data = data
-            tensor.grad = grad
-        for attributes, name, value in plain:
-            attributes[name] = value

@@ -12,6 +12,7 @@ from torch import Tensor
 from .constants import holding, recording
 from .differences import BESIDE, REPEATS, Finding, Function, differentiated
 from .plain import Precision
+from .report import Comparison
 from .vectors import Vector, dot, squared_norm, subtract
 
 # What a central difference may be off by where ``product="difference"`` chose its step.
@@ -31,34 +32,6 @@ HELD_NOWHERE = (
     "differences see what is a constant for autograd: detach(), no_grad, .item(), a norm's singular vectors. This "
     "method takes differences, so write bilevel.hold(tensor) for it."
 )
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One line of a report: the number as the method computed it, as it should be, and their relative difference.
-
-    Attributes:
-        name: What it is.
-        computed: The number; of a vector, its length along the expected one.
-        expected: What it should be; of a vector, its length.
-        error: Relative difference; of a vector, of the whole of it.
-        passed: The verdict, or None where there is none.
-        note: Why it differs, or why there is no verdict.
-        measured: Whether it is a distance that is only told, and no verdict was to be expected.
-
-    Example:
-        >>> from bilevel.claims import Comparison
-        >>> Comparison("Q", 1.0, 1.0, 0.0, True).note
-        ''
-    """
-
-    name: str
-    computed: float
-    expected: float
-    error: float
-    passed: bool | None
-    note: str = ""
-    measured: bool = False
 
 
 class Claim(ABC):
@@ -206,14 +179,6 @@ class Unknown(Claim):
 
     def compare(self, tolerance: float, precision: Precision) -> Comparison:
         return Comparison(self.name, self.computed, nan, nan, None, f"no verdict: {self.reason}")
-
-
-def worse(a: Comparison, b: Comparison) -> Comparison:
-    """The line that a report shows of two probes: a failure before a pass, a pass before no verdict."""
-    rank = {False: 2, True: 1, None: 0}
-    if rank[a.passed] != rank[b.passed]:
-        return max((a, b), key=lambda line: rank[line.passed])
-    return b if b.error > a.error else a
 
 
 def _length(vector: Vector) -> float:

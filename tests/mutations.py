@@ -807,13 +807,13 @@ MUTATIONS = [
     Mutation(
         "the check leaves optimizer states in float32",
         "checking.py",
-        ", *_state(upper), *_state(lower), *own]",
+        ", *state_of(upper), *state_of(lower), *own]",
         "]",
         "test_sequential.py::test_check_directions",
     ),
     Mutation(
         "the check starts from w where a start is given",
-        SEQUENTIAL,
+        "methods/formulas.py",
         "first = None if start is None else [x.detach() for x in start()]\n",
         "first = None\n",
         "test_unrolled.py::test_a_start_and_the_check_of_directions",
@@ -884,14 +884,14 @@ MUTATIONS = [
     ),
     Mutation(
         "the check leaves float64 behind",
-        "checking.py",
+        "widening.py",
         "            tensor.data = data\n            tensor.grad = grad",
         "            tensor.data = data.double()\n            tensor.grad = grad",
         "test_checking.py::test_everything_is_restored_bit_for_bit",
     ),
     Mutation(
         "the check loses gradients",
-        "checking.py",
+        "widening.py",
         "            tensor.grad = grad\n",
         "            pass\n",
         "test_checking.py::test_everything_is_restored_bit_for_bit",

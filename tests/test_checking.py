@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import bilevel
-from bilevel.checking import Report
-from bilevel.claims import Comparison
+from bilevel.checking import Comparison, Report
 from bilevel.methods import dynamic_barrier
 from methods_table import CASES, Problem, Record, every_case, every_dtype
 from test_directions import TABLE, Twins

@@ -20,7 +20,8 @@ from ..products import upper_product
 from ..rollback import Saved
 from ..routes import Route
 from ..vectors import Vector, add_scaled
-from .sequential import Formula, HypergradientStats, Sequential, summed
+from .formulas import Formula, summed
+from .sequential import HypergradientStats, Sequential
 
 
 class EMLC(Sequential[HypergradientStats]):

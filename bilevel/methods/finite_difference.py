@@ -18,14 +18,8 @@ from ..optimizer import Common
 from ..plain import Plain
 from ..products import upper_difference
 from ..vectors import Vector
-from .sequential import (
-    Formula,
-    HypergradientStats,
-    Sequential,
-    central_difference,
-    difference_claims,
-    summed,
-)
+from .formulas import Formula, central_difference, difference_claims, summed
+from .sequential import HypergradientStats, Sequential
 
 
 class FiniteDifference(Sequential[HypergradientStats]):

@@ -22,7 +22,8 @@ from ..products import mixed_product, upper_product
 from ..rollback import Saved
 from ..routes import Route, route_taken
 from ..vectors import Vector, add_scaled, squared_norm, subtract
-from .sequential import Formula, HypergradientStats, Sequential, summed
+from .formulas import Formula, summed
+from .sequential import HypergradientStats, Sequential
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ from ..plain import NoReference, Plain
 from ..products import upper_product
 from ..routes import ROUTES, Route, route_taken
 from ..vectors import Vector, add_scaled, dot, squared_norm
-from .sequential import Formula, HypergradientStats, derivative_claims, summed
+from .formulas import Formula, derivative_claims, summed
+from .sequential import HypergradientStats
 
 
 class MLC(BilevelOptimizer[HypergradientStats]):

@@ -20,14 +20,8 @@ from ..plain import Plain
 from ..products import upper_difference
 from ..rollback import Saved
 from ..vectors import Vector, subtract
-from .sequential import (
-    Formula,
-    HypergradientStats,
-    Sequential,
-    central_difference,
-    difference_claims,
-    summed,
-)
+from .formulas import Formula, central_difference, difference_claims, summed
+from .sequential import HypergradientStats, Sequential
 
 
 class SAMA(Sequential[HypergradientStats]):

@@ -16,7 +16,8 @@ from ..optimizer import Common
 from ..plain import Plain
 from ..routes import Route
 from ..vectors import Vector, add_scaled
-from .sequential import Formula, GraphStart, HypergradientStats, Sequential, derivative, summed
+from .formulas import Formula, GraphStart, derivative, summed
+from .sequential import HypergradientStats, Sequential
 
 Mode = Literal["auto", "adjoint", "graph"]
 
