@@ -90,11 +90,11 @@ class Plain:
 
     def upper_value(self, at: Point | None = None) -> Tensor:
         with self._upper(at) as value:
-            return value.detach()
+            return value.detach().clone()  # a loss may be a view of a variable, F = w[0]
 
     def lower_value(self, index: int = 0, at: Point | None = None) -> Tensor:
         with self._lower(index, at) as value:
-            return value.detach()
+            return value.detach().clone()  # a loss may be a view of a variable, F = w[0]
 
     def product(
         self, index: int, direction: Vector, at: Point | None = None, buffers: Buffers | None = None
@@ -224,4 +224,4 @@ class Plain:
     def _differentiated(self, value: Tensor) -> Evaluation:
         upper = self.upper_level.tensors
         found = torch.autograd.grad(value, [*upper, *self.lower_level.tensors], allow_unused=True)
-        return Evaluation(value.detach(), found[: len(upper)], found[len(upper) :])
+        return Evaluation(value.detach().clone(), found[: len(upper)], found[len(upper) :])
