@@ -25,9 +25,9 @@ class Snapshot:
 class Buffers:
     """The buffers of modules, without their children's; snapshots cost one copy and one kernel per device and dtype."""
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], variables: Iterable[Tensor] = ()) -> None:
         parts = {id(part): part for part in modules}
-        seen: set[int] = set()
+        seen = set(map(id, variables))  # a variable that is registered as a buffer moves as a variable
         self._places: list[tuple[nn.Module, str]] = []
         self._owners: list[int] = []
         self._absent = [(part, name) for part in parts.values() for name, b in part._buffers.items() if b is None]

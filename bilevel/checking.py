@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from .claims import Claim, Slope
 from .errors import count, number
-from .evaluator import Evaluation, Look
+from .evaluation import Evaluation
+from .evaluator import Look
 from .plain import Plain, Precision
 from .report import Comparison, Report, worse
 from .variables import Level
@@ -48,7 +49,7 @@ class Check:
     @contextmanager
     def look(self) -> Iterator[Look]:
         """Look at the losses as a step would, and take everything back; each look sees the same random numbers."""
-        with self._optimizer._look(self._batches) as look:
+        with self._optimizer._look(self._batches, verifies=False) as look:
             yield look
             look.replay.undo()
 
@@ -68,7 +69,9 @@ class Check:
 class Checkable(Protocol):
     """What :func:`check_directions` needs of an optimizer; every :class:`bilevel.BilevelOptimizer` has it."""
 
-    def _look(self, batches: Sequence[Any], upper: Any = ..., lower: Any = ...) -> AbstractContextManager[Look]: ...
+    def _look(
+        self, batches: Sequence[Any], upper: Any = ..., lower: Any = ..., *, verifies: bool = ...
+    ) -> AbstractContextManager[Look]: ...
 
     def _claims(self, check: Check) -> Generator[Claim, None, None]: ...
 

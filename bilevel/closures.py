@@ -36,8 +36,18 @@ class Loss:
         self._check(value, set(devices), frozen)
         return value, tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, aux)
 
+    @staticmethod
+    def number(value: Tensor) -> Tensor:
+        """Return the detached value; a copy where the loss is a variable itself, or a view of one, which will move."""
+        return value.detach().clone() if value.is_leaf or value._is_view() else value.detach()
+
     def _check(self, value: object, devices: set[torch.device], frozen: bool) -> None:
         expected = f"{self.name} returned {{}}, expected a scalar tensor, or (scalar tensor, aux). {{}}"
+        if isinstance(value, (tuple, list)):
+            shown = f"a {type(value).__name__} of {len(value)} values"
+            raise ClosureError(
+                expected.format(shown, "Put everything beside the loss into one aux: a tuple or a dict.")
+            )
         if not isinstance(value, Tensor):
             shown = f"a {type(value).__name__}"
             raise ClosureError(expected.format(shown, "Return the loss tensor itself, without .item() or float()."))

@@ -22,6 +22,12 @@ class Held:
     cursor: int | None = None  # None while recording
 
     def visit(self, tensor: Tensor) -> Tensor:
+        if torch._C._current_graph_task_id() != -1:
+            raise ClosureError(
+                "hold(tensor): called during a backward pass, which recomputes a checkpointed function "
+                "(torch.utils.checkpoint) that holds. Call hold outside of the checkpointed function, and pass what it "
+                "returns in."
+            )
         if self.cursor is None:
             # A copy: the closure may go on to change its own tensor in place (an in-place ReLU, say).
             self.values.append(tensor.detach().clone())
@@ -46,6 +52,12 @@ def holding(held: Held) -> Iterator[None]:
         yield
     finally:
         _active.reset(token)
+    if held.cursor is not None and held.cursor != len(held.values):
+        raise ClosureError(
+            f"hold(tensor): a look-ahead evaluation held {held.cursor} tensors, the batch's first evaluation "
+            f"{len(held.values)}. The loss branches on something that changes between its calls. Call hold the same "
+            "way in every call."
+        )
 
 
 def _replayed(tensor: Tensor) -> Tensor:
@@ -85,7 +97,8 @@ def hold(tensor: Tensor) -> Tensor:
 
     Raises:
         TypeError: ``tensor`` is not a tensor.
-        ClosureError: A later evaluation calls ``hold`` more often than the first, or with another shape.
+        ClosureError: A later evaluation calls ``hold`` another number of times than the first, or with another shape;
+            or it is called in a checkpointed function, whose recomputation would call it again.
 
     Example:
         >>> import torch, bilevel

@@ -22,6 +22,7 @@ from .handover import are_finite, check_state, checked, hand_over, match, place
 from .replay import Policy
 from .variables import Level, Variables, check_disjoint
 from .vectors import Vector, own_memory, squared_norm
+from .verification import Verify
 
 OnNonFinite = Literal["raise", "skip", "ignore"]
 Losses = Callable[..., Any]
@@ -38,6 +39,7 @@ class Common(TypedDict, total=False):
     other: nn.Module | Iterable[nn.Module]
     upper_buffers: Policy
     lower_buffers: Policy
+    verify: Verify
 
 
 class BilevelOptimizer(ABC, Generic[S]):
@@ -63,6 +65,9 @@ class BilevelOptimizer(ABC, Generic[S]):
             first loss at the current point that calls the module, the lower loss first; in ``"every"`` evaluation;
             ``"never"``.
         lower_buffers: The same for the lower modules.
+        verify: Whether fast routes are compared with plain autograd of your closures: ``"auto"`` (default) in looks, at
+            steps 1, 2, 4, ..., 1024, 2048, ... and after changes; ``"always"`` in every step; ``"never"``, which calls
+            no loss beyond the documented number.
     """
 
     follows_maximize: ClassVar[bool] = False  # whether a lower optimizer may walk uphill
@@ -81,11 +86,13 @@ class BilevelOptimizer(ABC, Generic[S]):
         other: nn.Module | Iterable[nn.Module] = (),
         upper_buffers: Policy = "once",
         lower_buffers: Policy = "once",
+        verify: Verify = "auto",
     ) -> None:
         owner = type(self).__name__
         choice(owner, "on_nonfinite", on_nonfinite, ("raise", "skip", "ignore"))
         for argument, policy in (("upper_buffers", upper_buffers), ("lower_buffers", lower_buffers)):
             choice(owner, argument, policy, ("once", "every", "never"))
+        choice(owner, "verify", verify, ("auto", "always", "never"))
         self.on_nonfinite = on_nonfinite
         self._upper = Level(owner, "upper", upper, upper_optimizer)
         self._lower = Level(owner, "lower", lower, lower_optimizer, may_maximize=self.follows_maximize)
@@ -98,7 +105,7 @@ class BilevelOptimizer(ABC, Generic[S]):
         modules: list[tuple[nn.Module, Policy]] = [(module, lower_buffers) for module in self._lower.modules]
         modules += [(module, upper_buffers) for module in self._upper.modules]
         modules += [(module, "once") for module in extra]
-        self._evaluator = Evaluator(owner, upper_loss, lower_loss, self._upper, self._lower, modules)
+        self._evaluator = Evaluator(owner, upper_loss, lower_loss, self._upper, self._lower, modules, verify)
 
     @property
     def upper_optimizer(self) -> torch.optim.Optimizer:
@@ -176,6 +183,7 @@ class BilevelOptimizer(ABC, Generic[S]):
             "upper_optimizer": deepcopy(self._upper.optimizer.state_dict()),
             "lower_optimizer": deepcopy(self._lower.optimizer.state_dict()),
             "state": deepcopy(self._own_state()),
+            "verification": self._evaluator.verification.state(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -185,7 +193,7 @@ class BilevelOptimizer(ABC, Generic[S]):
             ValueError: The state is of another method, of a newer format, or does not fit the optimizers.
         """
         owner = f"{type(self).__name__}.load_state_dict"
-        expected = {"format", "method", "upper_optimizer", "lower_optimizer", "state"}
+        expected = {"format", "method", "upper_optimizer", "lower_optimizer", "state", "verification"}
         if not isinstance(state_dict, Mapping) or set(state_dict) != expected:
             found = sorted(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
             advice = f"must have the keys {sorted(expected)}. A module's state? Pass the result of state_dict()."
@@ -204,6 +212,7 @@ class BilevelOptimizer(ABC, Generic[S]):
             check_state(self._upper.optimizer)
             check_state(self._lower.optimizer)
             self._load_own_state(deepcopy(state_dict["state"]))
+            self._evaluator.verification.load(state_dict["verification"])
         except Exception as error:
             for optimizer, state in before:
                 optimizer.load_state_dict(state)
@@ -252,10 +261,12 @@ class BilevelOptimizer(ABC, Generic[S]):
         return named_upper, named_lower
 
     @contextmanager
-    def _look(self, batches: Sequence[Any], upper: Any = MISSING, lower: Any = MISSING) -> Iterator[Look]:
+    def _look(
+        self, batches: Sequence[Any], upper: Any = MISSING, lower: Any = MISSING, *, verifies: bool = True
+    ) -> Iterator[Look]:
         upper_batch, lower_batches = self._sort_batches(batches, upper, lower)
         self._refresh()
-        with self._evaluator.look(upper_batch, lower_batches) as look:
+        with self._evaluator.look(upper_batch, lower_batches, verifies=verifies) as look:
             yield look
 
     def _sort_batches(self, batches: Sequence[Any], upper: Any, lower: Any) -> tuple[Any, list[Any]]:

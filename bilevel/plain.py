@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .closures import Loss
 from .constants import constants_of_a_loss
 from .descent import Point, Rule
-from .evaluator import Evaluation, Look
+from .evaluation import Evaluation
+from .evaluator import Look
 from .handover import hand_over
 from .hypergradient import Step, pull_back
 from .routes import NoDoubleBackward, refuse_wrong_rules

@@ -1,7 +1,7 @@
 """Products of the lower loss: ``d/de grad_(alpha, w) G(w + e v, alpha)`` at ``e = 0``, without a Hessian.
 
 *Mixed products* are both parts, ``(G_aw v, G_ww v)``; an *upper product* is ``G_aw v`` alone, which is cheaper.
-``routes.py`` says by which of three ways.
+``routing.py`` says by which of three ways.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from .closures import leaves_of
-from .evaluator import Look, Point
-from .routes import NoForwardMode, Route, by_route, dual_numbers, refuse_wrong_rules, second_derivatives
+from .evaluation import Evaluation, Point
+from .evaluator import Look
+from .routes import NoForwardMode, Route, dual_numbers, refuse_wrong_rules, second_derivatives
+from .routing import Found, Ways, by_route
 from .vectors import Vector, add_scaled, squared_norm, subtract
 
 Product = tuple[Vector, Vector]
@@ -27,34 +29,37 @@ def mixed_product(look: Look, index: int, direction: Vector, at: Point | None, r
     Cost: ``forward`` one dual gradient (forward over reverse), ``reverse`` one gradient with its graph and one pass
     back through it, ``difference`` two plain gradients.
     """
-    return by_route(
-        look,
-        "both",
-        route,
-        partial(_forward, look, index, direction, at),
-        partial(_reverse, look, index, direction, at),
-        partial(_difference, look, index, direction, at),
-    )
+    ways = Ways("both", index, partial(_forward, index), partial(_reverse, index), partial(_difference, index))
+    found = by_route(look, ways, direction, at, route)
+    size = len(look.upper_level.tensors)
+    return found[:size], found[size:]
 
 
-def upper_product(look: Look, index: int, direction: Vector, at: Point | None, route: Route) -> Vector:
+def upper_product(
+    look: Look,
+    index: int,
+    direction: Vector,
+    at: Point | None,
+    route: Route,
+    *,
+    gradient: Vector | None = None,
+    radius: float | None = None,
+) -> Vector:
     """Return ``G_aw v`` alone, which is cheaper: forward mode then needs no reverse pass through the lower model.
+
+    ``gradient`` is ``grad_w G`` at this point, where the caller has it: it verifies the product at no cost. ``radius``
+    is the distance of the two points of a difference; None: the one that balances truncation against rounding.
 
     Cost: ``forward`` one dual evaluation through the lower model and one reverse pass through the upper one (reverse
     over forward), ``reverse`` one double backward, ``difference`` two evaluations that are forward-only through the
     lower model.
     """
-    return by_route(
-        look,
-        "upper",
-        route,
-        partial(_forward_upper, look, index, direction, at),
-        partial(_reverse_upper, look, index, direction, at),
-        partial(upper_difference, look, index, direction, at),
-    )
+    difference = partial(_upper_difference, index, radius)
+    ways = Ways("upper", index, partial(_forward_upper, index), partial(_reverse_upper, index), difference)
+    return by_route(look, ways, direction, at, route, gradient)
 
 
-def _forward(look: Look, index: int, direction: Vector, at: Point | None) -> Product:
+def _forward(index: int, look: Look, direction: Vector, at: Point | None) -> Found:
     """Forward over reverse: the gradient of dual tensors carries the product as its tangent."""
     upper, lower = look.upper_level.tensors, look.lower_level.tensors
     with dual_numbers():
@@ -65,10 +70,12 @@ def _forward(look: Look, index: int, direction: Vector, at: Point | None) -> Pro
         _refuse_unreached([name for name, g in missed if g is not None])
         found = gradients[: len(upper) + len(leaves)]
         tangents = [None if g is None else _tangent(g) for g in found]
-    return tangents[: len(upper)], tangents[len(upper) :]
+        primals = [None if g is None else forward_ad.unpack_dual(g).primal.detach() for g in found[len(upper) :]]
+        slope = _slope_of(value)
+    return Found(tangents, slope, primals)
 
 
-def _forward_upper(look: Look, index: int, direction: Vector, at: Point | None) -> Vector:
+def _forward_upper(index: int, look: Look, direction: Vector, at: Point | None) -> Found:
     """Reverse over forward: the tangent of G is ``<grad_w G, v>``, and its graph holds the upper variables alone."""
     upper = look.upper_level.tensors
     with dual_numbers():
@@ -77,10 +84,10 @@ def _forward_upper(look: Look, index: int, direction: Vector, at: Point | None) 
             if look.checking:
                 names = dict(zip(map(id, look.lower_level.tensors), look.lower_level.names, strict=True))
                 _refuse_unreached(leaves_of(value, names))
-            tangent = _tangent(value)
+            tangent, slope = _tangent(value), _slope_of(value)
             if tangent is None or not tangent.requires_grad:
-                return [None] * len(upper)
-            return torch.autograd.grad(tangent, upper, allow_unused=True)
+                return Found([None] * len(upper), slope)
+            return Found(torch.autograd.grad(tangent, upper, allow_unused=True), slope)
 
 
 def _duals(values: Point, direction: Vector) -> list[Tensor]:
@@ -100,6 +107,11 @@ def _tangent(dual: Tensor) -> Tensor | None:
     return None if tangent is None or tangent._is_zerotensor() else tangent
 
 
+def _slope_of(value: Tensor) -> tuple[Tensor, Tensor]:
+    primal, tangent = forward_ad.unpack_dual(value).primal.detach(), _tangent(value)
+    return (torch.zeros_like(primal) if tangent is None else tangent.detach()), primal
+
+
 def _refuse_unreached(missed: list[str]) -> None:
     """A parameter in the graph beside its substitute means that the closure read it past the substitute."""
     if missed:
@@ -109,14 +121,13 @@ def _refuse_unreached(missed: list[str]) -> None:
         )
 
 
-def _reverse(look: Look, index: int, direction: Vector, at: Point | None) -> Product:
+def _reverse(index: int, look: Look, direction: Vector, at: Point | None) -> Found:
     upper, lower = look.upper_level.tensors, look.lower_level.tensors
-    products = _double_backward(look, index, direction, at, [*upper, *lower])
-    return products[: len(upper)], products[len(upper) :]
+    return Found(_double_backward(look, index, direction, at, [*upper, *lower]))
 
 
-def _reverse_upper(look: Look, index: int, direction: Vector, at: Point | None) -> Vector:
-    return _double_backward(look, index, direction, at, look.upper_level.tensors)
+def _reverse_upper(index: int, look: Look, direction: Vector, at: Point | None) -> Found:
+    return Found(_double_backward(look, index, direction, at, look.upper_level.tensors))
 
 
 def _double_backward(look: Look, index: int, direction: Vector, at: Point | None, inputs: Sequence[Tensor]) -> Vector:
@@ -132,26 +143,24 @@ def _double_backward(look: Look, index: int, direction: Vector, at: Point | None
         return torch.autograd.grad(outputs, inputs, grad_outputs=cotangents, allow_unused=True)
 
 
-def _difference(look: Look, index: int, direction: Vector, at: Point | None) -> Product:
+def _difference(index: int, look: Look, direction: Vector, at: Point | None) -> Found:
     step, points = _around(at if at is not None else look.point(), direction)
     ahead, behind = (look.lower(index, at=point) for point in points)
-    return (
-        _scaled(0.5 / step, subtract(ahead.upper, behind.upper)),
-        _scaled(0.5 / step, subtract(ahead.lower, behind.lower)),
-    )
+    found = _scaled(0.5 / step, subtract([*ahead.upper, *ahead.lower], [*behind.upper, *behind.lower]))
+    # The mean of the two gradients is the one in the middle, up to the square of the step.
+    return Found(found, _slope(ahead, behind, step), _scaled(0.5, add_scaled(ahead.lower, 1.0, behind.lower)))
 
 
-def upper_difference(
-    look: Look, index: int, direction: Vector, at: Point | None, *, radius: float | None = None
-) -> Vector:
-    """Return ``G_aw v`` by a central difference between two points at distance ``radius`` from the point.
-
-    Cost: two evaluations of G that are forward-only through the lower model. ``radius`` None: the one that balances
-    truncation against rounding.
-    """
+def _upper_difference(index: int, radius: float | None, look: Look, direction: Vector, at: Point | None) -> Found:
+    """A central difference of two gradients in alpha alone."""
     step, points = _around(at if at is not None else look.point(), direction, radius)
-    ahead, behind = (look.lower(index, at=point, wrt="upper").upper for point in points)
-    return _scaled(0.5 / step, subtract(ahead, behind))
+    ahead, behind = (look.lower(index, at=point, wrt="upper") for point in points)
+    return Found(_scaled(0.5 / step, subtract(ahead.upper, behind.upper)), _slope(ahead, behind, step))
+
+
+def _slope(ahead: Evaluation, behind: Evaluation, step: Tensor) -> tuple[Tensor, Tensor]:
+    rise = ahead.value.to(step.device, step.dtype) - behind.value.to(step.device, step.dtype)
+    return rise * (0.5 / step), ahead.value
 
 
 def _around(point: Point, direction: Vector, radius: float | None = None) -> tuple[Tensor, list[list[Tensor]]]:
@@ -167,5 +176,5 @@ def _moved(point: Point, scale: Tensor, direction: Vector) -> list[Tensor]:
     return [x for x in add_scaled(point, scale, direction) if x is not None]
 
 
-def _scaled(scale: Tensor, vector: Vector) -> Vector:
+def _scaled(scale: Tensor | float, vector: Vector) -> Vector:
     return add_scaled([None] * len(vector), scale, vector)

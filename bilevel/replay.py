@@ -41,20 +41,44 @@ def _generator(device: torch.device, verb: str, *arguments: Any) -> Any:
 class Replay:
     """The bookkeeping of one step: where each batch's first evaluation started, and what may stay changed."""
 
-    def __init__(self, devices: Iterable[torch.device], modules: Sequence[tuple[nn.Module, Policy]]) -> None:
+    def __init__(
+        self,
+        devices: Iterable[torch.device],
+        modules: Sequence[tuple[nn.Module, Policy]],
+        variables: Sequence[Tensor] = (),
+    ) -> None:
         shield_from_compiler()
         self._device_list = list(devices)
         self._start_random = RandomState(self._device_list)
         parts = [(part, policy) for module, policy in modules for part in module.modules()]
-        self._buffers = Buffers(part for part, policy in parts if policy == "once")
-        self._frozen = Buffers(part for part, policy in parts if policy == "never")
-        self._free = Buffers(part for part, policy in parts if policy == "every")
+        self._buffers = Buffers((part for part, policy in parts if policy == "once"), variables)
+        self._frozen = Buffers((part for part, policy in parts if policy == "never"), variables)
+        self._free = Buffers((part for part, policy in parts if policy == "every"), variables)
         self._start = [(group, group.snapshot()) for group in (self._buffers, self._frozen, self._free)]
         self._standing: Snapshot | None = self._start[0][1]
         self._last_move: Snapshot | None = None
         self._first: dict[Hashable, tuple[RandomState, Snapshot, list[Tensor]]] = {}
         self._moved: set[Hashable] = set()  # batches that were evaluated at the current point
+        self._silent = False
         self._flags = [(part, part.training) for part, _ in parts]
+        # Old-style weight and spectral norm: a hook computes an attribute of the module from its parameters, anew in
+        # each forward.
+        hooked = [part for part, _ in parts if part._forward_pre_hooks]
+        self._computed = [
+            (part, name, value)
+            for part in {id(part): part for part in hooked}.values()
+            for name, value in vars(part).items()
+            if isinstance(value, Tensor)
+        ]
+
+    @property
+    def training(self) -> tuple[bool, ...]:
+        """The training flags of all modules, as the step began."""
+        return tuple(training for _, training in self._flags)
+
+    def held_count(self, batch: Hashable) -> int:
+        """Return how often the first evaluation of ``batch`` called ``hold``."""
+        return len(self._first[batch][2]) if batch in self._first else 0
 
     @contextmanager
     def evaluation(
@@ -66,6 +90,7 @@ class Replay:
         ``copied`` says that the modules hold copies of their buffers meanwhile, so that there is little to put back.
         """
         random, standing = RandomState(self._device_list), self._standing_buffers()
+        free = self._free.snapshot() if self._silent else None
         if again := batch in self._first:
             first_random, first_buffers, values = self._first[batch]
             first_random.restore()
@@ -79,10 +104,18 @@ class Replay:
         try:
             with holding(held):
                 yield
+        except BaseException:
+            if not again:  # nothing that later evaluations could start from
+                del self._first[batch]
+                random.restore()
+            raise
         finally:
             self._restore_flags()
+            self._restore_computed()
             if not copied:
                 self._frozen.restore(self._start[1][1])
+            if free is not None:
+                self._free.restore(free)
             if again:
                 random.restore()
             if copied and not rewound:
@@ -96,6 +129,22 @@ class Replay:
                     self._move_buffers(standing, each_time=trains)
             self._buffers.keep_made()
 
+    @contextmanager
+    def silently(self) -> Iterator[None]:
+        """Let evaluations leave no trace at all, whatever the policies say: those that only compare."""
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
+
+    def follow(self, other: Replay) -> None:
+        """Begin where the first evaluations of ``other`` began, and hold what they held: for the same step again, in
+        float64.
+        """
+        for batch, (random, buffers, values) in other._first.items():
+            self._first[batch] = (random, buffers, [x.double() if x.is_floating_point() else x for x in values])
+
     def undo_buffers(self) -> None:
         """Take back every move of the buffers since the step began."""
         for group, snapshot in self._start:
@@ -106,6 +155,7 @@ class Replay:
         self.undo_buffers()
         self._start_random.restore()
         self._restore_flags()
+        self._restore_computed()
 
     def _standing_buffers(self) -> Snapshot:
         if self._standing is None:
@@ -120,6 +170,10 @@ class Replay:
                 self._buffers.keep_noted(standing)
         self._last_move = standing
         self._standing = None
+
+    def _restore_computed(self) -> None:
+        for part, name, value in self._computed:
+            part.__dict__[name] = value
 
     def _restore_flags(self) -> None:
         for part, training in self._flags:

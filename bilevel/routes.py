@@ -1,25 +1,20 @@
-"""Which way a product of the lower loss is computed: the choice, the fallback, and what a way cannot serve.
+"""What the routes of a product are, and what a route cannot serve: in one line, with the name of the operation.
 
 Three routes give the same numbers (the third up to its step):
 
 * ``forward``: dual tensors. Needs a forward-mode rule of every operation (for both products, of its backward too), and
   a loss that reads the lower variables from modules.
-* ``reverse``: double backward; fails through compiled closures.
+* ``reverse``: double backward, which is plain autograd; fails through compiled closures.
 * ``difference``: a central difference of two plain gradients; works for every loss, approximate.
-
-``auto`` is what ``benchmarks/hypergradient.py`` found to be faster and smaller. For ``G_aw v`` alone that is
-``forward``: one dual evaluation through the lower model, 1.2 plain gradients on a ResNet-32 against 3.7. For both
-products it is ``reverse``: 4.3 against 4.6, and half the memory. Where a loss does not allow the one, the other serves,
-after one warning that says why.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -28,17 +23,17 @@ from torch.autograd.graph import Node
 from torch.utils.checkpoint import CheckpointError
 
 from .errors import ClosureError
-from .evaluator import Look
+from .evaluator import NO_GRAPH_INSIDE
 
 Route = Literal["auto", "forward", "reverse", "difference"]
-Kind = Literal["both", "upper"]
-T = TypeVar("T")
 ROUTES: tuple[str, ...] = ("auto", "forward", "reverse", "difference")
 FIRST_ORDER = 'Use product="reverse" or product="difference", or a first-order method such as BOME or FiniteDifference.'
 DIFFERENCE = 'Use product="difference", or a first-order method such as BOME or FiniteDifference.'
 # How torch says that an operation has no forward mode; or that it has, and that fails (mse_loss on torch 2.13).
 ZERO_TENSORS = "ZeroTensors are immutable"
-NO_FORWARD_RULE = ("forward AD", "forward-mode", ZERO_TENSORS)
+# Reverse over forward through softmax and its kin, where an upper variable is upstream (pytorch issue 162350).
+OVERWRITTEN = "modified by an inplace operation"
+NO_FORWARD_RULE = ("forward AD", "forward-mode", "forward mode AD", ZERO_TENSORS, OVERWRITTEN, *NO_GRAPH_INSIDE)
 # How torch says that an operation cannot be differentiated twice.
 NO_SECOND_RULE = ("is not implemented", "double backward", "create_graph=False", "differentiate twice")
 # Where it does not say so: the node, and what to tell.
@@ -48,44 +43,6 @@ WRONG_SECOND_RULES = {
     # The fused kernel's second derivative takes the saved norm for a constant (gradgradcheck fails on torch 2.13).
     "WeightNormInterfaceBackward0": "torch's second derivative of weight_norm is wrong.",
 }
-
-
-def route_taken(look: Look, kind: Kind, route: Route) -> str:
-    """Name the route that serves products of this kind, for ``stats``."""
-    if route != "auto":
-        return route
-    # Bare tensors are read from the closure's surroundings, where no substitute reaches them: no use in trying.
-    first = "reverse" if kind == "both" or look.lower_level.has_bare_tensors else "forward"
-    return look.product_routes.get(kind, first)
-
-
-def by_route(
-    look: Look,
-    kind: Kind,
-    route: Route,
-    forward: Callable[[], T],
-    reverse: Callable[[], T],
-    difference: Callable[[], T],
-) -> T:
-    """Compute a product by its route. If ``auto`` cannot be served, the other exact one serves from then on."""
-    chosen = route_taken(look, kind, route)
-    if chosen == "difference":
-        return difference()
-    ways = [("forward", forward, "forward mode"), ("reverse", reverse, "double backward")]
-    (_, way, _), (other, otherwise, name) = ways if chosen == "forward" else reversed(ways)
-    try:
-        return way()
-    except Unserved as problem:
-        if route != "auto":
-            raise _refusal(problem) from problem.__cause__
-        try:
-            found = otherwise()
-        except Unserved as second:
-            no_route = problem if isinstance(problem, NoDoubleBackward) else second
-            raise _refusal(no_route) from no_route.__cause__
-        warnings.warn(f"{problem} Falling back to {name} for this optimizer.", stacklevel=2)
-        look.product_routes[kind] = other
-        return found
 
 
 class Unserved(Exception):
@@ -100,7 +57,8 @@ class NoDoubleBackward(Unserved):
     """There is no second derivative, or a wrong one."""
 
 
-def _refusal(problem: Unserved) -> ClosureError:
+def refusal(problem: Unserved) -> ClosureError:
+    """Phrase the error of a product that no route serves."""
     return ClosureError(f"{problem} {FIRST_ORDER if isinstance(problem, NoForwardMode) else DIFFERENCE}")
 
 
@@ -125,6 +83,8 @@ def dual_numbers() -> Iterator[None]:
         known = isinstance(error, (NotImplementedError, CheckpointError))
         if not known and not any(mark in text for mark in NO_FORWARD_RULE):
             raise
+        if OVERWRITTEN in text:
+            text = f"softmax, most likely, downstream of an upper variable (a fault of torch). {text}"
         if ZERO_TENSORS in text:  # torch does not say where
             text = f"mse_loss, most likely: write (a - b).square().mean(). {text}"
         raise NoForwardMode(f"lower_loss has no forward-mode product: {text}") from error

@@ -26,9 +26,10 @@ class Places:
         self._variables: list[tuple[dict[str, Any], str, int]] = []
         self._buffers: list[tuple[dict[str, Any], str]] = []
         for part in parts.values():
-            own = part._parameters.items()
-            self._variables += [(part._parameters, name, which[id(p)]) for name, p in own if id(p) in which]
-            self._buffers += [(part._buffers, name) for name, buffer in part._buffers.items() if buffer is not None]
+            for own in (part._parameters, part._buffers):  # a variable may be registered as a buffer
+                self._variables += [(own, name, which[id(p)]) for name, p in own.items() if id(p) in which]
+            buffers = part._buffers.items()
+            self._buffers += [(part._buffers, name) for name, b in buffers if b is not None and id(b) not in which]
 
     @contextmanager
     def holding(self, values: Sequence[Tensor], *, copy_buffers: bool) -> Iterator[None]:

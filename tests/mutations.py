@@ -49,7 +49,7 @@ def step_of(case: str) -> str:
 
 BARRIER, TERMS = "barrier.py", "methods/dynamic_barrier.py"
 DESCENT, WALK = "descent.py", "hypergradient/trajectory.py"
-EVALUATOR, REPLAY, PRODUCTS, ROUTES = "evaluator.py", "replay.py", "products.py", "routes.py"
+EVALUATION, REPLAY, PRODUCTS, ROUTING = "evaluation.py", "replay.py", "products.py", "routing.py"
 LINEAR, SEQUENTIAL, UNROLLED = "hypergradient/linear.py", "methods/sequential.py", "methods/unrolled.py"
 KEPT_GRAPH, START = "hypergradient/kept_graph.py", "hypergradient/start.py"
 EMLC, MLC, IMPLICIT = "methods/emlc.py", "methods/mlc.py", "methods/implicit.py"
@@ -317,7 +317,7 @@ MUTATIONS = [
     # Evaluations elsewhere leave no trace
     Mutation(
         "values are not taken out again",
-        EVALUATOR,
+        EVALUATION,
         "                if at is not None:\n                    exchange(parameters, at)\n"
         "                torch.clear_autocast_cache()\n",
         "                torch.clear_autocast_cache()\n",
@@ -325,14 +325,14 @@ MUTATIONS = [
     ),
     Mutation(
         "requires_grad stays off",
-        EVALUATOR,
+        EVALUATION,
         "variable.requires_grad_(True)",
         "pass",
         "test_contract.py::test_directions_move_nothing",
     ),
     Mutation(
         "the last evaluation is not forward-only",
-        EVALUATOR,
+        EVALUATION,
         "                if freeze:\n",
         "                if False:\n",
         "test_contract.py::test_calls_of_the_losses_are_the_documented_ones",
@@ -346,7 +346,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a target without a gradient is not noticed",
-        EVALUATOR,
+        EVALUATION,
         'loss.check_use("upper", evaluation.upper)',
         "pass",
         "test_identities.py::test_a_target_that_carries_no_gradient_is_refused",
@@ -432,8 +432,8 @@ MUTATIONS = [
     Mutation(
         "double backward forgets alpha",
         PRODUCTS,
-        "return products[: len(upper)], products[len(upper) :]",
-        "return [None] * len(upper), products[len(upper) :]",
+        "return Found(_double_backward(look, index, direction, at, [*upper, *lower]))",
+        "found = _double_backward(look, index, direction, at, lower)\n    return Found([*[None] * len(upper), *found])",
         step_of("unrolled, reverse"),
     ),
     # Arithmetic
@@ -709,8 +709,8 @@ MUTATIONS = [
     Mutation(
         "Unrolled: the graph misses what F reads elsewhere",
         KEPT_GRAPH,
-        "                    self._refuse_unreached(loss, value)\n                found",
-        "                    pass\n                found",
+        "        self._refuse_read(loss, found[len(upper) + len(self._point) :])\n",
+        "",
         "test_unrolled.py::test_a_captured_parameter_is_refused_by_the_graph_for_either_loss",
     ),
     Mutation(
@@ -785,14 +785,14 @@ MUTATIONS = [
     ),
     Mutation(
         "a fallback is forgotten",
-        ROUTES,
-        "        look.product_routes[kind] = other\n",
+        ROUTING,
+        '        look.verification.routes[f"{ways.kind} product, {route}"] = chosen\n',
         "",
         "test_products.py::test_auto_falls_back_once_and_says_why",
     ),
     Mutation(
         "both products start with the slower route",
-        ROUTES,
+        ROUTING,
         'first = "reverse" if kind == "both" or ',
         'first = "reverse" if ',
         "test_products.py::test_the_route_taken_is_told",

@@ -368,6 +368,7 @@ def test_flags_that_a_loss_sets_hold_until_its_call_ends(case: Case) -> None:
         upper_optimizer=torch.optim.SGD(scene.upper.parameters(), lr=0.01),
         lower_optimizer=torch.optim.SGD(scene.lower.parameters(), lr=0.01),
         other=part,
+        verify="never",
         **case.options,
     )
     optimizer.step(scene.upper_batch, scene.lower_batch)
@@ -447,6 +448,7 @@ def test_numpy_and_python_randomness_are_left_to_the_user() -> None:
         upper_optimizer=torch.optim.SGD(scene.upper.parameters(), lr=0.01),
         lower_optimizer=torch.optim.SGD(scene.lower.parameters(), lr=0.01),
         inner_steps=2,
+        verify="never",  # a look warns of it
     )
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
@@ -488,6 +490,7 @@ def corrected(features: Callable[[Tensor], Tensor]) -> tuple[Any, nn.Linear, lis
         lower_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
         inner_steps=2,
         barrier=bilevel.barrier.GradientNorm(100.0),  # so that grad q counts
+        verify="never",
     )
     return optimizer, student, seen
 

@@ -136,7 +136,7 @@ def test_directions_are_what_a_step_uses(case: Case) -> None:
 @more
 def test_calls_of_the_losses_are_the_documented_ones(case: Case) -> None:
     problem = Problem()
-    optimizer = problem.optimizer(case)
+    optimizer = problem.optimizer(case, verify="never")
     for verb in ("directions", "step", "step"):
         problem.calls.clear()
         getattr(optimizer, verb)(*batches_of(problem, case))
@@ -214,7 +214,7 @@ def test_without_atomic_a_step_that_fails_stays_half_taken(case: Case) -> None:
     """As documented: optimizer steps that were taken stay; buffers, random state and flags are given back."""
     for at in range(len(case.step_calls)):
         problem, plain = Problem().lived_in(), Problem().lived_in()
-        optimizer = problem.optimizer(case, atomic=False)
+        optimizer = problem.optimizer(case, atomic=False, verify="never")
         batches = batches_of(problem, case)
 
         def after(index: int, loss: Tensor, at: int = at, problem: Problem = problem) -> Tensor:
@@ -296,7 +296,7 @@ def test_what_is_not_finite_at_any_stage_moves_nothing(name: str, stage: str) ->
     case = EVERY[name]
     for policy in ("raise", "skip"):
         problem = Problem().lived_in()
-        optimizer = problem.optimizer(case, on_nonfinite=policy)
+        optimizer = problem.optimizer(case, on_nonfinite=policy, verify="never")
         good = optimizer.step(*batches_of(problem, case))
         batches = batches_of(problem, case)
         problem.calls.clear()
@@ -324,7 +324,7 @@ def test_the_error_names_what_was_not_finite() -> None:
         for name in ("unrolled", "unrolled-real"):
             problem = Problem()
             case = CASES[name]
-            optimizer = problem.optimizer(case, atomic=atomic)
+            optimizer = problem.optimizer(case, atomic=atomic, verify="never")
             last = len(case.directions_calls) if case.then else 1
             poison(problem, lambda index, last=last: index == last, "nan gradient")
             with pytest.raises(bilevel.NonFiniteError) as caught:
@@ -335,7 +335,7 @@ def test_the_error_names_what_was_not_finite() -> None:
 
 def test_without_atomic_a_skipped_step_says_what_moved() -> None:
     problem, case = Problem(), CASES["unrolled"]
-    optimizer = problem.optimizer(case, atomic=False, on_nonfinite="skip")
+    optimizer = problem.optimizer(case, atomic=False, on_nonfinite="skip", verify="never")
     before = [p.detach().clone() for p in (*problem.corrector.parameters(), *problem.classifier.parameters())]
     poison(problem, lambda index: index == len(case.directions_calls))
     stats = optimizer.step(*batches_of(problem, case))

@@ -1,6 +1,6 @@
 """Estimators of derivatives through the lower problem."""
 
-from .kept_graph import KeptGraph, leaves
+from .kept_graph import KeptGraph, Unreached, leaves
 from .linear import ConjugateGradient, FixedPoint, Neumann, Solution, Solver
 from .start import Start, start_of, through_start
 from .trajectory import Step, Trajectory, adjoint, descend, pull_back
@@ -15,6 +15,7 @@ __all__ = [
     "Start",
     "Step",
     "Trajectory",
+    "Unreached",
     "adjoint",
     "descend",
     "leaves",

@@ -11,16 +11,22 @@ from torch import Tensor
 from ..closures import Loss, leaves_of
 from ..descent import Point, Rule, State
 from ..errors import ClosureError
-from ..evaluator import Evaluation, Look
+from ..evaluation import Evaluation
+from ..evaluator import Look
 from ..routes import refuse_wrong_rules, two_derivatives
 from ..variables import Level
 from ..vectors import Vector
+from ..verification import out_of_memory, rounding, value_gap, vector_gap
 
 FIRST_ORDER = 'Use mode="adjoint" with product="difference", or a first-order method such as BOME or FiniteDifference.'
 RECOMPUTED = (
     'A loss uses checkpointing, or other hooks on saved tensors, which mode="graph" cannot keep: what they recompute '
     'would be of other values. Use mode="adjoint", whose memory does not grow with inner_steps.'
 )
+
+
+class Unreached(ClosureError):
+    """Substitution gives another function than the closure: it cannot be walked by a kept graph."""
 
 
 class KeptGraph:
@@ -35,6 +41,7 @@ class KeptGraph:
     """
 
     def __init__(self, look: Look, rule: Rule, start: Sequence[Tensor], state: State, *, chained: bool) -> None:
+        look.refuse_hooks()
         self._look, self._rule, self._chained = look, rule, chained
         self._point, self._state = list(start), state
         self._first = True
@@ -47,12 +54,18 @@ class KeptGraph:
                 self._look.lower_graph(index, substitute=w, current=current, trains=trains) as (value, aux),
                 two_derivatives(FIRST_ORDER),
             ):
-                gradient = torch.autograd.grad(value, w, create_graph=True, allow_unused=True)
+                inputs = [*w, *self._look.lower_level.tensors]
+                found = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
+            gradient = found[: len(w)]
+            self._refuse_read(self._look.lower_loss, found[len(w) :])
             if self._first and self._look.checking:  # where the graph begins; later steps hold the earlier ones
                 self._check(value, gradient)
+            here = Evaluation(Loss.number(value), [], [None if g is None else g.detach() for g in gradient], aux)
+            if self._first and self._look.comparing:
+                self._compare(here, w, index, current=current)
             self._first = False
             self._point, self._state = self._rule.step(w, gradient, self._state)
-        return Evaluation(value.detach(), [], [None if g is None else g.detach() for g in gradient], aux)
+        return here
 
     def follow(self, point: Point, state: State) -> None:
         """Take over the values of a real step, which hooks may have moved elsewhere; no derivative knows of them."""
@@ -72,26 +85,70 @@ class KeptGraph:
         with torch.enable_grad(), _hooks_refused():
             graph = self._look.upper_graph(substitute=self._point, current=real)
             with graph as (value, aux), two_derivatives(FIRST_ORDER):
-                if self._look.checking:
-                    self._refuse_unreached(loss, value)
-                found = torch.autograd.grad(value, [*upper, *self._point], allow_unused=True)
-        loss.check_use("lower", found[len(upper) :])
-        return Evaluation(value.detach(), [None] * len(upper), found[len(upper) :], aux), found[: len(upper)]
+                inputs = [*upper, *self._point, *self._look.lower_level.tensors]
+                found = torch.autograd.grad(value, inputs, allow_unused=True)
+        total, lower = found[: len(upper)], found[len(upper) : len(upper) + len(self._point)]
+        self._refuse_read(loss, found[len(upper) + len(self._point) :])
+        loss.check_use("lower", lower)
+        here = Evaluation(Loss.number(value), [None] * len(upper), lower, aux)
+        if self._look.comparing:
+            self._compare(here, self._point, None, current=real)
+        return here, total
 
     def _check(self, value: Tensor, gradient: Vector) -> None:
         """Check what evaluations and products check in adjoint mode."""
         loss = self._look.lower_loss
-        self._refuse_unreached(loss, value)
         loss.check_use("lower", gradient)
         if not self._chained and not leaves_of(value, _names(self._look.upper_level)):
             loss.check_use("upper", [])
         with two_derivatives(FIRST_ORDER):
             refuse_wrong_rules([value, *(g for g in gradient if g is not None)])
 
-    def _refuse_unreached(self, loss: Loss, value: Tensor) -> None:
-        missed = leaves_of(value, _names(self._look.lower_level), beyond=self._point)
+    def _compare(self, here: Evaluation, w: Sequence[Tensor], index: int | None, *, current: bool) -> None:
+        """Compare a loss on substitutes with the closure as it stands: G on lower batch ``index``, or F."""
+        look, name = self._look, "lower_loss" if index is not None else "upper_loss"
+
+        def gap(look: Look, point: Point, other: Evaluation | None) -> Tensor:
+            at = None if current and other is not None else point
+            plain = look.upper(at, "lower") if index is None else look.lower(index, at, "lower")
+            if other is None:
+                with torch.enable_grad():
+                    leaf = leaves(point)
+                    graph = look.upper_graph(leaf) if index is None else look.lower_graph(index, substitute=leaf)
+                    with graph as (value, _):
+                        other = Evaluation(value, [], torch.autograd.grad(value, leaf, allow_unused=True))
+            values = value_gap(plain.value, other.value)
+            return torch.maximum(values, vector_gap(plain.lower, other.lower).to(values.device))
+
+        point = [x.detach() for x in w]
+        try:
+            with look.replay.silently():
+                found = gap(look, [x.clone() for x in point], here)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            look.verification.say(f"{name}, substituted: not verified, for want of memory. Nothing else is affected.")
+            return
+        shortcut = f"{name}, substituted"
+        if not look.verification.suspects(shortcut, found, rounding(look.dtype)):
+            return
+
+        def in_float64() -> float:
+            with look.in_float64() as wide:
+                return float(gap(wide, [x.double() for x in point], None))
+
+        if look.differs(shortcut, float(found), in_float64):
+            raise Unreached(
+                f"{name} is another function of tensors that take the parameters' places (by {float(found):.1e}). "
+                "Usual causes: a condition on the kind or identity of a parameter, or on requires_grad, or a gradient "
+                'hook. Use mode="adjoint".'
+            )
+
+    def _refuse_read(self, loss: Loss, past: Vector) -> None:
+        """A variable that has a gradient beside its substitute was read past it."""
+        missed = [name for name, g in zip(self._look.lower_level.names, past, strict=True) if g is not None]
         if missed:
-            raise ClosureError(
+            raise Unreached(
                 f"{loss.name} reads {', '.join(missed)} other than from a module given as lower=, where no substitute "
                 'reaches it. Read the module\'s attribute inside the loss, or use mode="adjoint".'
             )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..descent import Point, Rule, State
-from ..evaluator import Evaluation, Look
+from ..evaluation import Evaluation
+from ..evaluator import Look
 from ..products import mixed_product, upper_product
 from ..routes import Route
 from ..vectors import Vector, add_scaled
@@ -89,7 +90,7 @@ def adjoint(
         point = look.point() if step.point is None else step.point
         through_point, gradient_bar, state_bar = pull_back(rule, step, point, point_bar, state_bar)
         if step is steps[0] and not to_start:
-            product = upper_product(look, step.index, gradient_bar, step.point, route)
+            product = upper_product(look, step.index, gradient_bar, step.point, route, gradient=step.gradient)
         else:
             product, through_gradient = mixed_product(look, step.index, gradient_bar, step.point, route)
             point_bar = add_scaled(through_point, 1.0, through_gradient)

@@ -13,7 +13,7 @@ from ..barrier import Products
 from ..checking import Check
 from ..claims import Claim, Slope
 from ..descent import Point, Rule
-from ..evaluator import Evaluation
+from ..evaluation import Evaluation
 from ..plain import Plain
 from ..vectors import Vector, add_scaled, dot, subtract
 

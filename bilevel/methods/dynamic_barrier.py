@@ -16,11 +16,13 @@ from ..claims import DIFFERENCE, Claim, Same, Unknown
 from ..descent import GradientDescent, InnerStep, Preview, Rule, check_preview, current_rates
 from ..directions import Directions, Stats
 from ..errors import choice, count, message, number
-from ..evaluator import Evaluation, Look
+from ..evaluation import Evaluation
+from ..evaluator import Look
 from ..hypergradient import adjoint, descend
 from ..optimizer import BilevelOptimizer, Common
 from ..plain import NoReference
-from ..routes import ROUTES, Route, route_taken
+from ..routes import ROUTES, Route
+from ..routing import route_taken
 from ..vectors import Vector, accumulation_dtype, add_scaled, dot, squared_norm, subtract
 from .barrier_terms import Terms, ValueGradient, plain_products, plain_terms, value_claims
 

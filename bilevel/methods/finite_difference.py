@@ -12,11 +12,13 @@ from ..claims import Claim
 from ..descent import InnerStep
 from ..directions import Directions
 from ..errors import number
-from ..evaluator import Evaluation, Look
+from ..evaluation import Evaluation
+from ..evaluator import Look
 from ..hypergradient import Step, pull_back
 from ..optimizer import Common
 from ..plain import Plain
-from ..products import upper_difference
+from ..products import upper_product
+from ..routing import route_taken
 from ..vectors import Vector
 from .formulas import Formula, central_difference, difference_claims, summed
 from .sequential import HypergradientStats, Sequential
@@ -97,8 +99,9 @@ class FiniteDifference(Sequential[HypergradientStats]):
         ahead, _ = rule.step(look.point(), g.lower, step.state)
         f = look.upper(at=ahead)
         _, direction, _ = pull_back(rule, step, look.point(), f.lower, [{} for _ in ahead])
-        through = upper_difference(look, 0, direction, None, radius=self.radius)
-        stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product="difference")
+        through = upper_product(look, 0, direction, None, "difference", gradient=g.lower, radius=self.radius)
+        route = route_taken(look, "upper", "difference")
+        stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=route)
         return self._directions(look, f, g, through, stats)
 
     def _formula(self, plain: Plain) -> Formula:

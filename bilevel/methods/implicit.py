@@ -14,13 +14,15 @@ from ..claims import DIFFERENCE, Claim, Same, Unknown
 from ..descent import GradientDescent, Rule, current_rates
 from ..directions import Directions
 from ..errors import choice, message
-from ..evaluator import Evaluation, Look
+from ..evaluation import Evaluation
+from ..evaluator import Look
 from ..hypergradient import ConjugateGradient, Solver
 from ..optimizer import Common
 from ..plain import NoReference, Plain
 from ..products import mixed_product, upper_product
 from ..rollback import Saved
-from ..routes import Route, route_taken
+from ..routes import Route
+from ..routing import route_taken
 from ..vectors import Vector, add_scaled, squared_norm, subtract
 from .formulas import Formula, summed
 from .sequential import HypergradientStats, Sequential
@@ -135,7 +137,7 @@ class Implicit(Sequential[ImplicitStats]):
         found = self.solver.solve(hessian, f.lower, start, current_rates(self._lower, None))
         self._found = self._named([None] * len(self._upper.names), found.x)[1]
         through = upper_product(look, last, found.x, None, self.product)
-        self._evaluator.lower_loss.check_use("upper", through)
+        look.check_dependence(through)
         stats = ImplicitStats(
             f.value,
             first.value,

@@ -18,7 +18,8 @@ from ..hypergradient import Step, pull_back
 from ..optimizer import BilevelOptimizer, Common
 from ..plain import NoReference, Plain
 from ..products import upper_product
-from ..routes import ROUTES, Route, route_taken
+from ..routes import ROUTES, Route
+from ..routing import route_taken
 from ..vectors import Vector, add_scaled, dot, squared_norm
 from .formulas import Formula, derivative_claims, summed
 from .sequential import HypergradientStats
@@ -111,8 +112,8 @@ class MLC(BilevelOptimizer[HypergradientStats]):
         ahead, _ = rule.step(look.point(), g.lower, rule.start())
         f = look.upper(at=ahead)
         _, through_step, _ = pull_back(rule, step, look.point(), f.lower, [{} for _ in ahead])
-        product = upper_product(look, 0, through_step, None, self.product)
-        self._evaluator.lower_loss.check_use("upper", product)
+        product = upper_product(look, 0, through_step, None, self.product, gradient=g.lower)
+        look.check_dependence(product)
         m: Vector = add_scaled(f.upper, 1.0, product)
         value, aux = f.value, f.aux
         if self.inner_steps > 1:

@@ -13,12 +13,14 @@ from ..claims import Claim
 from ..descent import GradientDescent, Preview, Rule, check_preview, current_rates
 from ..directions import Directions
 from ..errors import number
-from ..evaluator import Evaluation, Look
+from ..evaluation import Evaluation
+from ..evaluator import Look
 from ..hypergradient import Step
 from ..optimizer import Common
 from ..plain import Plain
-from ..products import upper_difference
+from ..products import upper_product
 from ..rollback import Saved
+from ..routing import route_taken
 from ..vectors import Vector, subtract
 from .formulas import Formula, central_difference, difference_claims, summed
 from .sequential import HypergradientStats, Sequential
@@ -94,8 +96,9 @@ class SAMA(Sequential[HypergradientStats]):
         g, steps = self._train(look, real=real, rule=lambda: Preview(self._lower), keep=1)
         f = look.upper()
         direction = self._adapted(steps[-1], f.lower)
-        product = upper_difference(look, self.lower_batches - 1, direction, None, radius=self.radius)
-        stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product="difference")
+        product = upper_product(look, self.lower_batches - 1, direction, None, "difference", radius=self.radius)
+        route = route_taken(look, "upper", "difference")
+        stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=route)
         return self._directions(look, f, g, subtract([None] * len(product), product), stats)
 
     def _adapted(self, last: Step, upper: Vector) -> Vector:

@@ -20,13 +20,15 @@ from ..claims import DIFFERENCE, Claim, Same, Unknown
 from ..descent import GradientDescent, InnerStep, Preview, Rule, check_preview, current_rates
 from ..directions import Directions, Stats
 from ..errors import choice, count, number
-from ..evaluator import Evaluation, Look
+from ..evaluation import Evaluation
+from ..evaluator import Look
 from ..handover import hand_over
 from ..hypergradient import Step
 from ..optimizer import BilevelOptimizer, Common
 from ..plain import NoReference, Plain
 from ..rollback import Saved
-from ..routes import ROUTES, Kind, Route, route_taken
+from ..routes import ROUTES, Route
+from ..routing import Kind, route_taken
 from ..variables import Level
 from ..vectors import Vector, add_scaled, squared_norm
 from .formulas import Formula, GraphStart, derivative_claims
@@ -209,7 +211,7 @@ class Sequential(BilevelOptimizer[H], ABC):
         self, look: Look, f: Evaluation, g: Evaluation, through: Vector, stats: H | None = None
     ) -> Directions[H]:
         """Answer with the sum of F's own gradient and the part ``through`` the lower steps."""
-        self._evaluator.lower_loss.check_use("upper", through)
+        look.check_dependence(through)
         named, _ = self._named(add_scaled(f.upper, 1.0, through), [None] * len(self._lower.names))
         if stats is None:
             taken = route_taken(look, self.product_kind, self.product)

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..descent import InnerStep
 from ..directions import Directions
 from ..errors import choice, count, message
-from ..evaluator import Evaluation, Look
-from ..hypergradient import KeptGraph, Start, adjoint, descend, leaves, start_of, through_start
+from ..evaluation import Evaluation
+from ..evaluator import Look
+from ..hypergradient import KeptGraph, Start, Unreached, adjoint, descend, leaves, start_of, through_start
 from ..optimizer import Common
 from ..plain import Plain
 from ..routes import Route
@@ -20,6 +21,7 @@ from .formulas import Formula, GraphStart, derivative, summed
 from .sequential import HypergradientStats, Sequential
 
 Mode = Literal["auto", "adjoint", "graph"]
+KEPT_GRAPH = "the kept graph"  # as a shortcut that verification may replace
 
 
 class Unrolled(Sequential[HypergradientStats]):
@@ -145,7 +147,15 @@ class Unrolled(Sequential[HypergradientStats]):
     def _look_ahead(self, look: Look) -> Directions[HypergradientStats]:
         start = None if self.start is None else start_of("Unrolled", self.start, self._lower)
         if self._keeps_graph:
-            return self._look_ahead_by_graph(look, start)
+            try:
+                return self._look_ahead_by_graph(look, start)
+            except Unreached as problem:
+                if self.mode != "auto":
+                    raise
+                look.verification.routes[KEPT_GRAPH] = "adjoint"
+                look.verification.say(f"{problem} Falling back to it for this optimizer.")
+                if self.start is not None:
+                    start = start_of("Unrolled", self.start, self._lower)
         point = None if start is None else [x.detach().clone() for x in start]
         g = look.lower(at=point, wrt="lower")
         rule = self._rule()
@@ -214,7 +224,8 @@ class Unrolled(Sequential[HypergradientStats]):
     def _keeps_graph(self) -> bool:
         if self.mode == "auto":
             several = self._differentiated > 1 or self.start is not None
-            return several and not self._lower.has_bare_tensors
+            unfit = self._lower.has_bare_tensors or KEPT_GRAPH in self._evaluator.verification.routes
+            return several and not unfit
         return self.mode == "graph"
 
     @property

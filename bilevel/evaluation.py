@@ -1,0 +1,300 @@
+"""The losses and their derivatives at any point: the only place that calls a closure and differentiates it.
+
+Values of the lower variables other than the current ones reach a closure by one of two routes:
+
+* *swap*: they are exchanged into the parameters in place, and taken out again whatever happens. It reaches every way
+  of reading a parameter, and serves everything that needs no derivative *along* a direction.
+* *substitute*: other tensors take their places in the modules (``substitution.py``). It carries dual tensors (forward
+  mode) and graphs through the lower point, and reaches only what is read from a module.
+
+The upper variables are never replaced: they are leaves of the graph. Where only their gradient is wanted, an evaluation
+is *forward-only* through the lower model: the lower variables' flags are off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .closures import MISSING, Loss, captured, sequence_number
+from .errors import ClosureError
+from .inspection import explained
+from .replay import Replay
+from .substitution import Places, plain_attention
+from .variables import Level
+from .vectors import Vector, exchange
+
+Wrt = Literal["both", "upper", "lower"]
+Point = Sequence[Tensor]
+Graph = tuple[Tensor, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A loss at a point: its value and its gradients, per level (empty where it was not asked for)."""
+
+    value: Tensor
+    upper: Vector
+    lower: Vector
+    aux: Any = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: two losses over two levels, and the modules that they are known to call."""
+
+    owner: str
+    upper_loss: Loss
+    lower_loss: Loss
+    upper: Level
+    lower: Level
+    modules: Sequence[nn.Module]
+
+    @property
+    def devices(self) -> set[torch.device]:
+        return {tensor.device for tensor in self.variables}
+
+    @property
+    def variables(self) -> list[Tensor]:
+        return [*self.upper.tensors, *self.lower.tensors]
+
+    @property
+    def named_variables(self) -> list[tuple[str, Tensor]]:
+        """The variables of both levels, as errors call them."""
+        return [
+            (f"{level.side} variable {name}", tensor)
+            for level in (self.upper, self.lower)
+            for name, tensor in zip(level.names, level.tensors, strict=True)
+        ]
+
+
+class Evaluations:
+    """The losses of one step, evaluated around the current point on the batches of that step.
+
+    Args:
+        subject: The losses and levels.
+        replay: What evaluations must leave as it was.
+        upper_batch: The batch of F, or ``MISSING``.
+        lower_batches: The batches of G.
+    """
+
+    def __init__(self, subject: Subject, replay: Replay, upper_batch: Any, lower_batches: Sequence[Any]) -> None:
+        self._subject = subject
+        self._upper_batch = upper_batch
+        self._lower_batches = lower_batches or [MISSING]
+        self._devices = subject.devices
+        self.owner = subject.owner
+        self.replay = replay
+        self.upper_level = subject.upper
+        self.lower_level = subject.lower
+        self.upper_loss = subject.upper_loss
+        self.lower_loss = subject.lower_loss
+
+    @property
+    def checking(self) -> bool:
+        """Whether the graphs of the losses are searched for what cannot be served."""
+        return False
+
+    def point(self) -> list[Tensor]:
+        """Return the current values of the lower variables: views, not copies."""
+        return [tensor.detach() for tensor in self.lower_level.tensors]
+
+    def upper(self, at: Point | None = None, wrt: Wrt = "both") -> Evaluation:
+        """Evaluate F at the current point, or with the lower variables ``at`` other values. One call of the loss."""
+        loss = self.upper_loss
+        evaluation = self._evaluate(loss, "upper", self._upper_batch, at, wrt)
+        if wrt != "upper":
+            loss.check_use("lower", evaluation.lower)
+        return evaluation
+
+    def lower(self, index: int = 0, at: Point | None = None, wrt: Wrt = "both", *, trains: bool = False) -> Evaluation:
+        """Evaluate G on lower batch ``index``; a single batch serves every index. One call of the loss.
+
+        ``trains`` marks the gradient of a real lower step: buffers move even if the batch was evaluated before.
+        """
+        index, batch = self._lower_batch(index)
+        loss = self.lower_loss
+        evaluation = self._evaluate(loss, ("lower", index), batch, at, wrt, trains)
+        if wrt != "upper":
+            loss.check_use("lower", evaluation.lower)
+        if wrt != "lower":
+            loss.check_use("upper", evaluation.upper)
+        return evaluation
+
+    def check_dependence(self, product: Vector) -> None:
+        """Refuse a lower loss that depends on no upper variable; its mixed derivative alone may well be absent."""
+        if all(part is None for part in product):
+            self.lower(wrt="upper")
+
+    @contextmanager
+    def lower_graph(
+        self,
+        index: int,
+        at: Point | None = None,
+        substitute: Point | None = None,
+        *,
+        current: bool = False,
+        trains: bool = False,
+    ) -> Iterator[Graph]:
+        """Build the graph of G, and its aux, for derivatives of higher order, to be taken inside the ``with``.
+
+        Args:
+            index: Which lower batch, as in :meth:`lower`.
+            at: Values to swap in.
+            substitute: Instead, tensors to put in the places of the lower variables: dual tensors, or a graph.
+            current: Whether these have the current values, so that buffers move as in :meth:`lower`.
+            trains: Whether a real lower step is taken along the gradient, as there.
+        """
+        index, batch = self._lower_batch(index)
+        with self._graph(self.lower_loss, ("lower", index), batch, at, substitute, current, trains) as graph:
+            yield graph
+
+    @contextmanager
+    def upper_graph(self, substitute: Point, *, current: bool = False) -> Iterator[Graph]:
+        """Build the graph of F with other tensors in the places of the lower variables, as in :meth:`lower_graph`.
+
+        ``current``: as there.
+        """
+        with self._graph(self.upper_loss, "upper", self._upper_batch, None, substitute, current) as graph:
+            yield graph
+
+    @contextmanager
+    def _graph(
+        self,
+        loss: Loss,
+        key: Any,
+        batch: Any,
+        at: Point | None,
+        substitute: Point | None,
+        current: bool = False,
+        trains: bool = False,
+    ) -> Iterator[Graph]:
+        # Copies: a training-mode BatchNorm would write tangents into the user's own buffers, and a kept graph may hold
+        # what the next evaluation changes.
+        copied = substitute is not None and not current
+        with self._prepared(key, at, current=current, trains=trains, copied=copied), plain_attention():
+            if substitute is None:
+                graph = loss(batch, self._devices)
+            else:
+                frozen = not any(value.requires_grad for value in substitute)
+                with self._places.holding(substitute, copy_buffers=copied):
+                    graph = loss(batch, self._devices, frozen=frozen)
+            yield graph
+
+    def _apart(self, aux: Any) -> Any:
+        """Return ``aux`` with copies of what is a variable or a buffer, or a view of one: those will move."""
+        if aux is None:
+            return None
+
+        def apart(leaf: Any) -> Any:
+            own = isinstance(leaf, Tensor) and leaf.layout == torch.strided
+            return leaf.clone() if own and leaf.untyped_storage().data_ptr() in self._live else leaf
+
+        return tree_map(apart, aux)
+
+    @cached_property
+    def _live(self) -> set[int]:
+        modules = self._subject.modules
+        buffers = [buffer for module in modules for buffer in module.buffers()]
+        return {x.untyped_storage().data_ptr() for x in (*self._subject.variables, *buffers)}
+
+    @cached_property
+    def _places(self) -> Places:
+        return Places(self._subject.modules, self.lower_level.tensors)
+
+    def _lower_batch(self, index: int) -> tuple[int, Any]:
+        index = min(index, len(self._lower_batches) - 1)
+        return index, self._lower_batches[index]
+
+    def _evaluate(
+        self, loss: Loss, key: Any, batch: Any, at: Point | None, wrt: Wrt, trains: bool = False
+    ) -> Evaluation:
+        return self._evaluate_as(loss, key, batch, at, wrt, trains, freeze=wrt == "upper")
+
+    def _evaluate_as(
+        self,
+        loss: Loss,
+        key: Any,
+        batch: Any,
+        at: Point | None,
+        wrt: Wrt,
+        trains: bool = False,
+        *,
+        freeze: bool = False,
+    ) -> Evaluation:
+        """Call the loss, and differentiate; ``freeze``: with the lower variables' flags off."""
+        upper = list(self.upper_level.tensors) if wrt != "lower" else []
+        lower = list(self.lower_level.tensors) if wrt != "upper" else []
+        with self._prepared(key, at, current=at is None, freeze=freeze, trains=trains):
+            since = sequence_number() if self.checking else 0
+            value, aux = loss(batch, self._devices, frozen=not lower)
+            if self.checking:
+                self._refuse_captured(loss, value, since)
+            with explained(loss.name):
+                gradients = torch.autograd.grad(value, upper + lower, allow_unused=True)
+        for index, gradient in enumerate(gradients):
+            if gradient is not None and gradient.layout != torch.strided:
+                raise ClosureError(
+                    f"{loss.name} gives {self._names(wrt)[index]} a gradient of layout {gradient.layout}; directions "
+                    "are dense. Usual cause: Embedding(sparse=True). Build the layer with sparse=False."
+                )
+        return Evaluation(loss.number(value), gradients[: len(upper)], gradients[len(upper) :], self._apart(aux))
+
+    def _names(self, wrt: Wrt) -> list[str]:
+        upper = [f"upper variable {name}" for name in self.upper_level.names]
+        lower = [f"lower variable {name}" for name in self.lower_level.names]
+        return {"both": upper + lower, "upper": upper, "lower": lower}[wrt]
+
+    def _refuse_captured(self, loss: Loss, value: Tensor, since: int) -> None:
+        variables = (*self.upper_level.tensors, *self.lower_level.tensors)
+        names = captured(value, since, dict(zip(map(id, variables), self._names("both"), strict=True)))
+        if names:
+            raise ClosureError(
+                f"{loss.name} reads {', '.join(names)} through a tensor that was computed outside the call, so it "
+                "would be evaluated at the wrong point when the variable moves. Compute that tensor inside the loss, "
+                "from the variable itself."
+            )
+
+    @contextmanager
+    def _prepared(
+        self,
+        key: Any,
+        at: Point | None,
+        *,
+        current: bool,
+        freeze: bool = False,
+        trains: bool = False,
+        copied: bool = False,
+    ) -> Iterator[None]:
+        """Surround one evaluation: replay what the batch's first one saw, swap ``at`` in and out.
+
+        ``copied`` says that the evaluation gets copies of the buffers.
+        """
+        variables = [*self.upper_level.tensors, *self.lower_level.tensors]
+        parameters = self.lower_level.tensors
+        replayed = self.replay.evaluation(key, current=current, trains=trains, copied=copied)
+        with replayed, torch.enable_grad():
+            # An autocast region around the step would go on to serve casts of the values before the exchange.
+            torch.clear_autocast_cache()
+            if at is not None:
+                exchange(parameters, at)
+            try:
+                if freeze:
+                    # Without gradients for the lower variables this is forward-only through the lower model.
+                    for parameter in parameters:
+                        parameter.requires_grad_(False)
+                yield
+            finally:
+                for variable in variables:
+                    if not variable.requires_grad:
+                        variable.requires_grad_(True)
+                if at is not None:
+                    exchange(parameters, at)
+                torch.clear_autocast_cache()

@@ -1,0 +1,234 @@
+"""Which way a product of the lower loss is computed: the choice, the fallback, and whether the way can be trusted.
+
+``auto`` is what ``benchmarks/hypergradient.py`` found to be faster and smaller. For ``G_aw v`` alone that is
+``forward``: one dual evaluation through the lower model, 1.2 plain gradients on a ResNet-32 against 3.7. For both
+products it is ``reverse``: 4.3 against 4.6, and half the memory. Where a loss does not allow the one, the other serves,
+after one warning that says why.
+
+``forward`` and ``difference`` do to a closure what plain autograd never does, so that both are verified
+(``verification.py``): at every step the slope of G that they see must be ``<grad_w G, v>``, and in looks the product is
+compared with double backward. Where they differ, double backward serves from then on, after one warning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .errors import ClosureError
+from .evaluation import Evaluation, Point
+from .evaluator import Look
+from .routes import NoDoubleBackward, Route, Unserved, refusal
+from .vectors import Vector, add_scaled, dot, squared_norm
+from .verification import DECIDED, out_of_memory, rounding, slope_gap, truncation, vector_gap
+
+Kind = Literal["both", "upper"]
+# What the slope of a difference must agree to in float64, and the noise in a difference that is worth a warning.
+STRAIGHT = 1e-5
+NOISY = 0.1
+DISAGREEMENTS = {
+    "forward": (
+        "Forward mode gives lower_loss another derivative than plain autograd (by {gap:.1e}). Usual causes: "
+        "torch.no_grad() inside the loss, which forward mode does not see (write .detach(), or bilevel.hold); a "
+        "condition on requires_grad; a gradient hook; a parameter that is read past its module."
+    ),
+    "difference": (
+        "A difference of lower_loss is another derivative than plain autograd's (by {gap:.1e}): something in it "
+        "depends on the lower variables and is hidden from autograd. Usual causes: .detach() or torch.no_grad() in the "
+        "loss (write bilevel.hold(tensor), which is a constant for both); a gradient hook."
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A product, and what verifies it.
+
+    Attributes:
+        product: ``G_aw v``, and ``G_ww v`` where both were asked for, in one vector.
+        slope: The slope of G along v as the route saw it, and G; None where they are plain autograd's.
+        gradient: ``grad_w G`` by plain autograd, where the route computed it.
+    """
+
+    product: Vector
+    slope: tuple[Tensor, Tensor] | None = None
+    gradient: Vector | None = None
+
+
+Way = Callable[[Look, Vector, Point | None], Found]
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The three routes of a kind of product, as functions of the look, the direction and the point."""
+
+    kind: Kind
+    index: int
+    forward: Way
+    reverse: Way
+    difference: Way
+
+
+def route_taken(look: Look, kind: Kind, route: Route) -> str:
+    """Name the route that serves products of this kind, for ``stats``."""
+    # Bare tensors are read from the closure's surroundings, where no substitute reaches them: no use in trying.
+    first = "reverse" if kind == "both" or look.lower_level.has_bare_tensors else "forward"
+    return look.verification.routes.get(f"{kind} product, {route}", first if route == "auto" else route)
+
+
+def by_route(
+    look: Look, ways: Ways, direction: Vector, at: Point | None, route: Route, gradient: Vector | None = None
+) -> Vector:
+    """Compute a product by its route. If ``auto`` cannot be served, the other exact one serves from then on; what
+    disagrees with plain autograd is replaced by double backward.
+
+    ``gradient``: ``grad_w G`` at the point, where the caller has it.
+    """
+    look.refuse_hooks()
+    chosen = route_taken(look, ways.kind, route)
+    if chosen == "difference":
+        return _verified(look, ways, direction, at, route, chosen, ways.difference(look, direction, at), gradient)
+    way, otherwise = (ways.forward, ways.reverse) if chosen == "forward" else (ways.reverse, ways.forward)
+    try:
+        found = way(look, direction, at)
+    except Unserved as problem:
+        if route != "auto":
+            raise refusal(problem) from problem.__cause__
+        try:
+            found = otherwise(look, direction, at)
+        except Unserved as second:
+            no_route = problem if isinstance(problem, NoDoubleBackward) else second
+            raise refusal(no_route) from no_route.__cause__
+        chosen, name = ("reverse", "double backward") if chosen == "forward" else ("forward", "forward mode")
+        look.verification.routes[f"{ways.kind} product, {route}"] = chosen
+        look.verification.say(f"{problem} Falling back to {name} for this optimizer.")
+    return _verified(look, ways, direction, at, route, chosen, found, gradient)
+
+
+def _verified(
+    look: Look,
+    ways: Ways,
+    direction: Vector,
+    at: Point | None,
+    route: Route,
+    chosen: str,
+    found: Found,
+    gradient: Vector | None,
+) -> Vector:
+    """Return the product that was found, or double backward's if they disagree."""
+    if chosen == "reverse" or not look.watching:
+        return found.product
+    name = f"{ways.kind} product by {chosen} mode" if chosen == "forward" else f"{ways.kind} product by {chosen}"
+    known = found.gradient if found.gradient is not None else gradient
+    gap = math.nan
+    suspicious = False
+    if known is not None and found.slope is not None:
+        slack = (rounding if chosen == "forward" else truncation)(look.dtype)
+        slope, value = found.slope
+        measured = slope_gap(slope, known, direction, value)
+        suspicious = look.verification.suspects(name, measured, slack)
+        gap = float(measured) if suspicious else gap
+    plain: Found | None = None
+    if look.comparing and not suspicious:
+        try:
+            with look.replay.silently():
+                plain = ways.reverse(look, direction, at)
+        except Unserved:
+            suspicious = chosen == "difference"  # nothing to compare with but float64
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            look.verification.say(f"{name}: not verified, for want of memory. Nothing else is affected.")
+            return found.product
+        else:
+            measured = vector_gap(found.product, plain.product, _floor(look, known, direction))
+            suspicious = look.verification.suspects(name, measured, 10 * rounding(look.dtype))
+            gap = float(measured)
+    if not suspicious:
+        return found.product
+    decided: list[_Decision] = []
+
+    def in_float64() -> float:
+        decided.append(_decide(look, ways, direction, at, chosen))
+        return decided[-1].gap
+
+    if not look.differs(name, gap if gap == gap else 0.0, in_float64, STRAIGHT if chosen == "difference" else DECIDED):
+        apart = float(vector_gap(found.product, plain.product)) if plain is not None else 0.0
+        if decided and look.dtype != torch.float64 and apart > max(NOISY, 3 * decided[-1].truncation):
+            look.verification.say(
+                f"{name}: {apart:.0%} of it is noise of the precision that lower_loss computes in; in "
+                "float64 it is right. Usual causes: autocast, or a loss that is large beside its slopes. Use "
+                'product="reverse" or a larger radius, or switch autocast off in the lower loss.'
+            )
+        return found.product
+    told = DISAGREEMENTS[chosen].format(gap=decided[-1].gap if decided else gap)
+    try:
+        plain = plain or ways.reverse(look, direction, at)
+    except Unserved as problem:
+        raise ClosureError(f"{told} Nothing else can serve this loss: {problem}") from problem.__cause__
+    look.verification.routes[f"{ways.kind} product, {route}"] = "reverse"
+    look.verification.say(f"{told} Falling back to double backward for this optimizer.")
+    return plain.product
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """How far a route is from plain autograd in float64; of a difference also how far its product is, by truncation."""
+
+    gap: float
+    truncation: float = math.inf
+
+
+def _decide(look: Look, ways: Ways, direction: Vector, at: Point | None, chosen: str) -> _Decision:
+    """Compare a route with plain autograd in float64: of differences the slope, as their product may sit on a kink."""
+    with look.in_float64() as wide:
+        v = [None if x is None else x.double() for x in direction]
+        point = None if at is None else [x.double() for x in at]
+        here = wide.lower(ways.index, point, "lower")
+        gradient = here.lower
+        again = (ways.forward if chosen == "forward" else ways.difference)(wide, v, point)
+        try:
+            plain = ways.reverse(wide, v, point)
+            apart = float(vector_gap(again.product, plain.product, _floor(wide, gradient, v)))
+        except Unserved:
+            apart = math.inf
+        if chosen == "difference":
+            gap = float(_slope_gap_of_differences(wide, ways.index, here, v, point))
+            return _Decision(min(gap, apart), apart)
+        if math.isfinite(apart) or again.slope is None:
+            return _Decision(apart)
+        return _Decision(float(slope_gap(again.slope[0], gradient, v, here.value)))
+
+
+def _slope_gap_of_differences(wide: Look, index: int, here: Evaluation, direction: Vector, at: Point | None) -> Tensor:
+    """How far ``<grad_w G, v>`` lies from between the two one-sided slopes of G along v: 0 at a kink, whatever
+    autograd chose there, and where the rounding of G explains it.
+    """
+    start = at if at is not None else wide.point()
+    size = squared_norm(direction).sqrt().clamp(min=1e-30)
+    expected = dot(here.lower, direction)
+    scale = (squared_norm(here.lower) * squared_norm(direction)).sqrt().clamp(min=1e-30)
+    gaps = []
+    for step in (1e-6, 1e-7):
+        ahead, behind = (
+            wide.lower(index, [x for x in add_scaled(start, sign * step / size, direction) if x is not None], "lower")
+            for sign in (1, -1)
+        )
+        slopes = torch.stack([ahead.value - here.value, here.value - behind.value]).to(expected.device) * (size / step)
+        noise = 8 * torch.finfo(torch.float64).eps * here.value.abs().to(expected.device) * (size / step)
+        outside = (torch.maximum(slopes.min() - expected, expected - slopes.max()) - noise).clamp(min=0.0)
+        gaps.append(outside / scale)
+    return torch.stack(gaps).min()
+
+
+def _floor(look: Look, gradient: Vector | None, direction: Vector) -> Tensor:
+    """Return a length below which a product is taken for 0: of rounding, where large terms cancel."""
+    unit = torch.finfo(look.dtype).eps
+    size = squared_norm(look.point()).sqrt().clamp(min=1.0)
+    scale = squared_norm(direction).sqrt() / size
+    return unit * scale if gradient is None else unit * scale * squared_norm(gradient).sqrt().clamp(min=1.0)
