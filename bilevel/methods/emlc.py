@@ -125,7 +125,7 @@ class EMLC(Sequential[HypergradientStats]):
             for x, rate, discount in zip(g, rates, discounts, strict=True)
         ]
 
-    def _formula(self, plain: Plain) -> Formula:
+    def _formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:
         """The equation above: each product at its own point, with its own discount."""
         steps = plain.train(self.inner_steps, self._rule)
         f = plain.upper()

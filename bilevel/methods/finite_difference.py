@@ -104,14 +104,17 @@ class FiniteDifference(Sequential[HypergradientStats]):
         stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=route)
         return self._directions(look, f, g, through, stats)
 
-    def _formula(self, plain: Plain) -> Formula:
-        """The same difference, of plain gradients."""
+    def _formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:
+        """The same difference, of plain gradients; or the product itself, where that took its place."""
         f, direction = self._plain_direction(plain)
+        if answer.stats.product != "difference":
+            return summed(f.upper, 1.0, plain.product(0, direction)[0])
         return summed(f.upper, 1.0, central_difference(plain, 0, direction, self.radius))
 
     def _more_claims(self, check: Check, answer: Directions[HypergradientStats]) -> Iterator[Claim]:
-        with check.plain() as plain:
-            yield from difference_claims(check, plain, 0, self._plain_direction(plain)[1])
+        if answer.stats.product == "difference":
+            with check.plain() as plain:
+                yield from difference_claims(check, plain, 0, self._plain_direction(plain)[1])
 
     def _plain_direction(self, plain: Plain) -> tuple[Evaluation, Vector]:
         """F at w', and v."""

@@ -164,7 +164,7 @@ class Implicit(Sequential[ImplicitStats]):
             self._last = self._found
         return stats
 
-    def _formula(self, plain: Plain) -> Formula:
+    def _formula(self, plain: Plain, answer: Directions[ImplicitStats]) -> Formula:
         r""":math:`\nabla_\alpha F - G_{\alpha w}\, p` with the p that the solver found."""
         f, p = self._solved(plain)
         return summed(f.upper, -1.0, plain.product(self.lower_batches - 1, p)[0])

@@ -109,12 +109,18 @@ class SAMA(Sequential[HypergradientStats]):
         terms = zip(self._lower.groups(), point, last.gradient, last.state, upper, strict=True)
         return [None if u is None or g is None else _adam_slope(group, x, g, s) * u for group, x, g, s, u in terms]
 
-    def _formula(self, plain: Plain) -> Formula:
-        """The same difference, of plain gradients, along D as the moments give it."""
+    def _formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:
+        """The same difference, of plain gradients, along D as the moments give it; or the product itself, where that
+        took its place.
+        """
         f, direction = self._plain_direction(plain)
+        if answer.stats.product != "difference":
+            return summed(f.upper, -1.0, plain.product(self.lower_batches - 1, direction)[0])
         return summed(f.upper, -1.0, central_difference(plain, self.lower_batches - 1, direction, self.radius))
 
     def _more_claims(self, check: Check, answer: Directions[HypergradientStats]) -> Iterator[Claim]:
+        if answer.stats.product != "difference":
+            return
         saved = Saved([self._lower])
         try:
             with check.plain() as plain:

@@ -233,8 +233,8 @@ class Sequential(BilevelOptimizer[H], ABC):
         """Whether a real lower step may be taken; waits for the device unless ``on_nonfinite="ignore"``."""
         return self._are_finite({"lower_loss": [g.value], "the gradient of a lower step": g.lower})
 
-    def _formula(self, plain: Plain) -> Formula:
-        """The upper direction by plain autograd, from the equations of the class.
+    def _formula(self, plain: Plain, answer: Directions[H]) -> Formula:
+        """The upper direction by plain autograd, from the equations of the class; ``answer`` is the method's own.
 
         Methods that train first take their real lower steps here as well; they are taken back afterwards.
 
@@ -252,7 +252,7 @@ class Sequential(BilevelOptimizer[H], ABC):
         saved = Saved([self._lower])
         try:
             with check.plain() as plain:
-                formula = self._formula(plain)
+                formula = self._formula(plain, answer)
             yield Same("upper direction", upper, formula.upper, formula.size, tolerance=loose)
         except NoReference as problem:
             yield Unknown("upper direction", float(squared_norm(upper).sqrt()), str(problem))

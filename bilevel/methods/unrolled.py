@@ -242,7 +242,7 @@ class Unrolled(Sequential[HypergradientStats]):
         start = self.start
         return None if start is None else lambda: start_of("Unrolled", start, self._lower)
 
-    def _formula(self, plain: Plain) -> Formula:
+    def _formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:
         """Back through the last ``truncate`` steps, one product after the other."""
         if not self.trains_first:
             return derivative(plain, self._rule(), self.inner_steps, last=self._differentiated, start=self._graph_start)
