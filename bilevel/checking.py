@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
+from copy import deepcopy
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from .claims import Claim, Slope
 from .errors import count, number
 from .evaluation import Evaluation
-from .evaluator import Look
+from .evaluator import Evaluator, Look
 from .plain import Plain, Precision
 from .report import Comparison, Report, worse
 from .variables import Level
@@ -38,6 +39,7 @@ class Check:
     def __init__(self, optimizer: Checkable, batches: Sequence[Any], samples: int) -> None:
         self._optimizer, self._batches = optimizer, batches
         self.precision = Precision()
+        self._verification = deepcopy(optimizer._evaluator.verification)
         generator = torch.Generator().manual_seed(0)
 
         def probe(level: Level) -> list[Tensor]:
@@ -47,11 +49,25 @@ class Check:
         self.probes = [(probe(upper), probe(lower)) for _ in range(samples)]
 
     @contextmanager
-    def look(self) -> Iterator[Look]:
-        """Look at the losses as a step would, and take everything back; each look sees the same random numbers."""
-        with self._optimizer._look(self._batches, verifies=False) as look:
+    def look(self, *, verifies: bool = True) -> Iterator[Look]:
+        """Look at the losses as a step would, and take everything back; each look sees the same random numbers.
+
+        ``verifies``: with its shortcuts verified, and replaced where they are wrong, as in a look of a step.
+        """
+        with self._rehearsed(), self._optimizer._look(self._batches, verifies=verifies) as look:
             yield look
             look.replay.undo()
+
+    @contextmanager
+    def _rehearsed(self) -> Iterator[None]:
+        """What is found out about shortcuts in the check is the check's own: its next step finds it out for itself."""
+        evaluator = self._optimizer._evaluator
+        own, evaluator.verification = evaluator.verification, self._verification
+        self._verification.look_again()
+        try:
+            yield
+        finally:
+            evaluator.verification = own
 
     def repeat(self) -> None:
         """Find out how well the losses repeat."""
@@ -62,7 +78,7 @@ class Check:
     @contextmanager
     def plain(self) -> Iterator[Plain]:
         """The same by plain autograd."""
-        with self.look() as look:
+        with self.look(verifies=False) as look:
             yield Plain(look, self.precision)
 
 
@@ -72,6 +88,8 @@ class Checkable(Protocol):
     def _look(
         self, batches: Sequence[Any], upper: Any = ..., lower: Any = ..., *, verifies: bool = ...
     ) -> AbstractContextManager[Look]: ...
+
+    _evaluator: Evaluator
 
     def _claims(self, check: Check) -> Generator[Claim, None, None]: ...
 

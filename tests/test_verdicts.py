@@ -344,8 +344,8 @@ PRODUCTS: dict[Any, tuple[str, str]] = {
     bilevel.EMLC: ("emlc", "upper_product"),
     bilevel.MLC: ("mlc", "upper_product"),
     bilevel.Implicit: ("implicit", "upper_product"),
-    bilevel.FiniteDifference: ("finite_difference", "upper_difference"),
-    bilevel.SAMA: ("sama", "upper_difference"),
+    bilevel.FiniteDifference: ("finite_difference", "upper_product"),
+    bilevel.SAMA: ("sama", "upper_product"),
 }
 WITH_PRODUCTS = {
     name: case
