@@ -681,8 +681,8 @@ MUTATIONS = [
     Mutation(
         "SAMA: the difference on the first batch",
         "methods/sama.py",
-        "upper_difference(look, self.lower_batches - 1, direction",
-        "upper_difference(look, 0, direction",
+        "upper_product(look, self.lower_batches - 1, direction",
+        "upper_product(look, 0, direction",
         "test_first_order.py::test_sama",
     ),
     Mutation(
