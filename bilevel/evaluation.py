@@ -239,13 +239,14 @@ class Evaluations:
                 self._refuse_captured(loss, value, since)
             with explained(loss.name):
                 gradients = torch.autograd.grad(value, upper + lower, allow_unused=True)
+            number, aux = loss.number(value), self._apart(aux)  # before swapped values are taken out again
         for index, gradient in enumerate(gradients):
             if gradient is not None and gradient.layout != torch.strided:
                 raise ClosureError(
                     f"{loss.name} gives {self._names(wrt)[index]} a gradient of layout {gradient.layout}; directions "
                     "are dense. Usual cause: Embedding(sparse=True). Build the layer with sparse=False."
                 )
-        return Evaluation(loss.number(value), gradients[: len(upper)], gradients[len(upper) :], self._apart(aux))
+        return Evaluation(number, gradients[: len(upper)], gradients[len(upper) :], aux)
 
     def _names(self, wrt: Wrt) -> list[str]:
         upper = [f"upper variable {name}" for name in self.upper_level.names]

@@ -107,6 +107,7 @@ class Look(Evaluations):
         self._evaluator = evaluator
         self._verifies = verifies
         self._inspected: set[str] = set()
+        self._repeated: set[str] = set()
 
     @property
     def verification(self) -> Verification:
@@ -170,40 +171,62 @@ class Look(Evaluations):
                 self.verification.routes[shortcut] = "gradients on"  # it differentiates inside: nothing is wrong
             else:
                 return self._verified(shortcut, found, loss, key, batch, at) if self.comparing else found
-        found = self._evaluate_inspected(loss, key, batch, at, wrt, trains)
+        found = self._evaluate_as(loss, key, batch, at, wrt, trains)
         self.verification.held(loss.name, self.replay.held_count(key))
+        if self.comparing and loss.name not in self._repeated:
+            self._repeat(found.value, loss, key, batch, at)
         return found
 
-    def _evaluate_inspected(
-        self, loss: Loss, key: Any, batch: Any, at: Point | None, wrt: Wrt, trains: bool
-    ) -> Evaluation:
-        """Evaluate plainly; in a look, see that the call changed nothing, and that a second one gives the same."""
-        if not self.comparing or loss.name in self._inspected:
-            return self._evaluate_as(loss, key, batch, at, wrt, trains)
-        self._inspected.add(loss.name)
-        named = {id(x): name for name, x in self._subject.named_variables}
-        tensors = {id(x): x for x in self._subject.variables}
-        for module in self._subject.modules:
-            for name, x in module.named_parameters():
-                named.setdefault(id(x), f"{name} of {type(module).__name__}")
-                tensors[id(x)] = x
-        watched = [(named[key], x) for key, x in tensors.items()]
-        with inspected(loss.name, watched, set(map(id, self._subject.variables)), batch):
-            found = self._evaluate_as(loss, key, batch, at, wrt, trains)
+    def _repeat(self, value: Tensor, loss: Loss, key: Any, batch: Any, at: Point | None) -> None:
+        """See that a second call of a loss gives the same."""
+        self._repeated.add(loss.name)
         try:
             with self.replay.silently(), self._prepared(key, at, current=at is None):
-                again, _ = loss(batch, self._devices)
+                again = loss.number(loss(batch, self._devices)[0]).detach()
         except (RuntimeError, MemoryError) as error:
             self._unverified(loss.name, error)
-            return found
-        if bool(value_gap(found.value, again) > rounding(found.value.dtype)):
-            self.verification.say(
-                f"{loss.name} returned {float(found.value):.7g}, and then {float(again):.7g} for the same batch, "
+            return
+        if bool(value_gap(value, again) > rounding(value.dtype)):
+            self.verification.unrepeatable.add(loss.name)
+            self.verification.say_of(
+                loss.name,
+                f"{loss.name} returned {float(value):.7g}, and then {float(again):.7g} for the same batch, "
                 "variables and random state, so that differences of it, and its slopes, mean nothing. Usual causes: "
                 "random numbers of numpy, Python or a torch.Generator of one's own, a counter, a batch or a module "
-                "(not named in other=) that the loss changes. Draw such numbers outside the loss, in the batch."
+                "(not named in other=) that the loss changes. Draw such numbers outside the loss, in the batch.",
             )
-        return found
+
+    @contextmanager
+    def _prepared(
+        self,
+        key: Any,
+        at: Point | None,
+        *,
+        current: bool,
+        freeze: bool = False,
+        trains: bool = False,
+        copied: bool = False,
+    ) -> Iterator[None]:
+        """Surround one evaluation; in a look, the first one of a loss must change nothing."""
+        prepared = super()._prepared(key, at, current=current, freeze=freeze, trains=trains, copied=copied)
+        loss, batch = (
+            (self.upper_loss, self._upper_batch) if key == "upper" else (self.lower_loss, self._lower_batches[key[1]])
+        )
+        if not self.comparing or loss.name in self._inspected:
+            with prepared:
+                yield
+            return
+        self._inspected.add(loss.name)
+        with prepared, inspected(loss.name, self._watched(), set(map(id, self._subject.variables)), batch):
+            yield
+
+    def _watched(self) -> list[tuple[str, Tensor]]:
+        """The variables and all other parameters of the known modules, as errors call them."""
+        found = {id(x): (name, x) for name, x in self._subject.named_variables}
+        for module in self._subject.modules:
+            for name, x in module.named_parameters():
+                found.setdefault(id(x), (f"parameter {name} of {type(module).__name__}", x))
+        return list(found.values())
 
     def _verified(
         self, shortcut: str, found: Evaluation, loss: Loss, key: Any, batch: Any, at: Point | None
@@ -211,13 +234,15 @@ class Look(Evaluations):
         """Compare a forward-only evaluation with the one that has every flag on, which replaces it if they differ."""
         try:
             with self.replay.silently():
-                plain = self._evaluate_inspected(loss, key, batch, at, "upper", False)
+                plain = self._evaluate_as(loss, key, batch, at, "upper")
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             self._unverified(shortcut, error)
             return found
         gap = _gap(found, plain)
+        if loss.name in self.verification.unrepeatable:
+            return found
         if not self.verification.suspects(shortcut, gap, rounding(self.dtype)):
             return found
 

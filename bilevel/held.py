@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .compiler import eager
 from .errors import ClosureError
 
 
@@ -60,22 +60,10 @@ def holding(held: Held) -> Iterator[None]:
         )
 
 
+@eager  # a trace would freeze what is held
 def _replayed(tensor: Tensor) -> Tensor:
     held = _active.get()
     return tensor if held is None else held.visit(tensor)
-
-
-_reader: Callable[[Tensor], Tensor] = _replayed
-
-
-def shield_from_compiler() -> None:
-    """Make a compiled loss break its graph at :func:`hold`: a trace would freeze what is held.
-
-    Only once the compiler is loaded, because asking for it loads it, which takes longer than importing this library.
-    """
-    global _reader
-    if _reader is _replayed and "torch._dynamo" in sys.modules:
-        _reader = torch.compiler.disable(_replayed)
 
 
 def hold(tensor: Tensor) -> Tensor:
@@ -110,4 +98,4 @@ def hold(tensor: Tensor) -> Tensor:
         raise TypeError(
             f"hold(tensor={type(tensor).__name__}): must be a tensor. Hold the parts of a structure one by one."
         )
-    return _reader(tensor)
+    return _replayed(tensor)

@@ -115,7 +115,7 @@ def inspected(loss: str, named: Iterable[tuple[str, Tensor]], moved: set[int], b
     try:
         for name, tensor in named:
             kept = id(tensor) in moved or others <= budget
-            watched.append(_Watched("variable", f"parameter {name}", tensor, kept))
+            watched.append(_Watched("variable", name, tensor, kept))
             if tensor.grad is not None:
                 watched.append(_Watched("gradient", f"the gradient of {name}", tensor.grad, kept))
         watched += [_Watched("batch", "a tensor of its batch", x, True) for x in tensors_of(batch)]
@@ -135,9 +135,14 @@ def inspected(loss: str, named: Iterable[tuple[str, Tensor]], moved: set[int], b
     if changed or fresh:
         kind = "gradient" if fresh else changed[0].kind
         name = f"the gradient of {fresh[0]}" if fresh else changed[0].name
-        raise ClosureError(
-            f"{loss} changes {name} in place, so that it is another function each time it is called. {CURES[kind]}"
-        )
+        raise changed_in_place(loss, name, kind)
+
+
+def changed_in_place(loss: str, name: str, kind: str) -> ClosureError:
+    """Phrase the error about a loss that changes what it is called on."""
+    return ClosureError(
+        f"{loss} changes {name} in place, so that it is another function each time it is called. {CURES[kind]}"
+    )
 
 
 class _Watched:

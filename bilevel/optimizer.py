@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .checking import Check, loss_claims
 from .claims import Claim, Unknown
 from .closures import MISSING
+from .compiler import eager
 from .directions import Directions, S, T
 from .errors import choice, message
 from .evaluator import Evaluator, Look
@@ -122,6 +123,7 @@ class BilevelOptimizer(ABC, Generic[S]):
         """How many lower batches :meth:`step` takes, if not a single one."""
         return 1
 
+    @eager
     def step(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING) -> S:
         """Take one step: directions at the current point, handed to the two torch optimizers.
 
@@ -142,6 +144,7 @@ class BilevelOptimizer(ABC, Generic[S]):
         with self._look(batches, upper, lower) as look:
             return self._step(look)
 
+    @eager
     def directions(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING) -> Directions[S]:
         """Compute what :meth:`step` would hand to the torch optimizers, and move nothing.
 
@@ -153,6 +156,7 @@ class BilevelOptimizer(ABC, Generic[S]):
             look.replay.undo()
             return answer
 
+    @eager
     def apply(self, directions: Directions[T]) -> T:
         """Write ``directions`` into ``.grad`` and step both torch optimizers; a non-finite direction is treated as in
         :meth:`step`.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .buffers import Buffers, Snapshot
-from .held import Held, holding, shield_from_compiler
+from .held import Held, holding
 
 Policy = Literal["once", "every", "never"]
 
@@ -47,7 +47,6 @@ class Replay:
         modules: Sequence[tuple[nn.Module, Policy]],
         variables: Sequence[Tensor] = (),
     ) -> None:
-        shield_from_compiler()
         self._device_list = list(devices)
         self._start_random = RandomState(self._device_list)
         parts = [(part, policy) for module, policy in modules for part in module.modules()]

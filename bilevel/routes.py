@@ -36,6 +36,7 @@ OVERWRITTEN = "modified by an inplace operation"
 NO_FORWARD_RULE = ("forward AD", "forward-mode", "forward mode AD", ZERO_TENSORS, OVERWRITTEN, *NO_GRAPH_INSIDE)
 # How torch says that an operation cannot be differentiated twice.
 NO_SECOND_RULE = ("is not implemented", "double backward", "create_graph=False", "differentiate twice")
+COMPILED = ("donated buffers", "aot_autograd")
 # Where it does not say so: the node, and what to tell.
 WRONG_SECOND_RULES = {
     # The gradient's graph ends in an error node beside the path to the variables: the second derivative reads 0.
@@ -101,6 +102,8 @@ def second_derivatives() -> Iterator[None]:
         text = _first_line(error)
         if not any(mark in text for mark in NO_SECOND_RULE):
             raise
+        if any(mark in text for mark in COMPILED):
+            text = "it calls a compiled function (torch.compile), which cannot be differentiated twice."
         raise NoDoubleBackward(f"lower_loss has no double backward: {text}") from error
 
 

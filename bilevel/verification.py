@@ -48,6 +48,7 @@ class Verification:
         routes: Which right route has replaced which shortcut. Part of a checkpoint, so that a resumed run computes the
             same numbers.
         due: Whether the current step is a look.
+        unrepeatable: The losses that gave two values for the same call. Nothing can be compared with them.
     """
 
     def __init__(self, mode: Verify) -> None:
@@ -55,6 +56,7 @@ class Verification:
         self.steps = 0
         self.routes: dict[str, str] = {}
         self.due = True
+        self.unrepeatable: set[str] = set()
         self._forced = False
         self._signature: object = None
         self._holds: dict[str, int] = {}
@@ -93,6 +95,7 @@ class Verification:
         self._noise.clear()
         self._holds.clear()
         self._said.clear()
+        self.unrepeatable.clear()
         self.look_again()
 
     def held(self, loss: str, count: int) -> None:
@@ -127,9 +130,13 @@ class Verification:
 
     def say(self, text: str) -> None:
         """Warn, once."""
-        if text not in self._said:
-            self._said.add(text)
-            warnings.warn(text, stacklevel=2)
+        self.say_of(text, text)
+
+    def say_of(self, subject: str, text: str) -> None:
+        """Warn, once of a subject, whatever the numbers in the text."""
+        if subject not in self._said:
+            self._said.add(subject)
+            warnings.warn(text, stacklevel=3)
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs in order to go on with the same numbers."""

@@ -736,7 +736,7 @@ MUTATIONS = [
     ),
     Mutation(
         "Unrolled: real steps with a kept graph leave buffers behind",
-        "evaluator.py",
+        EVALUATION,
         "copied = substitute is not None and not current",
         "copied = substitute is not None",
         "test_unrolled.py::test_without_restore_w_takes_k_plain_torch_steps",

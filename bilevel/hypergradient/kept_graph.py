@@ -13,6 +13,7 @@ from ..descent import Point, Rule, State
 from ..errors import ClosureError
 from ..evaluation import Evaluation
 from ..evaluator import Look
+from ..inspection import changed_in_place
 from ..routes import refuse_wrong_rules, two_derivatives
 from ..variables import Level
 from ..vectors import Vector
@@ -49,6 +50,7 @@ class KeptGraph:
     def step(self, index: int, *, current: bool = False, trains: bool = False) -> Evaluation:
         """Take a step on lower batch ``index``; return G before it. The flags are those of :meth:`Look.lower_graph`."""
         w = self._point
+        versions = [x._version for x in w]
         with torch.enable_grad(), _hooks_refused():
             with (
                 self._look.lower_graph(index, substitute=w, current=current, trains=trains) as (value, aux),
@@ -56,6 +58,11 @@ class KeptGraph:
             ):
                 inputs = [*w, *self._look.lower_level.tensors]
                 found = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
+            if versions != [x._version for x in w]:
+                name = next(
+                    n for n, x, v in zip(self._look.lower_level.names, w, versions, strict=True) if x._version != v
+                )
+                raise changed_in_place("lower_loss", f"lower variable {name}", "variable")
             gradient = found[: len(w)]
             self._refuse_read(self._look.lower_loss, found[len(w) :])
             if self._first and self._look.checking:  # where the graph begins; later steps hold the earlier ones
@@ -130,6 +137,8 @@ class KeptGraph:
             look.verification.say(f"{name}, substituted: not verified, for want of memory. Nothing else is affected.")
             return
         shortcut = f"{name}, substituted"
+        if name in look.verification.unrepeatable:
+            return
         if not look.verification.suspects(shortcut, found, rounding(look.dtype)):
             return
 

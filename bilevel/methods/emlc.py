@@ -12,6 +12,7 @@ from torch import Tensor
 from ..descent import GradientDescent, Rule, current_rates
 from ..directions import Directions
 from ..errors import choice, number
+from ..evaluation import Evaluation
 from ..evaluator import Look
 from ..handover import hand_over
 from ..optimizer import Common
@@ -99,6 +100,7 @@ class EMLC(Sequential[HypergradientStats]):
         super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, product=product, atomic=atomic)
         self.discount = discount
         self.memory = memory
+        self._last: Vector | None = None
 
     def _train_and_look(self, look: Look, *, real: bool) -> Directions[HypergradientStats]:
         beginning = Saved([self._lower]) if self.memory == "replay" else None
@@ -110,11 +112,21 @@ class EMLC(Sequential[HypergradientStats]):
         for index in range(self.inner_steps):
             point = None if beginning else steps[index].point
             weighted = self._weighted(f.lower, age=self.inner_steps - 1 - index)
-            product = upper_product(look, index, weighted, point, self.product)
+            again = look.lower(index, wrt="lower").lower if beginning else None
+            gradient = self._last if again is None and index == self.inner_steps - 1 else again
+            product = upper_product(look, index, weighted, point, self.product, gradient=gradient)
             through = add_scaled(through, -1.0, product)
-            if beginning:  # the next of the k steps once more
-                hand_over(self._lower, look.lower(index, wrt="lower").lower)
+            if again is not None:  # the next of the k steps once more
+                hand_over(self._lower, again)
+        self._last = None
         return self._directions(look, f, first, through)
+
+    def _train_along(self, g: Evaluation, *, real: bool, kept: bool) -> None:
+        """Keep the gradient, which is in ``.grad`` anyway, as long as no hook changes it: it verifies a product."""
+        versions = [None if x is None else x._version for x in g.lower]
+        super()._train_along(g, real=real, kept=kept)
+        intact = versions == [None if x is None else x._version for x in g.lower]
+        self._last = g.lower if intact else None
 
     def _weighted(self, g: Vector, age: int) -> Vector:
         """Return ``lr * discount^age * g``, the direction of the product at the step ``age`` steps before the last."""
