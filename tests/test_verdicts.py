@@ -403,6 +403,7 @@ def test_a_wrong_discount_and_a_missing_slope_fail(monkeypatch: pytest.MonkeyPat
     assert verdict(bilevel.check_directions(optimizer, *problem.batches(2)), "upper direction") is False
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # bfloat16 is too coarse for differences
 @every_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_in_the_middle_of_training_it_passes_and_leaves_no_trace(case: Case, dtype: torch.dtype) -> None:
