@@ -1,91 +1,85 @@
-"""``check_directions``: what a method computed, against finite differences of the user's own losses in float64."""
+"""``check_directions``: what a method computed, against plain autograd and finite differences of the user's losses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from copy import deepcopy
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves
 
+from .claims import Claim, Slope
 from .errors import count, number
-from .evaluator import Look
+from .evaluation import Evaluation
+from .evaluator import Evaluator, Look
+from .plain import Plain, Precision
+from .report import Comparison, Report, worse
 from .variables import Level
-from .vectors import Vector, add_scaled, exchange
+from .vectors import Vector, dot
+from .widening import held_in_float64, in_float64, state_of, widened
 
 # A central difference in float64 with a step of about 1e-5 is good to some 1e-10 where third derivatives are of order
 # one.
 TOLERANCE = 1e-6
+# How torch says that a loss mixes types.
+MIXED = ("dtype", "scalar type", "Float")
 
 
-@dataclass(frozen=True)
-class Claim:
-    """One number that a method computed, and how to get it another way.
-
-    Attributes:
-        name: What it is, in the words of the class's docstring.
-        computed: The number.
-        along: ``e -> h(e)``: the number should be ``h'(0)``; or None.
-        expected: The number computed independently; or None.
-        verdict: Whether the comparison can pass or fail; False for the distance of an approximation.
-    """
-
-    name: str
-    computed: Tensor
-    along: Callable[[float], Tensor] | None = None
-    expected: Tensor | float | None = None
-    verdict: bool = True
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One line of a report: the number as the method computed it, as it should be, and their relative difference.
-
-    ``passed`` is None where an approximation is only measured.
-    """
-
-    name: str
-    computed: float
-    expected: float
-    error: float
-    passed: bool | None
-
-
-@dataclass(frozen=True)
-class Report:
-    """The result of :func:`check_directions`; ``str(report)`` is a table.
+class Check:
+    """What a method's claims are made from: fresh looks at the losses, and probes of both levels.
 
     Attributes:
-        method: Name of the class that was checked.
-        comparisons: One line for each number that was compared.
-
-    Example:
-        >>> from bilevel.checking import Comparison, Report
-        >>> Report("BOME", (Comparison("Q", 1.0, 1.0, 0.0, True),)).passed
-        True
+        probes: Random vectors of the upper and the lower level, in pairs.
     """
 
-    method: str
-    comparisons: tuple[Comparison, ...]
+    def __init__(self, optimizer: Checkable, batches: Sequence[Any], samples: int) -> None:
+        self._optimizer, self._batches = optimizer, batches
+        self.precision = Precision()
+        self._verification = deepcopy(optimizer._evaluator.verification)
+        generator = torch.Generator().manual_seed(0)
 
-    @property
-    def passed(self) -> bool:
-        """Whether every comparison that has a verdict is within its tolerance."""
-        return all(line.passed is not False for line in self.comparisons)
+        def probe(level: Level) -> list[Tensor]:
+            return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device) for t in level.tensors]
 
-    def __str__(self) -> str:
-        width = max([len(line.name) for line in self.comparisons], default=4)
-        rows = [f"{self.method}: {'all passed' if self.passed else 'FAILED'}"]
-        rows.append(f"  {'what':<{width}}  {'computed':>14}  {'expected':>14}  {'error':>9}")
-        for line in self.comparisons:
-            mark = {True: "", False: "  <-- differs", None: "  (no verdict)"}[line.passed]
-            rows.append(
-                f"  {line.name:<{width}}  {line.computed:>14.7e}  {line.expected:>14.7e}  {line.error:>9.1e}{mark}"
-            )
-        return "\n".join(rows)
+        upper, lower = optimizer._levels()
+        self.probes = [(probe(upper), probe(lower)) for _ in range(samples)]
+
+    @contextmanager
+    def look(self, *, verifies: bool = True) -> Iterator[Look]:
+        """Look at the losses as a step would, and take everything back; each look sees the same random numbers.
+
+        ``verifies``: with its shortcuts verified, and replaced where they are wrong, as in a look of a step.
+        """
+        with self._rehearsed(), self._optimizer._look(self._batches, verifies=verifies) as look:
+            yield look
+            look.replay.undo()
+
+    @contextmanager
+    def _rehearsed(self) -> Iterator[None]:
+        """What is found out about shortcuts in the check is the check's own: its next step finds it out for itself."""
+        evaluator = self._optimizer._evaluator
+        own, evaluator.verification = evaluator.verification, self._verification
+        self._verification.look_again()
+        try:
+            yield
+        finally:
+            evaluator.verification = own
+
+    def repeat(self) -> None:
+        """Find out how well the losses repeat."""
+        with self.plain() as plain:
+            for value in (plain.lower_value, plain.upper_value):
+                self.precision.repeated(float(value()), float(value()))
+
+    @contextmanager
+    def plain(self) -> Iterator[Plain]:
+        """The same by plain autograd."""
+        with self.look(verifies=False) as look:
+            yield Plain(look, self.precision)
 
 
 class Checkable(Protocol):
@@ -95,7 +89,11 @@ class Checkable(Protocol):
         self, batches: Sequence[Any], upper: Any = ..., lower: Any = ..., *, verifies: bool = ...
     ) -> AbstractContextManager[Look]: ...
 
-    def _claims(self, look: Look, probe: Callable[[Level], Vector]) -> list[Claim]: ...
+    _evaluator: Evaluator
+
+    def _claims(self, check: Check) -> Generator[Claim, None, None]: ...
+
+    def _own_state(self) -> dict[str, Any]: ...
 
     def _all_modules(self) -> list[nn.Module]: ...
 
@@ -103,29 +101,49 @@ class Checkable(Protocol):
 
 
 def check_directions(optimizer: Checkable, *batches: Any, samples: int = 2, tolerance: float = TOLERANCE) -> Report:
-    """Compare what ``optimizer`` computes at the current point with finite differences of your losses.
+    """Compare what ``optimizer`` computes at the current point with plain autograd and with finite differences.
 
     Modules, bare variables and the floating-point tensors of the batches are cast to float64 for the check and
-    restored bit for bit; nothing moves. Barrier methods: directional derivatives of F, G and q in both levels (q as
-    ``value_gradient`` reads it), Q, and the multiplier from independently computed products. Exact hypergradients
-    (``Unrolled`` without truncation, ``MLC`` of one call): the derivative of F after the lower steps. The others:
-    cosine and relative error between them and the exact derivative through as many lower steps, without a verdict.
+    restored bit for bit; nothing moves. Two questions are asked.
+
+    *Are the directions those of the method's own formula?* Every gradient and product in it is taken once more by
+    ``torch.autograd.grad`` of your closure as it stands, without any of the ways in which the library evaluates
+    closures faster:
+
+    * ``BOME``, ``EBOMLC``: gradients of F, G and q (as ``value_gradient`` reads it), Q, the multiplier, the directions
+      of both levels and, with ``step_from="inner"``, the inner point;
+    * ``Unrolled``: the derivative back through the (last ``truncate``) lower steps, one double backward each;
+    * ``EMLC``, ``MLC``: the products at their own points, with their own discount; of ``MLC`` the accumulated estimate;
+    * ``Implicit``: the formula with the p that was found, and the residual of that p;
+    * ``FiniteDifference``, ``SAMA``: their central difference of plain gradients; and whether, in the limit of a small
+      radius, it is the derivative that plain autograd gives.
+
+    *Is autograd's derivative of your losses their derivative?* Directional derivatives of F, G and q, or of F after
+    the lower steps, against central differences. An approximate method's cosine with, and relative distance from, the
+    exact derivative of its lower steps stand beside, without a verdict.
+
+    There is no verdict, and a note says why, where a kink (ReLU at 0) lies so near that the differences to both sides
+    never agree; where something that depends on the variables is a constant for autograd (``detach()``, ``no_grad``,
+    the singular vectors of spectral norm), which ``bilevel.hold(tensor)`` would hold for both; where an operation has
+    no second derivative; and where a loss computes in less than float64 inside. Casts that it makes itself
+    (``logits.float()``, autocast) are casts to float64 here, so that this is rare. A loss that is not the same function
+    in every call fails.
 
     Args:
         optimizer: Any optimizer of this library.
         batches: As for ``step``.
-        samples: Random probes per gradient, >= 1; each costs up to a dozen loss calls per line of the report.
-        tolerance: Largest relative difference that passes, >= 0. Kinks (ReLU at 0) near the point can exceed it: check
-            at another batch. A ``.detach()`` inside a loss hides from autograd what finite differences see: write
-            ``bilevel.hold(tensor)`` instead, which is a constant for both.
+        samples: Random probes per gradient, >= 1; each costs up to a dozen loss calls per line of the report, more
+            near a kink. A line shows the worst probe, and lacks a verdict only if all of them do.
+        tolerance: Largest relative difference that passes, >= 0.
 
     Returns:
-        A report; ``report.passed`` is the verdict, ``print(report)`` shows a table.
+        A report; ``report.passed`` is False only on a real disagreement, ``print(report)`` shows a table with notes,
+        whose first line says if nothing at all got a verdict.
 
     Raises:
         TypeError, ValueError: ``samples`` or ``tolerance`` is off.
-        RuntimeError: From your closure, if it mixes in float32 tensors of its own; pass them through the batch or
-            ``other=``.
+        RuntimeError: From your closure, if it mixes in float32 tensors of its own that could not be cast; pass them
+            through the batch or ``other=``.
 
     Example:
         >>> import torch, bilevel
@@ -140,84 +158,68 @@ def check_directions(optimizer: Checkable, *batches: Any, samples: int = 2, tole
     count("check_directions", "samples", samples, minimum=1)
     number("check_directions", "tolerance", tolerance, minimum=0.0)
     upper, lower = optimizer._levels()
-    generator = torch.Generator().manual_seed(0)
+    # The state of the optimizers and of the method as well: real lower steps are taken here, and torch mixes no dtypes.
+    own = [x for x in tree_leaves(optimizer._own_state()) if isinstance(x, Tensor)]
+    variables = [*upper.tensors, *lower.tensors, *state_of(upper), *state_of(lower), *own]
+    wide = held_in_float64(optimizer._all_modules(), variables)
+    lines: tuple[Comparison, ...] = ()
+    with wide:
+        check = Check(optimizer, [in_float64(batch) for batch in batches], samples)
+        mixed: RuntimeError | None = None
+        try:
+            lines = _compared(optimizer, check, tolerance)
+        except RuntimeError as error:
+            if not any(mark in str(error) for mark in MIXED):
+                raise
+            mixed = error
+        if mixed is not None or check.precision.dtype != torch.float64:
+            # A cast, or a constant, inside a loss. Once more with float64 in its place, if the loss can do that.
+            check.precision = Precision()
+            try:
+                with widened():
+                    lines = _compared(optimizer, check, tolerance)
+            except Exception:
+                if mixed is not None:
+                    raise mixed from None
+    return Report(type(optimizer).__name__, lines)
 
-    def probe(level: Level) -> Vector:
-        return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device) for t in level.tensors]
 
-    # The optimizers' state as well: methods that take real lower steps take them here, and torch mixes no dtypes.
-    wide = _float64(optimizer._all_modules(), [*upper.tensors, *lower.tensors, *_state(upper), *_state(lower)])
+def _compared(optimizer: Checkable, check: Check, tolerance: float) -> tuple[Comparison, ...]:
     lines: dict[str, Comparison] = {}
-    with wide, optimizer._look([_widened(batch) for batch in batches], verifies=False) as look:
-        for _ in range(samples):
-            for claim in optimizer._claims(look, probe):
-                line = _compare(claim, tolerance)
-                if claim.name not in lines or line.error > lines[claim.name].error:
-                    lines[claim.name] = line  # report the worst probe
-        look.replay.undo()
-    return Report(type(optimizer).__name__, tuple(lines.values()))
+    check.repeat()
+    # Closed whatever happens: a claim is judged while the look that it came from is open.
+    with closing(optimizer._claims(check)) as claims:
+        for claim in claims:
+            line = claim.compare(tolerance, check.precision)
+            lines[line.name] = worse(lines[line.name], line) if line.name in lines else line
+    return tuple(lines.values())
 
 
-@contextmanager
-def shifted(look: Look, size: float, upper: Vector, lower: Vector) -> Iterator[None]:
-    """Move both levels by ``size`` along a probe for the duration."""
-    tensors = [*look.upper_level.tensors, *look.lower_level.tensors]
-    moved = [x.clone() for x in add_scaled([t.detach() for t in tensors], size, [*upper, *lower]) if x is not None]
-    exchange(tensors, moved)
-    try:
-        yield
-    finally:
-        exchange(tensors, moved)
+def loss_claims(check: Check, plain: Plain, upper: Evaluation, lower: Evaluation) -> Iterator[Claim]:
+    """Directional derivatives of F and G in both levels, from gradients that a method works with."""
+
+    def loss(side: str, u: Vector, v: Vector) -> tuple[Callable[[float], Tensor], Callable[[float], Evaluation]]:
+        def along(size: float) -> Tensor:
+            with plain.shifted(size, u, v):
+                return plain.upper_value() if side == "upper" else plain.lower_value()
+
+        def differentiated(size: float) -> Evaluation:
+            with plain.shifted(size, u, v):
+                return plain.upper() if side == "upper" else plain.lower()
+
+        return along, differentiated
+
+    for up, low in check.probes:
+        still_up, still_low = [None] * len(up), [None] * len(low)
+        for name, side, gradients in (("F", "upper", upper), ("G", "lower", lower)):
+            along, found = loss(side, up, still_low)
+            slope = partial(_along, found, "upper", up)
+            yield Slope(f"<grad_alpha {name}, u>", dot(gradients.upper, up), along, slope)
+            along, found = loss(side, still_up, low)
+            slope = partial(_along, found, "lower", low)
+            yield Slope(f"<grad_w {name}, u>", dot(gradients.lower, low), along, slope)
 
 
-def _compare(claim: Claim, tolerance: float) -> Comparison:
-    computed = float(claim.computed)
-    if claim.along is None:
-        expected = float(claim.expected) if claim.expected is not None else float("nan")
-        error = _relative(computed, expected, 1e-14)
-        return Comparison(claim.name, computed, expected, error, error <= tolerance if claim.verdict else None)
-    best, expected = float("inf"), float("nan")
-    for step in (1e-4, 1e-5, 1e-6):  # the best of three: truncation, rounding and kinks each spoil another one
-        ahead, behind = float(claim.along(step)), float(claim.along(-step))
-        difference = (ahead - behind) / (2 * step)
-        rounding = 1e-15 * max(abs(ahead), abs(behind)) / step
-        error = _relative(computed, difference, rounding)
-        if error < best:
-            best, expected = error, difference
-    return Comparison(claim.name, computed, expected, best, best <= tolerance)
-
-
-def _relative(a: float, b: float, noise: float) -> float:
-    """Relative difference, where a difference below ``noise`` cannot be told from zero."""
-    difference = abs(a - b)
-    return 0.0 if difference <= noise else difference / max(abs(a), abs(b))
-
-
-def _widened(batch: Any) -> Any:
-    def widen(leaf: Any) -> Any:
-        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return tree_map(widen, batch)
-
-
-def _state(level: Level) -> list[Tensor]:
-    entries = [entry for key, entry in level.optimizer.state.items() if isinstance(key, Tensor)]
-    return [x for entry in entries for name, x in entry.items() if isinstance(x, Tensor) and name != "step"]
-
-
-@contextmanager
-def _float64(modules: Iterable[nn.Module], variables: Iterable[Tensor]) -> Iterator[None]:
-    """Give every floating-point tensor a float64 copy of its data, and its own data back afterwards."""
-    tensors: dict[int, Tensor] = {id(t): t for t in variables}
-    for module in modules:
-        tensors.update((id(t), t) for t in (*module.parameters(), *module.buffers()))
-    kept = [(t, t.data, t.grad) for t in tensors.values() if t.is_floating_point()]
-    try:
-        for tensor, data, _ in kept:
-            tensor.grad = None
-            tensor.data = data.double()
-        yield
-    finally:
-        for tensor, data, grad in kept:
-            tensor.data = data
-            tensor.grad = grad
+def _along(found: Callable[[float], Evaluation], side: str, direction: Vector, size: float) -> Tensor:
+    evaluation = found(size)
+    return dot(evaluation.upper if side == "upper" else evaluation.lower, direction)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Generic, Literal, Required, TypedDict
 import torch
 from torch import Tensor, nn
 
-from .checking import Claim
+from .checking import Check, loss_claims
+from .claims import Claim, Unknown
 from .closures import MISSING
 from .compiler import eager
 from .directions import Directions, S, T
@@ -21,7 +22,7 @@ from .evaluator import Evaluator, Look
 from .handover import are_finite, check_state, checked, hand_over, match, place
 from .replay import Policy
 from .variables import Level, Variables, check_disjoint
-from .vectors import Vector, own_memory
+from .vectors import Vector, own_memory, squared_norm
 from .verification import Verify
 
 OnNonFinite = Literal["raise", "skip", "ignore"]
@@ -230,9 +231,18 @@ class BilevelOptimizer(ABC, Generic[S]):
         """Move both levels; methods that move them one after the other have an order of their own."""
         return self._move(self._answer(look), look)
 
-    def _claims(self, look: Look, probe: Callable[[Level], Vector]) -> list[Claim]:
-        """Return what ``check_directions`` compares; ``probe`` draws a random vector of a level."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what check_directions should compare.")
+    def _claims(self, check: Check) -> Generator[Claim, None, None]:
+        """What ``check_directions`` compares, one by one; a method adds what its directions should be.
+
+        Without that, the gradients of both losses are compared, and the directions are said to have no verdict.
+        """
+        with check.look() as look:
+            directions, lower, upper = self._answer(look), look.lower(), look.upper()
+        with check.plain() as plain:
+            plain.lower_value()  # the lower loss first, as in a step
+            yield from loss_claims(check, plain, upper, lower)
+        size = float(squared_norm([*directions.upper.values(), *directions.lower.values()]).sqrt())
+        yield Unknown("directions", size, f"{type(self).__name__} does not say what they should be compared with.")
 
     def _levels(self) -> tuple[Level, Level]:
         return self._upper, self._lower

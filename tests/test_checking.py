@@ -18,7 +18,7 @@ from methods_table import CASES, Problem, Record, every_case, every_dtype
 from test_directions import TABLE, Twins
 
 GRADIENTS = ["<grad_alpha F, u>", "<grad_w F, u>", "<grad_alpha G, u>", "<grad_w G, u>"]
-LINES = [*GRADIENTS, "<grad q, u> (both levels)", "Q", "multiplier"]
+LINES = [*GRADIENTS, "<grad q, u> (both levels)", "Q", "multiplier", "upper direction", "lower direction"]
 
 
 def failed(report: Report) -> list[str]:
@@ -54,7 +54,9 @@ def test_right_directions_pass_with_every_option(name: str) -> None:
     twins.optimizer.step(upper_batch, *lower_batches)  # so that previews have a state to start from
     report = bilevel.check_directions(twins.optimizer, upper_batch, *lower_batches, samples=1)
     assert report.passed, report
-    assert [line.name for line in report.comparisons] == LINES
+    inner = ["inner point"] if twins.optimizer.step_from == "inner" else []
+    assert [line.name for line in report.comparisons] == LINES + inner
+    assert report.verdict == "all passed"
     assert max(line.error for line in report.comparisons) < 1e-6
     # Not vacuous: what is compared is not zero (F may well not depend on alpha, and the barrier be inactive).
     by_name = {line.name: line.computed for line in report.comparisons}
@@ -140,7 +142,7 @@ def build(twins: Twins, upper_loss: Callable[[Any], Tensor], lower_loss: Callabl
 @pytest.mark.parametrize(
     ("place", "expected"),
     [
-        ("F logits", ["<grad_w F, u>"]),
+        ("F logits", ["<grad_w F, u>"]),  # plain autograd says what the method does: the directions are not blamed
         ("F guess", ["<grad_alpha F, u>"]),
         ("G logits", ["<grad_w G, u>", "<grad q, u> (both levels)"]),
         ("G labels", ["<grad_alpha G, u>", "<grad q, u> (both levels)"]),
@@ -170,12 +172,13 @@ def scaled(function: Callable[..., Any], factor: float) -> Callable[..., Any]:
     return wrapped
 
 
+DIRECTIONS = ["upper direction", "lower direction"]
 FAULTS: dict[str, tuple[str, str, Callable[[Any], Any], list[str]]] = {
-    "sign of q": ("bome", "subtract", lambda _: wrong_sign, ["<grad q, u> (both levels)"]),
+    "sign of q": ("bome", "subtract", lambda _: wrong_sign, ["<grad q, u> (both levels)", *DIRECTIONS]),
     "sign of q, difference": ("difference", "subtract", lambda _: wrong_sign, ["<grad q, u> (both levels)"]),
-    "multiplier": ("bome", "multiplier", lambda f: scaled(f, 1.00001), ["multiplier"]),
-    "inner products": ("bome", "dot", lambda f: scaled(f, 1.01), ["multiplier"]),
-    "norm": ("ebomlc", "squared_norm", lambda f: scaled(f, 1.01), ["multiplier"]),
+    "multiplier": ("bome", "multiplier", lambda f: scaled(f, 1.00001), ["multiplier", *DIRECTIONS]),
+    "inner products": ("bome", "dot", lambda f: scaled(f, 1.01), ["multiplier", *DIRECTIONS]),
+    "norm": ("ebomlc", "squared_norm", lambda f: scaled(f, 1.01), ["multiplier", *DIRECTIONS]),
     "adjoint": ("unrolled", "adjoint", lambda f: scaled(f, 1.0001), ["<grad q, u> (both levels)"]),
 }
 
@@ -203,7 +206,8 @@ def test_a_reading_that_is_not_the_one_named_is_found() -> None:
             twins.optimizer.value_gradient = "unrolled"
 
     twins.optimizer._terms = of_another_reading  # type: ignore[method-assign]
-    assert failed(bilevel.check_directions(twins.optimizer, upper_batch, *lower_batches)) == [LINES[4]]
+    found = failed(bilevel.check_directions(twins.optimizer, upper_batch, *lower_batches))
+    assert found == [LINES[4], "multiplier", *DIRECTIONS]
 
 
 def test_a_loss_that_is_not_finite_does_not_pass() -> None:
@@ -306,19 +310,6 @@ def test_a_step_after_the_check_is_the_step_without_it() -> None:
     assert [path for path in a if a[path] != b.get(path)] == []
 
 
-def test_a_detached_part_of_a_loss_is_noticed_and_a_held_one_is_not() -> None:
-    for cut, passed in ((Tensor.detach, False), (bilevel.hold, True)):
-        twins = Twins(TABLE["ebomlc"])
-
-        def upper_loss(batch: Any, twins: Twins = twins, cut: Callable[[Tensor], Tensor] = cut) -> Tensor:
-            logits = twins.classifier(batch[0])
-            return cross_entropy(logits, cut(logits).softmax(1))
-
-        optimizer = build(twins, upper_loss, twins.lower_loss)
-        upper_batch, lower_batches = twins.draw()
-        assert bilevel.check_directions(optimizer, upper_batch, *lower_batches).passed is passed
-
-
 def test_losses_see_float64_and_nested_batches_are_cast_too() -> None:
     seen: set[torch.dtype] = set()
     model = nn.Linear(2, 1)
@@ -356,7 +347,9 @@ def test_the_report_is_a_table_with_one_line_for_each_number() -> None:
     upper_batch, lower_batches = twins.draw()
     report = bilevel.check_directions(optimizer, upper_batch, *lower_batches)
     head, columns, *rows = str(report).splitlines()
+    rows, notes = rows[: len(LINES)], rows[len(LINES) :]
     assert head == "BOME: FAILED"
+    assert " ".join(" ".join(notes).split()).startswith("<grad_w F, u>: autograd's derivative of the loss is not its")
     assert columns.split() == ["what", "computed", "expected", "error"]
     assert [row.strip().startswith(name) for row, name in zip(rows, LINES, strict=True)] == [True] * len(LINES)
     assert [row.endswith("<-- differs") for row in rows] == [name == "<grad_w F, u>" for name in LINES]
@@ -372,15 +365,29 @@ def test_a_passed_report_says_so() -> None:
     assert str(Report("EBOMLC", (good,))).startswith("EBOMLC: all passed\n")
     assert not Report("EBOMLC", (good, replace(good, passed=False))).passed
     # An approximation is measured without a verdict, and fails nothing.
-    measured = Report("SAMA", (good, replace(good, name="cosine", passed=None)))
+    measured = Report("SAMA", (good, replace(good, name="cosine", passed=None, measured=True)))
     assert measured.passed
+    assert measured.verdict == "all passed"
     assert "(no verdict)" in str(measured)
+
+
+def test_a_report_says_how_much_of_it_has_no_verdict() -> None:
+    good = Comparison("Q", 1.0, 1.0, 0.0, True)
+    unknown = replace(good, name="multiplier", passed=None, note="no verdict: a reason.")
+    some, none = Report("BOME", (good, unknown)), Report("BOME", (unknown,))
+    assert some.passed
+    assert str(some).startswith("BOME: passed, 1 without a verdict\n")
+    assert str(some).endswith("  multiplier: no verdict: a reason.")
+    assert none.passed  # no disagreement was found, and nothing else either
+    assert str(none).startswith("BOME: NO VERDICT\n")
 
 
 def test_a_method_without_claims_says_so() -> None:
     class Silent(bilevel.BilevelOptimizer):
         def _answer(self, look: Any) -> Any:
-            raise AssertionError
+            f = look.upper()
+            upper, lower = self._named(f.upper, f.lower)
+            return bilevel.Directions(upper, lower, bilevel.Stats(f.value, f.value))
 
     problem = bilevel.problems.quadratic()
     upper_optimizer, lower_optimizer = problem.optimizers()
@@ -392,5 +399,8 @@ def test_a_method_without_claims_says_so() -> None:
         upper_optimizer=upper_optimizer,
         lower_optimizer=lower_optimizer,
     )
-    with pytest.raises(NotImplementedError, match="Silent does not say what check_directions should compare"):
-        bilevel.check_directions(optimizer)
+    report = bilevel.check_directions(optimizer)
+    assert [line.name for line in report.comparisons] == [*GRADIENTS, "directions"]
+    assert report.comparisons[-1].passed is None
+    assert "Silent does not say what they should be compared with" in str(report)
+    assert report.verdict == "passed, 1 without a verdict"

@@ -621,6 +621,7 @@ def test_real_steps_with_a_rate_of_their_own_are_refused() -> None:
 
 # --- check_directions ---------------------------------------------------------------------------------------------
 
+RADIUS = "its difference, small radius"
 CHECKED: dict[str, tuple[Any, dict[str, Any], bool]] = {
     "unrolled": (bilevel.Unrolled, {"inner_steps": 2}, True),
     "unrolled, graph": (bilevel.Unrolled, {"inner_steps": 2, "mode": "graph"}, True),
@@ -641,7 +642,8 @@ CHECKED: dict[str, tuple[Any, dict[str, Any], bool]] = {
 @pytest.mark.parametrize("kind", ["momentum", "adam"])
 @pytest.mark.parametrize("name", CHECKED)
 def test_check_directions(name: str, kind: str, dtype: torch.dtype) -> None:
-    """Exact methods are compared with the total derivative; of the others the distance from it is told, no verdict.
+    """Every method is compared with its own formula, exact ones with the total derivative as well; of the others the
+    distance from it is told, no verdict.
 
     In the middle of training, with the state of the optimizers and of the method; nothing moves.
     """
@@ -654,12 +656,17 @@ def test_check_directions(name: str, kind: str, dtype: torch.dtype) -> None:
     report = bilevel.check_directions(optimizer, *setup.data[2:4])
     assert report.passed, report
     verdicts = {line.name: line.passed for line in report.comparisons}
+    assert next(iter(verdicts)) == "upper direction"
     if exact:
-        assert verdicts == {"<dF/dalpha, u>": True}
-        assert report.comparisons[0].error < 1e-6
+        assert verdicts == {"upper direction": True, "<dF/dalpha, u>": True}
+        assert report.comparisons[0].error < 1e-10
+        assert report.comparisons[1].error < 1e-6
     else:
-        assert list(verdicts.values()) == [True, None, None]
-        assert list(verdicts)[1:] == ["cosine with it", "relative error"]
+        own = {bilevel.Implicit: ["residual"], bilevel.FiniteDifference: [RADIUS], bilevel.SAMA: [RADIUS]}
+        assert list(verdicts)[1:-3] == own.get(method, [])
+        assert list(verdicts)[-2:] == ["cosine with it", "relative error"]
+        assert list(verdicts.values()) == [*[True] * (len(verdicts) - 2), None, None]
+    assert report.verdict == "all passed"
     after = [x for m in (setup.student, setup.corrector) for x in (*m.parameters(), *m.buffers())]
     assert all(map(torch.equal, kept, after))
     assert {x.dtype for x in after if x.is_floating_point()} == {dtype}

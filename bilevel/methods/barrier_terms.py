@@ -1,8 +1,8 @@
-"""What the multiplier is computed from at one point, and how ``check_directions`` gets the same another way."""
+"""What the multiplier is computed from at one point, and the same by plain autograd, for ``check_directions``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ..barrier import Products
-from ..checking import Claim, shifted
+from ..checking import Check
+from ..claims import Claim, Slope
+from ..descent import Point, Rule
 from ..evaluation import Evaluation
-from ..evaluator import Look
-from ..vectors import Vector, add_scaled, dot
+from ..plain import Plain
+from ..vectors import Vector, add_scaled, dot, subtract
 
 ValueGradient = Literal["value_function", "difference", "unrolled"]
 
@@ -30,45 +32,72 @@ class Terms:
     lower_gradient: Vector
 
 
-def gradient_claims(
-    look: Look, terms: Terms, reading: ValueGradient, walk: Callable[[], list[Tensor]], up: Vector, low: Vector
-) -> list[Claim]:
-    """Directional derivatives of F, G and q along the probes ``up`` and ``low``, and Q itself.
+def plain_terms(
+    plain: Plain,
+    reading: ValueGradient,
+    rule: Callable[[], Rule],
+    inner_steps: int,
+    end: Callable[[], Point] | None = None,
+) -> Terms:
+    """The same by plain autograd, wherever the variables are now; ``end``: the inner point, if it is known.
 
-    ``walk`` takes the inner steps from wherever the variables are and returns the inner point.
+    Raises:
+        NoReference: The reading needs second derivatives, and plain autograd has none.
     """
+    g = plain.lower()
+    if end is None:
+        inner_point, steps = plain.walk(rule(), inner_steps)
+    else:
+        inner_point, steps = [x.detach().clone() for x in end()], []
+    ahead = plain.lower(at=inner_point)
+    through_upper: Vector = [None] * len(g.upper)
+    moving: Vector = [None] * len(g.lower)  # grad_w G(w_T), as far as w_T moves with w
+    if reading == "difference":
+        moving = ahead.lower
+    elif reading == "unrolled":
+        through_upper, moving = plain.adjoint(rule(), steps, ahead.lower)
+    upper = add_scaled(subtract(g.upper, ahead.upper), -1.0, through_upper)
+    f = plain.upper()
+    return Terms(f, g, inner_point, g.value - ahead.value, upper, subtract(g.lower, moving))
 
-    def along(h: Callable[[float], Tensor], upper: Vector, lower: Vector) -> Callable[[float], Tensor]:
-        def value(size: float) -> Tensor:
-            with shifted(look, size, upper, lower):
-                return h(size)
 
-        return value
+def value_claims(
+    check: Check,
+    plain: Plain,
+    terms: Terms,
+    reading: ValueGradient,
+    rule: Callable[[], Rule],
+    inner_steps: int,
+    tolerance: float,
+    *,
+    differentiable: bool,
+) -> Iterator[Claim]:
+    """Directional derivatives of q in both levels at once; ``terms`` are those of the method, and plain autograd is
+    asked for the same where q is ``differentiable`` by it.
+    """
+    walked = plain.walk(rule(), inner_steps)[0]
 
-    def q(size: float) -> Tensor:
-        if reading == "unrolled":  # the walk starts anew from the shifted point
-            end = walk()
-        else:  # w_T is a constant, or carried along with w
-            shift = size if reading == "difference" else 0.0
-            end = [x.clone() for x in add_scaled(terms.inner_point, shift, low) if x is not None]
-        return look.lower().value - look.lower(at=end).value
+    for up, low in check.probes:
 
-    def f(_: float) -> Tensor:
-        return look.upper().value
+        def end(size: float, low: Vector = low) -> Point | None:
+            if reading == "unrolled":  # the walk starts anew from the shifted point
+                return None
+            # w_T is a constant, or carried along with w
+            return [x for x in add_scaled(walked, size if reading == "difference" else 0.0, low) if x is not None]
 
-    def g(_: float) -> Tensor:
-        return look.lower().value
+        def q(size: float, up: Vector = up, low: Vector = low, end: Callable[..., Point | None] = end) -> Tensor:
+            with plain.shifted(size, up, low):
+                here, point = plain.lower_value(), end(size)
+                return here - plain.lower_value(at=plain.walk(rule(), inner_steps)[0] if point is None else point)
 
-    still_up, still_low = [None] * len(up), [None] * len(low)
-    q_slope = dot(terms.upper_gradient, up) + dot(terms.lower_gradient, low)
-    return [
-        Claim("<grad_alpha F, u>", dot(terms.upper.upper, up), along(f, up, still_low)),
-        Claim("<grad_w F, u>", dot(terms.upper.lower, low), along(f, still_up, low)),
-        Claim("<grad_alpha G, u>", dot(terms.lower.upper, up), along(g, up, still_low)),
-        Claim("<grad_w G, u>", dot(terms.lower.lower, low), along(g, still_up, low)),
-        Claim("<grad q, u> (both levels)", q_slope, along(q, up, low)),
-        Claim("Q", terms.constraint, expected=look.lower().value - look.lower(at=walk()).value),
-    ]
+        def slope(size: float, up: Vector = up, low: Vector = low, end: Callable[..., Point | None] = end) -> Tensor:
+            with plain.shifted(size, up, low):
+                point = end(size)
+                at = plain_terms(plain, reading, rule, inner_steps, None if point is None else lambda: point)
+                return dot(at.upper_gradient, up) + dot(at.lower_gradient, low)
+
+        found = dot(terms.upper_gradient, up) + dot(terms.lower_gradient, low)
+        yield Slope("<grad q, u> (both levels)", found, q, slope if differentiable else None, tolerance)
 
 
 def plain_products(terms: Terms) -> Products:

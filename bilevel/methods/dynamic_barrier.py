@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack
 
+import torch
 from torch import Tensor
 
 from ..barrier import Barrier, Products, multiplier
-from ..checking import Claim
+from ..checking import Check, loss_claims
+from ..claims import DIFFERENCE, Claim, Same, Unknown
 from ..descent import GradientDescent, InnerStep, Preview, Rule, check_preview, current_rates
 from ..directions import Directions, Stats
 from ..errors import choice, count, message, number
@@ -18,11 +20,11 @@ from ..evaluation import Evaluation
 from ..evaluator import Look
 from ..hypergradient import adjoint, descend
 from ..optimizer import BilevelOptimizer, Common
+from ..plain import NoReference
 from ..routes import ROUTES, Route
 from ..routing import route_taken
-from ..variables import Level
 from ..vectors import Vector, accumulation_dtype, add_scaled, dot, squared_norm, subtract
-from .barrier_terms import Terms, ValueGradient, gradient_claims, plain_products
+from .barrier_terms import Terms, ValueGradient, plain_products, plain_terms, value_claims
 
 StepFrom = Literal["outer", "inner"]
 
@@ -167,20 +169,50 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
         """grad_w q, where it needs no derivative of the walk."""
         return subtract(g.lower, ahead.lower) if self.value_gradient == "difference" else g.lower
 
-    def _claims(self, look: Look, probe: Callable[[Level], Vector]) -> list[Claim]:
-        terms, stats = self._terms(look), self._answer(look).stats
+    def _claims(self, check: Check) -> Generator[Claim, None, None]:
+        """Gradients of F, G and q, Q, the multiplier, the directions: from the equations above by plain autograd."""
+        with check.look() as look:
+            terms = self._terms(look)
+        with check.look() as look:
+            answer = self._answer(look)
+        by_difference = self.value_gradient == "unrolled" and self.product == "difference"
+        loose = DIFFERENCE if by_difference else 0.0
+        with check.plain() as plain:
+            plainly, reason = terms, ""
+            try:
+                plainly = plain_terms(plain, self.value_gradient, self._rule, self.inner_steps)
+            except NoReference as problem:
+                reason = str(problem)
+            yield from loss_claims(check, plain, terms.upper, terms.lower)
+            yield from value_claims(
+                check, plain, terms, self.value_gradient, self._rule, self.inner_steps, loose, differentiable=not reason
+            )
+            q = plainly.lower.value - plain.lower_value(at=plain.walk(self._rule(), self.inner_steps)[0])
+        yield Same("Q", [terms.constraint], [q], size=float(plainly.lower.value.abs()))
+        weight, size = self._plain_multiplier(plain_products(plainly))
+        yield Same("multiplier", [answer.stats.multiplier], [weight], size=size, tolerance=loose)
+        f, computed = plainly.upper, (answer.upper, answer.lower)
+        for level, gradient, part, found in (
+            (self._upper, f.upper, plainly.upper_gradient, computed[0]),
+            (self._lower, f.lower, plainly.lower_gradient, computed[1]),
+        ):
+            direction, expected = [found.get(name) for name in level.names], add_scaled(gradient, weight, part)
+            length = float(squared_norm(direction).sqrt())
+            if reason:
+                yield Unknown(f"{level.side} direction", length, reason)
+            else:
+                terms_size = float(squared_norm(gradient).sqrt()) + float(abs(weight) * squared_norm(part).sqrt())
+                yield Same(f"{level.side} direction", direction, expected, size=terms_size, tolerance=loose)
+        if answer.start is not None:
+            yield Same("inner point", [answer.start[name] for name in self._lower.names], plainly.inner_point)
 
-        def walk() -> list[Tensor]:
-            return descend(look, self._rule(), look.lower(), self.inner_steps).end
-
-        def expected(products: Products) -> float:
-            phi, squared = float(self.barrier(products)), float(products.squared_norm)
-            found = max(phi - float(products.total), 0.0) / (squared + self.eps) if squared > self.cutoff else 0.0
-            return self.damping * (found if self.multiplier_max is None else min(found, self.multiplier_max))
-
-        claims = gradient_claims(look, terms, self.value_gradient, walk, probe(self._upper), probe(self._lower))
-        multiplier_claim = Claim("multiplier", stats.multiplier, expected=expected(plain_products(terms)))
-        return [*claims, multiplier_claim]
+    def _plain_multiplier(self, products: Products) -> tuple[Tensor, float]:
+        """The multiplier as the equations have it, and the size of the terms that may cancel in it."""
+        phi, total, squared = float(self.barrier(products)), float(products.total), float(products.squared_norm)
+        found = max(phi - total, 0.0) / (squared + self.eps) if squared > self.cutoff else 0.0
+        found = found if self.multiplier_max is None else min(found, self.multiplier_max)
+        weight = torch.tensor(self.damping * found, dtype=torch.float64)
+        return weight, self.damping * (abs(phi) + abs(total)) / (squared + max(self.eps, 1e-300))
 
     def _rule(self) -> Rule:
         if self.inner_step == "preview":

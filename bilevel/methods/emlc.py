@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, Unpack
 
+from torch import Tensor
+
 from ..descent import GradientDescent, Rule, current_rates
 from ..directions import Directions
 from ..errors import choice, number
@@ -14,10 +16,12 @@ from ..evaluation import Evaluation
 from ..evaluator import Look
 from ..handover import hand_over
 from ..optimizer import Common
+from ..plain import Plain
 from ..products import upper_product
 from ..rollback import Saved
 from ..routes import Route
 from ..vectors import Vector, add_scaled
+from .formulas import Formula, summed
 from .sequential import HypergradientStats, Sequential
 
 
@@ -132,6 +136,20 @@ class EMLC(Sequential[HypergradientStats]):
             None if x is None else (x * (rate * discount**age)).to(x.dtype)
             for x, rate, discount in zip(g, rates, discounts, strict=True)
         ]
+
+    def _formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:
+        """The equation above: each product at its own point, with its own discount."""
+        steps = plain.train(self.inner_steps, self._rule)
+        f = plain.upper()
+        total: Vector = [None] * len(f.upper)
+        for step in steps:
+            direction: list[Tensor | None] = []
+            for group, g in zip(self._lower.groups(), f.lower, strict=True):
+                rate = float(group["lr"])
+                discount = 1 - rate if self.discount is None else self.discount
+                direction.append(None if g is None else rate * discount ** (self.inner_steps - 1 - step.index) * g)
+            total = add_scaled(total, 1.0, plain.product(step.index, direction, step.point)[0])
+        return summed(f.upper, -1.0, total)
 
     def _rule(self) -> Rule:
         return GradientDescent(current_rates(self._lower, None))

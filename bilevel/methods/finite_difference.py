@@ -4,17 +4,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Unpack
 
+from ..checking import Check
+from ..claims import Claim
 from ..descent import InnerStep
 from ..directions import Directions
 from ..errors import number
+from ..evaluation import Evaluation
 from ..evaluator import Look
 from ..hypergradient import Step, pull_back
 from ..optimizer import Common
+from ..plain import Plain
 from ..products import upper_product
 from ..routing import route_taken
+from ..vectors import Vector
+from .formulas import Formula, central_difference, difference_claims, summed
 from .sequential import HypergradientStats, Sequential
 
 
@@ -97,3 +103,21 @@ class FiniteDifference(Sequential[HypergradientStats]):
         route = route_taken(look, "upper", "difference")
         stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=route)
         return self._directions(look, f, g, through, stats)
+
+    def _formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:
+        """The same difference, of plain gradients; or the product itself, where that took its place."""
+        f, direction = self._plain_direction(plain)
+        if answer.stats.product != "difference":
+            return summed(f.upper, 1.0, plain.product(0, direction)[0])
+        return summed(f.upper, 1.0, central_difference(plain, 0, direction, self.radius))
+
+    def _more_claims(self, check: Check, answer: Directions[HypergradientStats]) -> Iterator[Claim]:
+        if answer.stats.product == "difference":
+            with check.plain() as plain:
+                yield from difference_claims(check, plain, 0, self._plain_direction(plain)[1])
+
+    def _plain_direction(self, plain: Plain) -> tuple[Evaluation, Vector]:
+        """F at w', and v."""
+        end, (step,) = plain.walk(self._rule(), 1)
+        f = plain.upper(at=end)
+        return f, pull_back(self._rule(), step, plain.point(), f.lower, [{} for _ in end])[1]

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
+from ..checking import Check
+from ..claims import DIFFERENCE, Claim, Same, Unknown
 from ..descent import GradientDescent, Rule, current_rates
 from ..directions import Directions
 from ..errors import choice, message
+from ..evaluation import Evaluation
 from ..evaluator import Look
 from ..hypergradient import ConjugateGradient, Solver
 from ..optimizer import Common
+from ..plain import NoReference, Plain
 from ..products import mixed_product, upper_product
+from ..rollback import Saved
 from ..routes import Route
 from ..routing import route_taken
-from ..vectors import Vector, subtract
+from ..vectors import Vector, add_scaled, squared_norm, subtract
+from .formulas import Formula, summed
 from .sequential import HypergradientStats, Sequential
 
 
@@ -157,6 +163,37 @@ class Implicit(Sequential[ImplicitStats]):
         if self.warm_start and not stats.skipped:
             self._last = self._found
         return stats
+
+    def _formula(self, plain: Plain, answer: Directions[ImplicitStats]) -> Formula:
+        r""":math:`\nabla_\alpha F - G_{\alpha w}\, p` with the p that the solver found."""
+        f, p = self._solved(plain)
+        return summed(f.upper, -1.0, plain.product(self.lower_batches - 1, p)[0])
+
+    def _more_claims(self, check: Check, answer: Directions[ImplicitStats]) -> Iterator[Claim]:
+        """The residual of that p in ``(G_ww + damping I) p = grad_w F``."""
+        saved = Saved([self._lower])
+        try:
+            with check.plain() as plain:
+                f, p = self._solved(plain)
+                curved = plain.product(self.lower_batches - 1, p)[1]
+        except NoReference as problem:
+            yield Unknown("residual", float(answer.stats.residual), str(problem))
+            return
+        finally:
+            saved.restore()
+        damped = add_scaled(curved, float(getattr(self.solver, "damping", 0.0)), p)
+        size = float(squared_norm(f.lower).sqrt())
+        residual = squared_norm(subtract(f.lower, damped)).sqrt() / (size if size > 0 else 1.0)
+        loose = DIFFERENCE if self.product == "difference" else 0.0
+        # Of terms as long as the right-hand side: rounding leaves that much of a residual that is 0.
+        yield Same("residual", [answer.stats.residual], [residual], size=1.0, tolerance=loose)
+
+    def _solved(self, plain: Plain) -> tuple[Evaluation, Vector]:
+        """F after the real steps, and p."""
+        plain.train(self.inner_steps, self._rule)
+        if self.inner_steps == 0:
+            plain.lower()
+        return plain.upper(), [self._found.get(name) for name in self._lower.names]
 
     def _rule(self) -> Rule:
         return GradientDescent(current_rates(self._lower, None))

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from ..checking import Claim
+from ..checking import Check
+from ..claims import DIFFERENCE, Claim, Same, Unknown
 from ..descent import Preview, check_preview
 from ..directions import Directions
 from ..errors import choice, count
 from ..evaluator import Look
 from ..hypergradient import Step, pull_back
 from ..optimizer import BilevelOptimizer, Common
+from ..plain import NoReference, Plain
 from ..products import upper_product
 from ..routes import ROUTES, Route
 from ..routing import route_taken
-from ..variables import Level
 from ..vectors import Vector, add_scaled, dot, squared_norm
-from .sequential import HypergradientStats, derivative_claims
+from .formulas import Formula, derivative_claims, summed
+from .sequential import HypergradientStats
 
 
 class MLC(BilevelOptimizer[HypergradientStats]):
@@ -128,11 +130,37 @@ class MLC(BilevelOptimizer[HypergradientStats]):
         )
         return Directions(estimate if due else {}, lower, stats), estimate
 
-    def _claims(self, look: Look, probe: Callable[[Level], Vector]) -> list[Claim]:
-        _, estimate = self._estimate(look)
-        upper = [estimate.get(name) for name in self._upper.names]
-        exact = self.inner_steps == 1  # else the accumulated estimate is compared with the last step's derivative
-        return derivative_claims(look, Preview(self._lower), 1, upper, probe(self._upper), exact=exact)
+    def _claims(self, check: Check) -> Generator[Claim, None, None]:
+        """The estimate m, whether it is due or not; with ``inner_steps=1`` it is the exact derivative."""
+        with check.look() as look:
+            _, estimate = self._estimate(look)
+        m = [estimate.get(name) for name in self._upper.names]
+        exact, loose = self.inner_steps == 1, DIFFERENCE if self.product == "difference" else 0.0
+        try:
+            with check.plain() as plain:
+                formula = self._formula(plain)
+            yield Same("upper direction", m, formula.upper, formula.size, tolerance=loose)
+        except NoReference as problem:
+            yield Unknown("upper direction", float(squared_norm(m).sqrt()), str(problem))
+        yield from derivative_claims(
+            check, lambda: Preview(self._lower), 1, m, exact=exact, compared=exact, tolerance=loose
+        )
+
+    def _formula(self, plain: Plain) -> Formula:
+        """The equations above by plain autograd, with gamma and the estimate so far."""
+        rule = Preview(self._lower)
+        end, (step,) = plain.walk(rule, 1)
+        f = plain.upper(at=end)
+        _, minus_s_g1, _ = pull_back(rule, step, plain.point(), f.lower, [{} for _ in end])
+        found = summed(f.upper, 1.0, plain.product(0, minus_s_g1)[0])
+        if self.inner_steps == 1:
+            return found
+        g0 = plain.upper().lower
+        squared = float(squared_norm(g0))
+        gamma = float(dot(add_scaled(f.lower, 1.0, minus_s_g1), g0)) / squared if squared > 0 else 0.0
+        before = [self._accumulated.get(name) for name in self._upper.names]
+        total = summed(found.upper, gamma, before)
+        return Formula(total.upper, found.size + total.size)
 
     def _own_state(self) -> dict[str, Any]:
         return {"accumulated": self._accumulated, "calls": self._calls}

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
+from ..checking import Check
+from ..claims import Claim
 from ..descent import GradientDescent, Preview, Rule, check_preview, current_rates
 from ..directions import Directions
 from ..errors import number
+from ..evaluation import Evaluation
 from ..evaluator import Look
 from ..hypergradient import Step
 from ..optimizer import Common
+from ..plain import Plain
 from ..products import upper_product
+from ..rollback import Saved
 from ..routing import route_taken
 from ..vectors import Vector, subtract
+from .formulas import Formula, central_difference, difference_claims, summed
 from .sequential import HypergradientStats, Sequential
 
 
@@ -103,6 +109,41 @@ class SAMA(Sequential[HypergradientStats]):
         terms = zip(self._lower.groups(), point, last.gradient, last.state, upper, strict=True)
         return [None if u is None or g is None else _adam_slope(group, x, g, s) * u for group, x, g, s, u in terms]
 
+    def _formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:
+        """The same difference, of plain gradients, along D as the moments give it; or the product itself, where that
+        took its place.
+        """
+        f, direction = self._plain_direction(plain)
+        if answer.stats.product != "difference":
+            return summed(f.upper, -1.0, plain.product(self.lower_batches - 1, direction)[0])
+        return summed(f.upper, -1.0, central_difference(plain, self.lower_batches - 1, direction, self.radius))
+
+    def _more_claims(self, check: Check, answer: Directions[HypergradientStats]) -> Iterator[Claim]:
+        if answer.stats.product != "difference":
+            return
+        saved = Saved([self._lower])
+        try:
+            with check.plain() as plain:
+                direction = self._plain_direction(plain)[1]
+                yield from difference_claims(check, plain, self.lower_batches - 1, direction)
+        finally:
+            saved.restore()
+
+    def _plain_direction(self, plain: Plain) -> tuple[Evaluation, Vector]:
+        """F after the real steps, and u. With the moments m_+ and v_+ that include g, D is
+        ``lr ((1 - b1) v_+ - (1 - b2) g m_+) / (sqrt(v_+) + eps)^3``.
+        """
+        last = plain.train(self.inner_steps, lambda: Preview(self._lower))[-1]
+        f = plain.upper()
+        if isinstance(self.lower_optimizer, torch.optim.SGD):
+            return f, f.lower
+        direction: list[Tensor | None] = []
+        for group, x, g, before, u in zip(
+            self._lower.groups(), last.point or [], last.gradient, last.state, f.lower, strict=True
+        ):
+            direction.append(None if u is None or g is None else _slope_after(group, x, g, before) * u)
+        return f, direction
+
     def _rule(self) -> Rule:
         return GradientDescent(current_rates(self._lower, None))
 
@@ -118,3 +159,17 @@ def _adam_slope(group: dict[str, Any], x: Tensor, g: Tensor, state: dict[str, Te
         held = state["max_exp_avg_sq"]
         slope = torch.where(held > after, group["lr"] * (1 - beta1) / (held.sqrt() + group["eps"]), slope)
     return torch.where(after > 0, slope, 0.0).to(g.dtype)
+
+
+def _slope_after(group: dict[str, Any], x: Tensor, g: Tensor, before: dict[str, Tensor]) -> Tensor:
+    """The same slope from the moments that include ``g``, as the quotient rule gives it."""
+    beta1, beta2 = group["betas"]
+    if not group.get("decoupled_weight_decay"):
+        g = g + group["weight_decay"] * x
+    m = beta1 * before.get("exp_avg", 0.0 * g) + (1 - beta1) * g
+    v = beta2 * before.get("exp_avg_sq", 0.0 * g) + (1 - beta2) * g**2
+    slope = ((1 - beta1) * v - (1 - beta2) * g * m) / (v**0.5 + group["eps"]) ** 3
+    if "max_exp_avg_sq" in before:
+        largest = before["max_exp_avg_sq"]
+        slope = torch.where(largest > v, (1 - beta1) / (largest**0.5 + group["eps"]), slope)
+    return torch.where(v > 0, group["lr"] * slope, 0.0)

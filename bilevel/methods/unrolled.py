@@ -7,15 +7,17 @@ from typing import Any, Literal, Unpack
 
 from torch import Tensor
 
-from ..descent import InnerStep, Point
+from ..descent import InnerStep
 from ..directions import Directions
 from ..errors import choice, count, message
 from ..evaluation import Evaluation
 from ..evaluator import Look
 from ..hypergradient import KeptGraph, Start, Unreached, adjoint, descend, leaves, start_of, through_start
 from ..optimizer import Common
+from ..plain import Plain
 from ..routes import Route
 from ..vectors import Vector, add_scaled
+from .formulas import Formula, GraphStart, derivative, summed
 from .sequential import HypergradientStats, Sequential
 
 Mode = Literal["auto", "adjoint", "graph"]
@@ -235,7 +237,17 @@ class Unrolled(Sequential[HypergradientStats]):
             return super()._correct_then_train(look)
         return self._move(self._look_ahead(look), look)  # w is computed from the upper variables: nothing to train
 
-    def _start_point(self) -> Point | None:
-        if self.start is None:
-            return None
-        return [x.detach().clone() for x in start_of("Unrolled", self.start, self._lower)]
+    @property
+    def _graph_start(self) -> GraphStart:
+        start = self.start
+        return None if start is None else lambda: start_of("Unrolled", start, self._lower)
+
+    def _formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:
+        """Back through the last ``truncate`` steps, one product after the other."""
+        if not self.trains_first:
+            return derivative(plain, self._rule(), self.inner_steps, last=self._differentiated, start=self._graph_start)
+        steps = plain.train(self.inner_steps, self._rule)
+        f = plain.upper()
+        last = steps[-self._differentiated :]
+        through = plain.adjoint(self._rule(), last, f.lower, as_trained=self._keeps_graph)[0]
+        return summed(f.upper, 1.0, through)

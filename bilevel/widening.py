@@ -1,0 +1,91 @@
+"""Everything in float64 for a while: modules, variables, states and batches, and what a loss casts to inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from .variables import Level
+
+COARSE = (torch.float32, torch.float16, torch.bfloat16)
+CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+
+
+def in_float64(batch: Any) -> Any:
+    def widen(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return tree_map(widen, batch)
+
+
+def state_of(level: Level) -> list[Tensor]:
+    entries = [entry for key, entry in level.optimizer.state.items() if isinstance(key, Tensor)]
+    return [x for entry in entries for name, x in entry.items() if isinstance(x, Tensor) and name != "step"]
+
+
+@contextmanager
+def held_in_float64(modules: Iterable[nn.Module], variables: Iterable[Tensor]) -> Iterator[None]:
+    """Give every floating-point tensor a float64 copy of its data, and its own data back afterwards."""
+    tensors: dict[int, Tensor] = {id(t): t for t in variables}
+    parts = [part for module in modules for part in module.modules()]
+    for part in parts:
+        tensors.update((id(t), t) for t in (*part._parameters.values(), *part._buffers.values()) if t is not None)
+    kept = [(t, t.data, t.grad) for t in tensors.values() if t.is_floating_point()]
+    # Plain attributes too: constants, and the weight that an old-style norm computes anew in each forward.
+    plain = [(vars(part), name, t) for part in parts for name, t in vars(part).items() if isinstance(t, Tensor)]
+    try:
+        for tensor, data, _ in kept:
+            tensor.grad = None
+            tensor.data = data.double()
+        for attributes, name, value in plain:
+            if value.is_floating_point() and value.is_leaf and not value.requires_grad:
+                attributes[name] = value.double()
+        yield
+    finally:
+        for tensor, data, grad in kept:
+            tensor.data = data
+            tensor.grad = grad
+        for attributes, name, value in plain:
+            attributes[name] = value
+
+
+@contextmanager
+def widened() -> Iterator[None]:
+    """Inside the ``with``, ``x.float()``, ``dtype=torch.bfloat16`` and captured float32 constants mean float64."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Widening():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+class _Widening(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if func in CASTS:
+            return args[0].double()
+        # What is written in place, or is an attribute that is set, must stay the tensor that it is.
+        if name.endswith("_") or name == "__set__" or "out" in (kwargs or {}):
+            return func(*args, **(kwargs or {}))
+        return func(*map(_wide, args), **{key: _wide(value) for key, value in (kwargs or {}).items()})
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype in COARSE else value
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value in COARSE else value
+    if type(value) in (list, tuple):
+        parts = [_wide(part) for part in value]
+        return value if all(a is b for a, b in zip(parts, value, strict=True)) else type(value)(parts)
+    return value
