@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "bilevel"
 # From the bottom of the library to its face. A new module takes its place here, above everything that uses it; a new
 # method has its place already.
 LAYERS = [
+    "without_numpy",
     "errors",
     "vectors",
     "variables",

@@ -77,9 +77,49 @@ def refused() -> set[str]:
     }
 
 
-def alone(wheel: zipfile.ZipFile, folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+# Torch says while it is imported that numpy is missing; a program that imports torch before bilevel has to let it.
+NO_NUMPY = "Failed to initialize NumPy"
+
+STEP = """
+import bilevel
+import torch
+
+for method in (bilevel.BOME, bilevel.EBOMLC, bilevel.Unrolled, bilevel.EMLC, bilevel.MLC, bilevel.Implicit,
+               bilevel.FiniteDifference, bilevel.SAMA):
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 3), torch.tensor([0, 1] * 4)
+    weigh, model = torch.nn.Linear(1, 1), torch.nn.Linear(3, 2)
+
+    def each():
+        return torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+
+    def upper_loss():
+        return each()[:4].mean()
+
+    def lower_loss():
+        return (torch.sigmoid(weigh(x[4:, :1])).squeeze(1) * each()[4:]).mean()
+
+    optimizer = method(
+        upper_loss,
+        lower_loss,
+        upper=weigh,
+        lower=model,
+        upper_optimizer=torch.optim.Adam(weigh.parameters()),
+        lower_optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    )
+    for _ in range(3):
+        stats = optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.apply(optimizer.directions())
+    print(method.__name__, stats.as_dict()["upper_loss"] > 0)
+"""
+
+
+def alone(wheel: zipfile.ZipFile, folder: Path, code: str, *filters: str) -> subprocess.CompletedProcess[str]:
+    """Run code with torch alone, where a warning that no filter lets pass is an error."""
     wheel.extractall(folder)
-    command = [sys.executable, "-I", "-W", "ignore", "-c", ALONE + code, str(folder), ",".join(refused())]
+    warnings = [part for filter_ in ("error", *filters) for part in ("-W", filter_)]
+    command = [sys.executable, "-I", *warnings, "-c", ALONE + code, str(folder), ",".join(refused())]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
 
 
@@ -117,8 +157,21 @@ def test_it_imports_without_the_extras(wheel: zipfile.ZipFile, tmp_path: Path) -
     assert result.stdout.split() == [bilevel.__version__, str(tmp_path / "bilevel" / "__init__.py")]
 
 
+def test_every_method_steps_without_the_extras_and_without_a_warning(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    result = alone(wheel, tmp_path, STEP)
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[1] for line in result.stdout.splitlines()] == ["True"] * 8
+
+
+def test_the_warning_of_torch_is_the_one_that_is_let_pass(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """As long as torch alone gives it; then ``bilevel.without_numpy`` has something to do."""
+    assert NO_NUMPY in alone(wheel, tmp_path, "import torch").stderr
+    result = alone(wheel, tmp_path, "import bilevel; import torch; print(torch.__version__)")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_the_readme_snippet_runs_without_the_extras(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
-    result = alone(wheel, tmp_path, examples(ROOT / "README.md")[0].text)
+    result = alone(wheel, tmp_path, examples(ROOT / "README.md")[0].text, f"ignore:{NO_NUMPY}")
     assert result.returncode == 0, result.stderr
 
 
