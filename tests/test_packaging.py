@@ -125,7 +125,7 @@ def alone(wheel: zipfile.ZipFile, folder: Path, code: str, *filters: str) -> sub
 
 def test_the_wheel_holds_the_library_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     files = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    source = {str(path.relative_to(ROOT)) for path in (ROOT / "bilevel").rglob("*.py")}
+    source = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bilevel").rglob("*.py")}
     assert files == source | {"bilevel/py.typed"}
 
 

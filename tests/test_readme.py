@@ -33,7 +33,7 @@ def _torch_as_found() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_torch_as_found")
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run(path)
@@ -114,7 +114,7 @@ def test_the_citation_and_the_package_name_the_same_places() -> None:
     assert f"\nurl: {DOCUMENTATION}\n" in citation
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.skipif(os.name == "nt" or shutil.which("make") is None, reason="needs make and a POSIX shell")
 @pytest.mark.parametrize("target", ["demo", "test"])
 def test_plain_equivalents_are_what_make_does(target: str) -> None:
     # -n prints the commands without running them, -B pretends that nothing is there yet.
