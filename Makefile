@@ -13,7 +13,7 @@ DEV := $(VENV)/dev.stamp
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # the checks run in the order they are listed: cheap ones first
-.PHONY: help demo test install check docs tests benchmarks clean
+.PHONY: help demo test install check docs tests variations benchmarks clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ docs: $(DEV) ## build the documentation anew, warnings are errors
 
 tests: $(DEV) ## run the tests, with every example in docstrings, README and docs
 	$(BIN)/python -m pytest
+
+variations: $(DEV) ## run the tests again as on other processors: simpler kernels, one thread and two
+	$(BIN)/python tests/variations.py
 
 benchmarks: $(EXAMPLES) ## time steps and hypergradients against the same mathematics written by hand
 	$(BIN)/python -m benchmarks.step_time

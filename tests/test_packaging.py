@@ -80,40 +80,6 @@ def refused() -> set[str]:
 # Torch says while it is imported that numpy is missing; a program that imports torch before bilevel has to let it.
 NO_NUMPY = "Failed to initialize NumPy"
 
-STEP = """
-import bilevel
-import torch
-
-for method in (bilevel.BOME, bilevel.EBOMLC, bilevel.Unrolled, bilevel.EMLC, bilevel.MLC, bilevel.Implicit,
-               bilevel.FiniteDifference, bilevel.SAMA):
-    torch.manual_seed(0)
-    x, y = torch.randn(8, 3), torch.tensor([0, 1] * 4)
-    weigh, model = torch.nn.Linear(1, 1), torch.nn.Linear(3, 2)
-
-    def each():
-        return torch.nn.functional.cross_entropy(model(x), y, reduction="none")
-
-    def upper_loss():
-        return each()[:4].mean()
-
-    def lower_loss():
-        return (torch.sigmoid(weigh(x[4:, :1])).squeeze(1) * each()[4:]).mean()
-
-    optimizer = method(
-        upper_loss,
-        lower_loss,
-        upper=weigh,
-        lower=model,
-        upper_optimizer=torch.optim.Adam(weigh.parameters()),
-        lower_optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-    )
-    for _ in range(3):
-        stats = optimizer.step()
-    optimizer.load_state_dict(optimizer.state_dict())
-    optimizer.apply(optimizer.directions())
-    print(method.__name__, stats.as_dict()["upper_loss"] > 0)
-"""
-
 
 def alone(wheel: zipfile.ZipFile, folder: Path, code: str, *filters: str) -> subprocess.CompletedProcess[str]:
     """Run code with torch alone, where a warning that no filter lets pass is an error."""
@@ -158,7 +124,7 @@ def test_it_imports_without_the_extras(wheel: zipfile.ZipFile, tmp_path: Path) -
 
 
 def test_every_method_steps_without_the_extras_and_without_a_warning(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
-    result = alone(wheel, tmp_path, STEP)
+    result = alone(wheel, tmp_path, (ROOT / "tests" / "one_step.py").read_text(encoding="utf-8"))
     assert result.returncode == 0, result.stderr
     assert [line.split()[1] for line in result.stdout.splitlines()] == ["True"] * 8
 
