@@ -146,7 +146,7 @@ def table(outcomes: Sequence[dict[str, Any]]) -> str:
 def processor() -> str:
     """Return the name of the processor."""
     information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.is_file() else []
+    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 

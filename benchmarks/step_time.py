@@ -221,7 +221,11 @@ def machine(device: torch.device) -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     described = Path("/proc/cpuinfo")
     if described.exists():
-        models = [line.partition(":")[2].strip() for line in described.read_text().splitlines() if "model name" in line]
+        models = [
+            line.partition(":")[2].strip()
+            for line in described.read_text(encoding="utf-8").splitlines()
+            if "model name" in line
+        ]
         cpu = models[0] if models else cpu
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

@@ -1,5 +1,8 @@
 """Bilevel optimization for PyTorch: optimizer classes that take any upper and lower loss closures."""
 
+from . import without_numpy as without_numpy  # before anything that imports torch
+
+# isort: split
 from . import barrier, problems
 from .checking import check_directions
 from .directions import Directions, Stats

@@ -13,14 +13,15 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from examples.noisy_labels import checkpoint, cifar, files, pictures
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext
 
 PATIENCE = 120.0  # seconds; only a hanging process takes so long
 
@@ -36,6 +37,8 @@ class End:
 
 def server() -> ForkServerContext:
     """Return the context whose processes come with everything imported."""
+    from multiprocessing import forkserver  # not on Windows, where other tests read what is below
+
     context = multiprocessing.get_context("forkserver")
     # torch imports _dynamo with the first optimizer: longer than a run.
     context.set_forkserver_preload(["torch._dynamo", "sklearn.datasets", "killing"])
@@ -94,7 +97,7 @@ def _child(arguments: list[str], errors: Path, draw: bool) -> None:
     torch.set_num_threads(1)
     for name in () if draw else ("curves", "label_heatmap", "suspicious"):
         setattr(pictures, name, _written)
-    with errors.open("w") as stream, Path(os.devnull).open("w") as nowhere:
+    with errors.open("w", encoding="utf-8") as stream, Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         sys.stdout, sys.stderr = nowhere, stream
         code = cifar.main(arguments)
     os._exit(code)

@@ -914,7 +914,7 @@ def run_pytest(folder: Path, tests: list[str], output: Path) -> None:
     sys.dont_write_bytecode = True  # two changes of one file within a second would share its byte code
     os.chdir(folder)
     sys.path.insert(0, str(folder))
-    with output.open("w") as file:
+    with output.open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     options = ["-x", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-W", "error"]

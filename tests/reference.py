@@ -56,7 +56,11 @@ def move(x: Tensor, g: Tensor, state: State, mover: Mover) -> tuple[Tensor, Stat
     v = beta2 * state.get("v", torch.zeros_like(x)) + (1 - beta2) * g**2
     largest = torch.maximum(state.get("largest", torch.zeros_like(x)), v) if mover.amsgrad else v
     m_hat, v_hat = m / (1 - beta1**t), largest / (1 - beta2**t)
-    return x - mover.lr * m_hat / (v_hat.sqrt() + mover.adam_eps), {"t": t, "m": m, "v": v, "largest": largest}
+    # A gradient that is 0 in theory (a bias in front of BatchNorm) is exactly 0 on one CPU and 1e-17 on another. Where
+    # none but zeros were seen the step is 0, and its derivative is defined as 0: that of the root would be NaN.
+    seen = largest > 0
+    ratio = m_hat / (torch.where(seen, v_hat, 1.0).sqrt() + mover.adam_eps)
+    return x - mover.lr * torch.where(seen, ratio, 0.0), {"t": t, "m": m, "v": v, "largest": largest}
 
 
 @dataclass(frozen=True)

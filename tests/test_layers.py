@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "bilevel"
 # From the bottom of the library to its face. A new module takes its place here, above everything that uses it; a new
 # method has its place already.
 LAYERS = [
+    "without_numpy",
     "errors",
     "compiler",
     "vectors",
@@ -126,7 +127,7 @@ def test_contributing_shows_the_layers_in_their_order() -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_a_module_imports_only_from_above(path: Path) -> None:
-    assert violations(dotted(path), path.read_text()) == []
+    assert violations(dotted(path), path.read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: dotted(path) or "__init__")
@@ -134,8 +135,8 @@ def test_imports_outside_the_package_are_torch_or_the_standard_library(path: Pat
     package = ".".join(path.parent.relative_to(PACKAGE).parts)
     # "bilevel" is not allowed either: the package does not import itself by name.
     allowed = {*sys.stdlib_module_names, "torch"}
-    assert outside(path.read_text(), package) <= allowed | {"typing_extensions"}
-    assert outside(at_run_time(path.read_text()), package) <= allowed
+    assert outside(path.read_text(encoding="utf-8"), package) <= allowed | {"typing_extensions"}
+    assert outside(at_run_time(path.read_text(encoding="utf-8")), package) <= allowed
 
 
 def outside(source: str, package: str) -> set[str]:
@@ -154,7 +155,7 @@ def at_run_time(source: str) -> str:
 
 @pytest.mark.parametrize("path", INITS, ids=lambda path: dotted(path) or "bilevel")
 def test_init_files_only_re_export(path: Path) -> None:
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         re_export = isinstance(node, ast.ImportFrom) and (node.level > 0 or node.module == "__future__")
         constant = isinstance(node, ast.Assign) and all(

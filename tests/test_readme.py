@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from pages import examples, run
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+REPOSITORY = "https://github.com/bilevel/bilevel"
+DOCUMENTATION = "https://bilevel.readthedocs.io"
 PAGES = [path for path in [README, *sorted((ROOT / "docs").rglob("*.md"))] if examples(path)]
 
 
@@ -30,7 +33,7 @@ def _torch_as_found() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_torch_as_found")
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run(path)
@@ -53,7 +56,65 @@ def test_a_failing_example_fails(tmp_path: Path) -> None:
     assert caught.traceback[-1].lineno + 1 == 5
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def targets(text: str) -> list[str]:
+    """Where the links and pictures of a Markdown text lead, whichever way they are written; code has none."""
+    prose = re.sub(r"^```.*?^```|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"\]\(([^)\s]+)|^\[[^\]]+\]: (\S+)|\b(?:href|src)=\"([^\"]+)", prose, re.MULTILINE)
+    return ["".join(groups) for groups in found]
+
+
+def named(link: str) -> Path | None:
+    """The file here that a link into the repository or the documentation names, or None for a link elsewhere."""
+    if into := re.fullmatch(rf"{REPOSITORY}/(?:blob|tree)/main/([^#]*)(?:#.*)?", link):
+        return ROOT / into[1]
+    if page := re.fullmatch(rf"{DOCUMENTATION}/(?:en/latest/)?([^#]*)(?:#.*)?", link):
+        return ROOT / "docs" / ((page[1] or "index.html").removesuffix(".html") + ".md")
+    return None
+
+
+def test_every_link_of_the_readme_lives_on_a_package_index_too() -> None:
+    """The page of a package index shows this text and none of the files beside it."""
+    found = targets(README.read_text(encoding="utf-8"))
+    assert [link for link in found if not link.startswith("https://")] == []
+    here = [path for link in found if (path := named(link)) is not None]
+    assert len(here) > 10
+    assert [str(path) for path in here if not path.exists()] == []
+    # What is neither would be a page of the repository or the documentation that this test does not know.
+    assert [link for link in found if named(link) is None and link.startswith((REPOSITORY, DOCUMENTATION))] == []
+
+
+def test_every_reference_of_the_readme_is_defined() -> None:
+    text = README.read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    defined = {name.lower() for name in re.findall(r"^\[([^\]]+)\]: ", prose, re.MULTILINE)}
+    used = {name.lower() or text.lower() for text, name in re.findall(r"\[([^\]]+)\](?:\[([^\]]*)\])?(?![:(])", prose)}
+    assert used == defined
+
+
+@pytest.mark.parametrize(
+    ("link", "path"),
+    [
+        (f"{REPOSITORY}/blob/main/LICENSE", "LICENSE"),
+        (f"{REPOSITORY}/tree/main/docs/nowhere#there", "docs/nowhere"),
+        (f"{DOCUMENTATION}/en/latest/methods/index.html#choose", "docs/methods/index.md"),
+        (DOCUMENTATION + "/", "docs/index.md"),
+    ],
+)
+def test_a_link_names_its_file(link: str, path: str) -> None:
+    assert targets(f"[a]({link}) and\n\n[b]: {link}\n") == [link, link]
+    assert named(link) == ROOT / path
+
+
+def test_the_citation_and_the_package_name_the_same_places() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+    assert (project["Repository"], project["Documentation"]) == (REPOSITORY, DOCUMENTATION)
+    assert all(url.startswith((REPOSITORY, DOCUMENTATION)) for url in project.values())
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nrepository-code: {REPOSITORY}\n" in citation
+    assert f"\nurl: {DOCUMENTATION}\n" in citation
+
+
+@pytest.mark.skipif(os.name == "nt" or shutil.which("make") is None, reason="needs make and a POSIX shell")
 @pytest.mark.parametrize("target", ["demo", "test"])
 def test_plain_equivalents_are_what_make_does(target: str) -> None:
     # -n prints the commands without running them, -B pretends that nothing is there yet.

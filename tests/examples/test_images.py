@@ -294,14 +294,14 @@ def test_unpacking_that_was_killed_leaves_nothing_to_be_found(
 ) -> None:
     # Half of CIFAR-10's training batches would be taken for a small data set.
     folder = served(cifar10_folder, tmp_path, monkeypatch)
-    extract = tarfile.TarFile.extractall
+    unpack = download._unpack
 
-    def killed(self: tarfile.TarFile, path: Path, **options: object) -> None:
-        extract(self, path, **options)  # type: ignore[arg-type]
+    def killed(content: tarfile.TarFile, path: Path) -> None:
+        unpack(content, path)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tarfile.TarFile, "extractall", killed)
+        patch.setattr(download, "_unpack", killed)
         with pytest.raises(KeyboardInterrupt):
             download.fetch("cifar10", folder)
     with pytest.raises(data.DataNotFoundError):
@@ -310,17 +310,23 @@ def test_unpacking_that_was_killed_leaves_nothing_to_be_found(
     assert len(data.cifar("cifar10", str(folder)).labels) == 180
 
 
-def test_an_archive_that_leads_out_of_its_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["a path up", "an absolute path", "a link"])
+def test_an_archive_that_leads_out_of_its_folder_is_refused(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     archive, secret = tmp_path / "cifar-10-binary.tar.gz", tmp_path / "secret"
     secret.write_text("kept")
     with tarfile.open(archive, "w:gz") as content:
-        content.add(secret, "../secret")
+        member = tarfile.TarInfo({"a path up": "../../secret", "an absolute path": str(secret)}.get(way, "link"))
+        if way == "a link":
+            member.type, member.linkname = tarfile.SYMTYPE, str(secret)
+        content.addfile(member)
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     monkeypatch.setitem(download.SOURCES, "cifar10", download.Source(archive.as_uri(), digest))
-    secret.write_text("changed")
-    with pytest.raises(tarfile.OutsideDestinationError):
+    with pytest.raises(ValueError, match="plain files in folders, none of them outside"):
         download.fetch("cifar10", tmp_path / "folder")
-    assert secret.read_text() == "changed"
+    assert secret.read_text() == "kept"
+    assert [path.suffix for path in (tmp_path / "folder").iterdir()] == [".gz"]
 
 
 def test_every_way_to_unpickle_is_restricted() -> None:

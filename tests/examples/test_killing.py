@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import random
 import signal
+import sys
 from pathlib import Path
 
 import pytest
+
+if sys.platform == "win32":
+    pytest.skip("Windows has no signals that a program can be sent", allow_module_level=True)
 
 from examples.noisy_labels import checkpoint, files, interruption
 from killing import End, assert_same, log_of, run

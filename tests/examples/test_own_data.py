@@ -209,7 +209,7 @@ def test_an_interrupted_run_saves_the_very_step(
 
     def interrupted(run: Run) -> dict[str, torch.Tensor]:
         if (run.epoch, run.step) == (1, 1):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return advance(run)
 
     with monkeypatch.context() as patch:

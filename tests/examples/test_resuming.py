@@ -76,7 +76,7 @@ def test_an_interrupted_run_saves_the_very_step(
 
     def interrupted(run: Run) -> dict[str, torch.Tensor]:
         if (run.epoch, run.step) == (1, 2):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return advance(run)
 
     with monkeypatch.context() as patch:
@@ -89,6 +89,7 @@ def test_an_interrupted_run_saves_the_very_step(
     assert_same(whole, broken)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals that a program can be sent")
 def test_sigterm_stops_a_process_and_it_can_go_on(tmp_path: Path) -> None:
     command = ["--dataset", "digits", "--epochs", "40", "--log-interval", "1"]
     script = [sys.executable, str(REPOSITORY / "examples" / "noisy_labels" / "cifar.py")]
@@ -165,7 +166,7 @@ def test_an_early_sigterm_waits_for_the_first_step(
     load = cifar.data.load
 
     def slow(*arguments: object) -> object:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         return load(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(cifar.data, "load", slow)
