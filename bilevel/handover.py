@@ -39,6 +39,11 @@ def checked(directions: Directions) -> dict[str, Vector]:
         "the upper direction": list(directions.upper.values()),
         "the lower direction": list(directions.lower.values()),
         "the inner point": list((directions.start or {}).values()),
+        **{
+            f"the {name} estimate": list(value.values())
+            for name, value in directions.state.items()
+            if isinstance(value, Mapping)
+        },
     }
 
 

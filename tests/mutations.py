@@ -410,8 +410,8 @@ MUTATIONS = [
     Mutation(
         "directions keep their moves of buffers",
         "optimizer.py",
-        "            look.replay.undo()\n            return answer",
-        "            return answer",
+        "            look.replay.undo()\n            return replace(answer",
+        "            return replace(answer",
         "test_replay.py::test_directions_give_buffers_back",
     ),
     Mutation(
@@ -590,15 +590,15 @@ MUTATIONS = [
     Mutation(
         "Implicit: no warm start",
         IMPLICIT,
-        "            self._last = self._found\n",
-        "            pass\n",
+        '{"last": solution} if self.warm_start else {}',
+        "{}",
         "test_implicit.py::test_a_warm_start_continues_from_the_last_p",
     ),
     Mutation(
         "Implicit: directions move the warm start",
         IMPLICIT,
-        "        self._found = self._named(",
-        "        self._last = self._found = self._named(",
+        "        upper, solution = self._named(subtract(f.upper, through), found.x)\n",
+        "        upper, solution = self._named(subtract(f.upper, through), found.x)\n        self._last.value = solution\n",
         "test_implicit.py::test_a_warm_start_continues_from_the_last_p",
     ),
     Mutation(
@@ -639,22 +639,22 @@ MUTATIONS = [
     Mutation(
         "MLC: the estimate is kept after it was used",
         MLC,
-        "{} if stats.upper_moved else estimate",
-        "estimate",
+        '"accumulated": {} if due else estimate',
+        '"accumulated": estimate',
         "test_mlc.py::test_several_upper_updates_call_by_call",
     ),
     Mutation(
         "MLC: the estimate is not saved",
-        MLC,
-        '"accumulated": self._accumulated, "calls"',
-        '"accumulated": {}, "calls"',
+        "method_state.py",
+        "dict(v) if isinstance(v, Mapping) else v for",
+        "{} if isinstance(v, Mapping) else v for",
         "test_mlc.py::test_a_checkpoint_between_two_calls",
     ),
     Mutation(
         "MLC: a bad estimate is accumulated",
-        MLC,
-        "watched = {} if answer.upper else",
-        "watched = {} if answer else",
+        "handover.py",
+        "            if isinstance(value, Mapping)\n",
+        "            if not value\n",
         "test_mlc.py::test_a_bad_gradient_is_not_accumulated",
     ),
     Mutation(

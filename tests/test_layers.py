@@ -30,6 +30,7 @@ LAYERS = [
     "descent",
     "hypergradient",  # its files may use each other
     "directions",
+    "method_state",
     "handover",
     "rollback",
     "checking",

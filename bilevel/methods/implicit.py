@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..descent import GradientDescent, Rule, current_rates
-from ..directions import Directions
+from ..directions import Directions, StateValue
 from ..errors import choice, message
 from ..evaluator import Look
 from ..hypergradient import ConjugateGradient, Solver
@@ -115,8 +115,8 @@ class Implicit(Sequential[ImplicitStats]):
         super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, product=product, atomic=atomic)
         self.solver = ConjugateGradient() if solver is None else solver
         self.warm_start = warm_start
-        self._last: dict[str, Tensor] = {}
-        self._found: dict[str, Tensor] = {}
+        # Any start is right, so that the mean over tasks is too.
+        self._last = self.lower_state("last", reduction="mean")
 
     def _train_and_look(self, look: Look, *, real: bool) -> Directions[ImplicitStats]:
         first, _ = self._train(look, real=real)
@@ -126,9 +126,8 @@ class Implicit(Sequential[ImplicitStats]):
         def hessian(v: Vector) -> Vector:
             return mixed_product(look, last, v, None, self.product)[1]
 
-        start = [self._last.get(name) for name in self._lower.names] if self.warm_start and self._last else None
+        start = self._last.vector() if self.warm_start and self._last.value else None
         found = self.solver.solve(hessian, f.lower, start, current_rates(self._lower, None))
-        self._found = self._named([None] * len(self._upper.names), found.x)[1]
         through = upper_product(look, last, found.x, None, self.product)
         self._evaluator.lower_loss.check_use("upper", through)
         stats = ImplicitStats(
@@ -141,8 +140,9 @@ class Implicit(Sequential[ImplicitStats]):
             residual=found.residual,
             converged=found.converged,
         )
-        upper, _ = self._named(subtract(f.upper, through), [None] * len(self._lower.names))
-        return Directions(upper, {}, stats)
+        upper, solution = self._named(subtract(f.upper, through), found.x)
+        state: dict[str, StateValue] = {"last": solution} if self.warm_start else {}
+        return Directions(upper, {}, stats, state=state)
 
     def _stats_of_skipped(self, lower_loss: Tensor) -> ImplicitStats:
         unknown = torch.full_like(lower_loss, float("nan"))
@@ -151,17 +151,5 @@ class Implicit(Sequential[ImplicitStats]):
             unknown, lower_loss, skipped=True, iterations=none, residual=unknown, converged=none.to(torch.bool)
         )
 
-    def _step(self, look: Look) -> ImplicitStats:
-        stats = super()._step(look)
-        if self.warm_start and not stats.skipped:
-            self._last = self._found
-        return stats
-
     def _rule(self) -> Rule:
         return GradientDescent(current_rates(self._lower, None))
-
-    def _own_state(self) -> dict[str, Any]:
-        return {"last": self._last}
-
-    def _load_own_state(self, state: Mapping[str, Any]) -> None:
-        self._last = dict(state["last"])

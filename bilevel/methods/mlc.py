@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Unpack
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checking import Claim
 from ..descent import Preview, check_preview
-from ..directions import Directions
+from ..directions import Directions, StateValue
 from ..errors import choice, count
 from ..evaluator import Look
 from ..hypergradient import Step, pull_back
@@ -85,21 +85,11 @@ class MLC(BilevelOptimizer[HypergradientStats]):
         check_preview("MLC", self.lower_optimizer, "EMLC, which follows none")
         self.inner_steps = inner_steps
         self.product = product
-        self._accumulated: dict[str, Tensor] = {}
-        self._calls = 0
+        self._accumulated = self.upper_state("accumulated", reduction="mean")  # linear in what each call adds
+        self._calls = self.scalar_state("calls")
 
     def _answer(self, look: Look) -> Directions[HypergradientStats]:
         return self._estimate(look)[0]
-
-    def _step(self, look: Look) -> HypergradientStats:
-        answer, estimate = self._estimate(look)
-        # Checked before it is due: an estimate that is not finite would never be got rid of, once accumulated.
-        watched = {} if answer.upper else {"the accumulated estimate": list(estimate.values())}
-        stats = self._move(answer, look, watched)
-        if not stats.skipped:
-            self._calls = (self._calls + 1) % self.inner_steps
-            self._accumulated = {} if stats.upper_moved else estimate
-        return stats
 
     def _estimate(self, look: Look) -> tuple[Directions[HypergradientStats], dict[str, Tensor]]:
         """Return the directions of this call and the accumulated estimate m."""
@@ -119,22 +109,18 @@ class MLC(BilevelOptimizer[HypergradientStats]):
             squared = squared_norm(here.lower)
             projection = dot(add_scaled(f.lower, 1.0, through_step), here.lower)
             gamma = torch.where(squared > 0, projection / torch.where(squared > 0, squared, 1.0), 0.0)
-            m = add_scaled(m, gamma, [self._accumulated.get(name) for name in self._upper.names])
+            m = add_scaled(m, gamma, self._accumulated.vector())
         estimate, lower = self._named(m, g.lower)
-        due = self._calls + 1 == self.inner_steps
+        calls = self._calls.value + 1
+        due = calls >= self.inner_steps
         stats = HypergradientStats(
             value, g.value, upper_aux=aux, lower_aux=g.aux, product=route_taken(look, "upper", self.product)
         )
-        return Directions(estimate if due else {}, lower, stats), estimate
+        state: dict[str, StateValue] = {"accumulated": {} if due else estimate, "calls": 0 if due else calls}
+        return Directions(estimate if due else {}, lower, stats, state=state), estimate
 
     def _claims(self, look: Look, probe: Callable[[Level], Vector]) -> list[Claim]:
         _, estimate = self._estimate(look)
         upper = [estimate.get(name) for name in self._upper.names]
         exact = self.inner_steps == 1  # else the accumulated estimate is compared with the last step's derivative
         return derivative_claims(look, Preview(self._lower), 1, upper, probe(self._upper), exact=exact)
-
-    def _own_state(self) -> dict[str, Any]:
-        return {"accumulated": self._accumulated, "calls": self._calls}
-
-    def _load_own_state(self, state: Mapping[str, Any]) -> None:
-        self._accumulated, self._calls = dict(state["accumulated"]), int(state["calls"])

@@ -33,7 +33,8 @@ from ..vectors import Vector, add_scaled, dot, squared_norm, subtract
 class HypergradientStats(Stats):
     """The numbers of one step of a hypergradient method.
 
-    ``upper_loss`` and ``upper_aux`` are those of F where it was evaluated: after the lower steps, virtual or real.
+    ``upper_loss`` and ``upper_aux`` are those of F where it was evaluated: after the lower steps, virtual or real; for
+    :class:`MLC` with ``inner_steps > 1``, which evaluates F at the current point too, those at the current point.
 
     Attributes:
         product: Route of the products of G that was taken, or None if there was none.
