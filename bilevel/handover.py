@@ -72,7 +72,7 @@ def check_state(optimizer: torch.optim.Optimizer) -> None:
     if not type(optimizer).__module__.startswith("torch.optim.") or isinstance(optimizer, torch.optim.Adafactor):
         return
     for tensor, entry in optimizer.state.items():
-        for name, value in entry.items():
+        for name, value in entry.items() if isinstance(entry, Mapping) else ():
             if isinstance(value, Tensor) and value.dim() > 0 and value.shape != tensor.shape:
                 raise ValueError(f"{name} of shape {tuple(value.shape)} for a parameter of shape {tuple(tensor.shape)}")
 
@@ -83,8 +83,13 @@ def place(level: Level, values: Mapping[str, Tensor]) -> None:
 
 
 def hand_over(level: Level, direction: Vector) -> None:
-    """What a training loop does: zero_grad, fill ``.grad``, step. Stale gradients of frozen parameters go too."""
-    level.optimizer.zero_grad(set_to_none=True)
+    """What a training loop does: zero_grad, fill ``.grad``, step. Stale gradients of frozen parameters go too.
+
+    By hand, as ``zero_grad`` of optimizers outside torch need not know ``set_to_none``.
+    """
+    for group in level.optimizer.param_groups:
+        for tensor in group["params"]:
+            tensor.grad = None
     for tensor, part in zip(level.tensors, own_memory(direction), strict=True):
         tensor.grad = part
     level.optimizer.step()

@@ -105,6 +105,12 @@ class MethodState:
             self._entries[name].value = value
         self._version += bool(values)
 
+    def put_back(self, values: Mapping[str, Any]) -> None:
+        """Undo commits since :meth:`values` returned ``values``."""
+        for name, value in values.items():
+            self._entries[name].value = value
+        self._version += 1
+
     def values(self) -> dict[str, Any]:
         """Return all values by name; tensors are shared, and never written."""
         return {name: entry.value for name, entry in self._entries.items()}

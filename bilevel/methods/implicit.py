@@ -30,6 +30,8 @@ class ImplicitStats(HypergradientStats):
         residual: ``|f_w - (G_ww + damping I) p| / |f_w|`` of the returned p.
         converged: Whether the residual met the solver's tolerance. If not, the direction is used all the same: look
             here, and raise the iterations or the damping.
+        indefinite: Whether the solver ended at a direction of no or negative curvature: w is not near a strict minimum
+            of G. Train longer, or raise the damping. None: the solver does not look.
 
     Example:
         >>> import torch, bilevel
@@ -42,6 +44,7 @@ class ImplicitStats(HypergradientStats):
     iterations: Tensor
     residual: Tensor
     converged: Tensor
+    indefinite: Tensor | None = None
 
 
 class Implicit(Sequential[ImplicitStats]):
@@ -60,8 +63,9 @@ class Implicit(Sequential[ImplicitStats]):
         inner_steps: Real lower steps per call, >= 0; default 1. 0: the lower problem is solved by other means, and
             ``step`` moves the upper variables alone.
         solver: ``ConjugateGradient()`` (default), ``Neumann()`` or ``FixedPoint()``, or a ``Solver`` of your own.
-        warm_start: Start the solver from the last p (default True: the system changes slowly between steps). The last p
-            is part of ``state_dict``.
+        warm_start: Start the solver from the last p (default True: the system changes slowly between steps), or from 0
+            where that leaves the smaller residual, as after variables were set by hand. The last p is part of
+            ``state_dict``, and what ``apply`` and ``Directions.mean`` carry on.
         product: Route of the products of G.
         atomic: Whether a step that fails half-way is taken back; see the concepts page. Default True.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
@@ -139,6 +143,7 @@ class Implicit(Sequential[ImplicitStats]):
             iterations=found.iterations,
             residual=found.residual,
             converged=found.converged,
+            indefinite=found.indefinite,
         )
         upper, solution = self._named(subtract(f.upper, through), found.x)
         state: dict[str, StateValue] = {"last": solution} if self.warm_start else {}

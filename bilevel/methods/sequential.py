@@ -67,7 +67,8 @@ class Sequential(BilevelOptimizer[H], ABC):
             plain if a rate is given, as the lower optimizer's step goes with its own rate.
         product: Route of the products of G.
         atomic: Whether a step that fails, or is not finite, after the first real optimizer step is taken back. Costs
-            a copy of the level that moves first and of its optimizer state. Without it such a step stays half taken.
+            a copy of both levels and of their optimizers' state, the second one's made right before it moves. Without
+            it such a step stays half taken.
         common: The arguments of :class:`bilevel.BilevelOptimizer`.
     """
 
@@ -147,13 +148,18 @@ class Sequential(BilevelOptimizer[H], ABC):
                 if saved is not None:
                     saved.restore()
                 return replace(stats, upper_moved=saved is None, skipped=True)
-        hand_over(self._lower, g.lower)
+            if saved is not None:
+                saved.add(self._lower)
+            hand_over(self._lower, g.lower)
         return stats
 
     def _train_then_correct(self, look: Look) -> H:
         with self._taken_back_on_error(self._lower) as saved:
             try:
-                stats = self._move(self._train_and_look(look, real=True), look)
+                answer = self._train_and_look(look, real=True)
+                if saved is not None:
+                    saved.add(self._upper)
+                stats = self._move(answer, look)
             except _SkippedError as bad:
                 look.replay.undo_buffers()
                 stats = self._stats_of_skipped(bad.loss)
@@ -167,12 +173,18 @@ class Sequential(BilevelOptimizer[H], ABC):
         return cast(H, HypergradientStats(unknown, lower_loss, skipped=True))  # with more numbers, a method overrides
 
     def _train(
-        self, look: Look, *, real: bool, rule: Callable[[], Rule] | None = None, keep: int = 0
+        self,
+        look: Look,
+        *,
+        real: bool,
+        rule: Callable[[], Rule] | None = None,
+        keep: int = 0,
+        before: Callable[[], None] = lambda: None,
     ) -> tuple[Evaluation, list[Step]]:
         """Take the real lower steps; return G before the first.
 
         The last ``keep`` steps are recorded: a copy of each point and, if there is a ``rule``, the gradient and a copy
-        of the rule's state, as its derivative will need them.
+        of the rule's state, as its derivative will need them. ``before`` is called before each.
         """
         steps: list[Step] = []
         first: Evaluation | None = None
@@ -184,6 +196,7 @@ class Sequential(BilevelOptimizer[H], ABC):
                 start = rule().start() if rule is not None else []
                 state = [{name: s.clone() for name, s in entry.items()} for entry in start]
                 steps.append(Step(index, [x.clone() for x in look.point()], [] if rule is None else g.lower, state))
+            before()
             self._train_along(g, real=real, kept=kept and rule is not None)
         return first or look.lower(wrt="lower"), steps
 
@@ -218,11 +231,13 @@ class Sequential(BilevelOptimizer[H], ABC):
     @contextmanager
     def _taken_back_on_error(self, *levels: Level) -> Iterator[Saved | None]:
         saved = Saved(levels) if self.atomic else None
+        remembered = self._state.values()
         try:
             yield saved
         except BaseException:
             if saved is not None:
                 saved.restore()
+                self._state.put_back(remembered)
             raise
 
     def _may_train(self, g: Evaluation) -> bool:
