@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,23 @@ def check_state(optimizer: torch.optim.Optimizer) -> None:
         for name, value in entry.items() if isinstance(entry, Mapping) else ():
             if isinstance(value, Tensor) and value.dim() > 0 and value.shape != tensor.shape:
                 raise ValueError(f"{name} of shape {tuple(value.shape)} for a parameter of shape {tuple(tensor.shape)}")
+
+
+# What torch's schedulers add to a group.
+SCHEDULED = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "params", "param_names"}
+
+
+def check_groups(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Refuse the state of another kind of optimizer, whose groups torch would take over without a word.
+
+    Options that are only missing, or only added, are those of another version of the same optimizer.
+    """
+    for group, own in zip(state["param_groups"], optimizer.param_groups, strict=False):
+        missing = sorted(set(optimizer.defaults) - set(group))
+        added = sorted(set(group) - set(own) - SCHEDULED)
+        if missing and added:
+            kind = type(optimizer).__name__
+            raise ValueError(f"its options {added} are not those of {kind}, and {missing} are missing")
 
 
 def place(level: Level, values: Mapping[str, Tensor]) -> None:

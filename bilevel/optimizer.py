@@ -17,9 +17,10 @@ from .closures import MISSING
 from .directions import Directions, Reduction, S, T
 from .errors import choice, message
 from .evaluator import Evaluator, Look
-from .handover import are_finite, check_state, checked, hand_over, match, place
+from .handover import are_finite, check_groups, check_state, checked, hand_over, match, place
 from .method_state import LevelState, MethodState, Remembered, ScalarState
 from .replay import Policy
+from .settings import Fixed, Setting, chosen
 from .variables import Level, Variables, check_disjoint
 from .vectors import Vector, own_memory
 
@@ -67,6 +68,9 @@ class BilevelOptimizer(ABC, Generic[S]):
     """
 
     follows_maximize: ClassVar[bool] = False  # whether a lower optimizer may walk uphill
+    on_nonfinite = Setting[OnNonFinite](chosen("raise", "skip", "ignore"))
+    upper_loss, lower_loss, upper, lower, other = Fixed[Any](), Fixed[Any](), Fixed[Any](), Fixed[Any](), Fixed[Any]()
+    upper_buffers, lower_buffers = Fixed[Any](), Fixed[Any]()
     _after_failure = "nothing was moved"
 
     def __init__(
@@ -84,10 +88,9 @@ class BilevelOptimizer(ABC, Generic[S]):
         lower_buffers: Policy = "once",
     ) -> None:
         owner = type(self).__name__
-        choice(owner, "on_nonfinite", on_nonfinite, ("raise", "skip", "ignore"))
+        self.on_nonfinite = on_nonfinite
         for argument, policy in (("upper_buffers", upper_buffers), ("lower_buffers", lower_buffers)):
             choice(owner, argument, policy, ("once", "every", "never"))
-        self.on_nonfinite = on_nonfinite
         self._upper = Level(owner, "upper", upper, upper_optimizer)
         self._lower = Level(owner, "lower", lower, lower_optimizer, may_maximize=self.follows_maximize)
         check_disjoint(self._upper, self._lower)
@@ -217,10 +220,12 @@ class BilevelOptimizer(ABC, Generic[S]):
         before = [(level.optimizer, level.optimizer.state_dict()) for level in (self._upper, self._lower)]
         try:
             # Copies, because torch keeps the tensors it is given and would write into the caller's checkpoint.
-            self._upper.optimizer.load_state_dict(deepcopy(state_dict["upper_optimizer"]))
-            self._lower.optimizer.load_state_dict(deepcopy(state_dict["lower_optimizer"]))
-            check_state(self._upper.optimizer)
-            check_state(self._lower.optimizer)
+            for level in (self._upper, self._lower):
+                loaded = deepcopy(state_dict[f"{level.side}_optimizer"])
+                check_groups(level.optimizer, loaded)
+                level.optimizer.load_state_dict(loaded)
+                check_state(level.optimizer)
+                level.check_direction()
             self._state.commit(state)
         except Exception as error:
             for optimizer, state in before:

@@ -52,6 +52,7 @@ class Level:
         names = tuple(name for name, _ in found)
         tensors = tuple(tensor for _, tensor in found)
         held = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+        self.check_direction()
         marks = (tuple(map(id, tensors)), tuple((id(t), t.requires_grad) for t in held))
         if marks == getattr(self, "_marks", None):
             return False
@@ -150,6 +151,9 @@ class Level:
                 f"would never get a direction. Name their module in {self.side}=, or give them another optimizer."
             )
             raise ValueError(message(self.owner, f"{self.side}_optimizer", type(self.optimizer).__name__, advice))
+
+    def check_direction(self) -> None:
+        """Refuse ``maximize=True``, which may also be set, or loaded, after construction."""
         if not self._may_maximize and any(group.get("maximize") for group in self.optimizer.param_groups):
             advice = "has maximize=True, which would walk against the descent directions. Negate the loss instead."
             raise ValueError(message(self.owner, f"{self.side}_optimizer", type(self.optimizer).__name__, advice))

@@ -758,8 +758,8 @@ MUTATIONS = [
     Mutation(
         "Unrolled: plain steps are previews",
         SEQUENTIAL,
-        'if self.inner_step == "preview":\n            return Preview(',
-        "if True:\n            return Preview(",
+        'if self.inner_step == "preview":\n            self._check_rule()',
+        "if True:\n            self._check_rule()",
         "test_unrolled.py::test_plain_steps_go_with_the_current_rates_of_the_lower_optimizer",
     ),
     Mutation(

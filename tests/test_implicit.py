@@ -498,7 +498,7 @@ def test_the_warm_start_is_in_the_checkpoint(stop: int) -> None:
         torch.manual_seed(0)
         looked.append(list(one.directions(*resumed.data[:3]).upper.values()))
     assert relative(*looked) > 1e-3  # the warm start does matter here
-    for index in range(stop, 5):
+    for _ in range(stop, 5):
         torch.manual_seed(0)
         again.step(*resumed.data[:3])
     for p, q in zip(straight.corrector.parameters(), resumed.corrector.parameters(), strict=True):

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "bilevel"
 # method has its place already.
 LAYERS = [
     "errors",
+    "settings",
     "vectors",
     "variables",
     "buffers",

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ..descent import GradientDescent, Rule, current_rates
 from ..directions import Directions
-from ..errors import choice, number
 from ..evaluator import Look
 from ..handover import hand_over
 from ..optimizer import Common
 from ..products import upper_product
 from ..rollback import Groups, Saved
 from ..routes import Route
+from ..settings import Setting, chosen, numeric
 from ..vectors import Vector, add_scaled
 from .sequential import HypergradientStats, Sequential
 
@@ -79,6 +79,8 @@ class EMLC(Sequential[HypergradientStats]):
     """
 
     trains_first = True
+    memory = Setting[Literal["store", "replay"]](chosen("store", "replay"))
+    discount = Setting[float | None](numeric(0.0, 1.0, optional=True))
 
     def __init__(
         self,
@@ -92,12 +94,9 @@ class EMLC(Sequential[HypergradientStats]):
         atomic: bool = True,
         **common: Unpack[Common],
     ) -> None:
-        choice("EMLC", "memory", memory, ("store", "replay"))
-        if discount is not None:
-            number("EMLC", "discount", discount, minimum=0.0, maximum=1.0)
-        super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, product=product, atomic=atomic)
-        self.discount = discount
         self.memory = memory
+        self.discount = discount
+        super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, product=product, atomic=atomic)
 
     def _train_and_look(self, look: Look, *, real: bool) -> Directions[HypergradientStats]:
         beginning = Saved([self._lower]) if self.memory == "replay" else None

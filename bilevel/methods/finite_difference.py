@@ -9,11 +9,11 @@ from typing import Any, Unpack
 
 from ..descent import InnerStep
 from ..directions import Directions
-from ..errors import number
 from ..evaluator import Look
 from ..hypergradient import Step, pull_back
 from ..optimizer import Common
 from ..products import upper_difference
+from ..settings import Setting, numeric
 from .sequential import HypergradientStats, Sequential
 
 
@@ -66,6 +66,7 @@ class FiniteDifference(Sequential[HypergradientStats]):
     """
 
     follows_maximize = True
+    radius = Setting[float](numeric(0.0, exclusive=True))
 
     def __init__(
         self,
@@ -78,12 +79,11 @@ class FiniteDifference(Sequential[HypergradientStats]):
         atomic: bool = True,
         **common: Unpack[Common],
     ) -> None:
-        number("FiniteDifference", "radius", radius, minimum=0.0, exclusive=True)
+        self.radius = radius
         super().__init__(
             upper_loss, lower_loss, common, inner_steps=1, inner_lr=inner_lr, inner_step=inner_step, atomic=atomic
         )
         self._check_rule()
-        self.radius = radius
 
     def _look_ahead(self, look: Look) -> Directions[HypergradientStats]:
         g = look.lower(wrt="lower")

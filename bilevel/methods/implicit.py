@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..descent import GradientDescent, Rule, current_rates
 from ..directions import Directions, StateValue
-from ..errors import choice, message
+from ..errors import message
 from ..evaluator import Look
 from ..hypergradient import ConjugateGradient, Solver
 from ..optimizer import Common
 from ..products import mixed_product, upper_product
 from ..routes import Route, route_taken
+from ..settings import Setting, chosen, counted
 from ..vectors import Vector, subtract
 from .sequential import HypergradientStats, Sequential
 
@@ -45,6 +46,12 @@ class ImplicitStats(HypergradientStats):
     residual: Tensor
     converged: Tensor
     indefinite: Tensor | None = None
+
+
+def _check_solver(owner: str, argument: str, value: object) -> None:
+    if not isinstance(value, Solver):
+        advice = "must be a solver value, such as bilevel.ConjugateGradient(iterations=20)."
+        raise TypeError(message(owner, argument, value, advice))
 
 
 class Implicit(Sequential[ImplicitStats]):
@@ -98,7 +105,9 @@ class Implicit(Sequential[ImplicitStats]):
     """
 
     trains_first = True
-    fewest_steps = 0
+    inner_steps = Setting[int](counted(0))
+    solver = Setting[Solver](_check_solver)
+    warm_start = Setting[bool](chosen(True, False))
 
     def __init__(
         self,
@@ -112,13 +121,9 @@ class Implicit(Sequential[ImplicitStats]):
         atomic: bool = True,
         **common: Unpack[Common],
     ) -> None:
-        if solver is not None and not isinstance(solver, Solver):
-            advice = "must be a solver value, such as bilevel.ConjugateGradient(iterations=20)."
-            raise TypeError(message("Implicit", "solver", solver, advice))
-        choice("Implicit", "warm_start", warm_start, (True, False))
-        super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, product=product, atomic=atomic)
         self.solver = ConjugateGradient() if solver is None else solver
         self.warm_start = warm_start
+        super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, product=product, atomic=atomic)
         # Any start is right, so that the mean over tasks is too.
         self._last = self.lower_state("last", reduction="mean")
 

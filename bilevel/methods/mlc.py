@@ -11,12 +11,12 @@ from torch import Tensor
 from ..checking import Claim
 from ..descent import Preview, check_preview
 from ..directions import Directions, StateValue
-from ..errors import choice, count
 from ..evaluator import Look
 from ..hypergradient import Step, pull_back
 from ..optimizer import BilevelOptimizer, Common
 from ..products import upper_product
 from ..routes import ROUTES, Route, route_taken
+from ..settings import Setting, chosen, counted
 from ..variables import Level
 from ..vectors import Vector, add_scaled, dot, squared_norm
 from .sequential import HypergradientStats, derivative_claims
@@ -69,6 +69,8 @@ class MLC(BilevelOptimizer[HypergradientStats]):
     """
 
     follows_maximize = True
+    inner_steps = Setting[int](counted(1))
+    product = Setting[Route](chosen(*ROUTES))
 
     def __init__(
         self,
@@ -79,12 +81,10 @@ class MLC(BilevelOptimizer[HypergradientStats]):
         product: Route = "auto",
         **common: Unpack[Common],
     ) -> None:
-        count("MLC", "inner_steps", inner_steps, minimum=1)
-        choice("MLC", "product", product, ROUTES)
-        super().__init__(upper_loss, lower_loss, **common)
-        check_preview("MLC", self.lower_optimizer, "EMLC, which follows none")
         self.inner_steps = inner_steps
         self.product = product
+        super().__init__(upper_loss, lower_loss, **common)
+        check_preview("MLC", self.lower_optimizer, "EMLC, which follows none")
         self._accumulated = self.upper_state("accumulated", reduction="mean")  # linear in what each call adds
         self._calls = self.scalar_state("calls")
 

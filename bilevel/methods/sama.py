@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..descent import GradientDescent, Preview, Rule, check_preview, current_rates
 from ..directions import Directions
-from ..errors import number
 from ..evaluator import Look
 from ..hypergradient import Step
 from ..optimizer import Common
 from ..products import upper_difference
+from ..settings import Setting, numeric
 from ..vectors import Vector, subtract
 from .sequential import HypergradientStats, Sequential
 
@@ -69,6 +69,7 @@ class SAMA(Sequential[HypergradientStats]):
     """
 
     trains_first = True
+    radius = Setting[float](numeric(0.0, exclusive=True))
 
     def __init__(
         self,
@@ -80,10 +81,9 @@ class SAMA(Sequential[HypergradientStats]):
         atomic: bool = True,
         **common: Unpack[Common],
     ) -> None:
-        number("SAMA", "radius", radius, minimum=0.0, exclusive=True)
+        self.radius = radius
         super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, atomic=atomic)
         check_preview("SAMA", self.lower_optimizer, "Neumann(0) in Implicit, which knows no optimizer")
-        self.radius = radius
 
     def _train_and_look(self, look: Look, *, real: bool) -> Directions[HypergradientStats]:
         g, steps = self._train(look, real=real, rule=lambda: Preview(self._lower), keep=1)

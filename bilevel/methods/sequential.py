@@ -18,13 +18,13 @@ from torch import Tensor
 from ..checking import Claim, shifted
 from ..descent import GradientDescent, InnerStep, Point, Preview, Rule, check_preview, current_rates
 from ..directions import Directions, Stats
-from ..errors import choice, count, number
 from ..evaluator import Evaluation, Look
 from ..handover import hand_over
 from ..hypergradient import Step, adjoint, descend
 from ..optimizer import BilevelOptimizer, Common
 from ..rollback import Saved
 from ..routes import ROUTES, Kind, Route, route_taken
+from ..settings import Setting, chosen, counted, numeric
 from ..variables import Level
 from ..vectors import Vector, add_scaled, dot, squared_norm, subtract
 
@@ -75,7 +75,11 @@ class Sequential(BilevelOptimizer[H], ABC):
     trains_first = False
     product_kind: Kind = "upper"  # which products of G the method takes, for its stats
     exact = False  # whether the upper direction is the total derivative, for check_directions
-    fewest_steps = 1
+    inner_steps = Setting[int](counted(1))
+    inner_lr = Setting[float | None](numeric(0.0, exclusive=True, optional=True))
+    inner_step = Setting[InnerStep](chosen("plain", "preview"))
+    product = Setting[Route](chosen(*ROUTES))
+    atomic = Setting[bool](chosen(True, False))
 
     def __init__(
         self,
@@ -90,22 +94,16 @@ class Sequential(BilevelOptimizer[H], ABC):
         atomic: bool = True,
     ) -> None:
         # ``common`` as one argument: an option that the method at hand does not have must not end in one of these.
-        owner = type(self).__name__
-        count(owner, "inner_steps", inner_steps, minimum=self.fewest_steps)
-        if inner_lr is not None:
-            number(owner, "inner_lr", inner_lr, minimum=0.0, exclusive=True)
-        if inner_step is not None:
-            choice(owner, "inner_step", inner_step, ("plain", "preview"))
-        choice(owner, "product", product, ROUTES)
-        choice(owner, "atomic", atomic, (True, False))
-        super().__init__(upper_loss, lower_loss, **common)
         self.inner_steps = inner_steps
         self.inner_lr = inner_lr
-        self.inner_step = inner_step or ("preview" if inner_lr is None else "plain")
+        self.inner_step = ("preview" if inner_lr is None else "plain") if inner_step is None else inner_step
         self.product = product
         self.atomic = atomic
-        if not atomic:
-            self._after_failure = "earlier moves of this step stay (atomic=False)"
+        super().__init__(upper_loss, lower_loss, **common)
+
+    @property
+    def _after_failure(self) -> str:  # type: ignore[override]
+        return "nothing was moved" if self.atomic else "earlier moves of this step stay (atomic=False)"
 
     @property
     def lower_batches(self) -> int:
@@ -209,6 +207,7 @@ class Sequential(BilevelOptimizer[H], ABC):
     def _rule(self) -> Rule:
         """The lower step that is differentiated."""
         if self.inner_step == "preview":
+            self._check_rule()  # it may have been set since
             return Preview(self._lower, self.inner_lr)
         return GradientDescent(current_rates(self._lower, self.inner_lr))
 
