@@ -23,6 +23,7 @@ from .replay import Policy
 from .settings import Fixed, Setting, chosen
 from .variables import Level, Variables, check_disjoint
 from .vectors import Vector, own_memory
+from .wrappers import unwrapped, warn_of_processes
 
 OnNonFinite = Literal["raise", "skip", "ignore"]
 Losses = Callable[..., Any]
@@ -104,6 +105,7 @@ class BilevelOptimizer(ABC, Generic[S]):
         modules += [(module, "once") for module in extra]
         self._evaluator = Evaluator(owner, upper_loss, lower_loss, self._upper, self._lower, modules)
         self._state = MethodState()
+        self._warned_of_processes = False
 
     @property
     def upper_optimizer(self) -> torch.optim.Optimizer:
@@ -282,7 +284,10 @@ class BilevelOptimizer(ABC, Generic[S]):
     def _look(self, batches: Sequence[Any], upper: Any = MISSING, lower: Any = MISSING) -> Iterator[Look]:
         upper_batch, lower_batches = self._sort_batches(batches, upper, lower)
         self._refresh()
-        with self._evaluator.look(upper_batch, lower_batches) as look:
+        if not self._warned_of_processes:
+            self._warned_of_processes = True
+            warn_of_processes(type(self).__name__)
+        with self._evaluator.look(upper_batch, lower_batches) as look, unwrapped(type(self).__name__):
             yield look
 
     def _sort_batches(self, batches: Sequence[Any], upper: Any, lower: Any) -> tuple[Any, list[Any]]:

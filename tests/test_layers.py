@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "bilevel"
 LAYERS = [
     "errors",
     "settings",
+    "wrappers",
     "vectors",
     "variables",
     "buffers",
