@@ -809,7 +809,7 @@ MUTATIONS = [
         EMLC,
         "                groups[index].restore()\n",
         "",
-        "test_rollback.py::test_replay_with_a_rate_that_hooks_change_is_store_bit_for_bit",
+        "test_rollback.py::test_replay_with_a_rate_from_a_counter_of_the_hooks_own",
     ),
     Mutation(
         "stale directions are applied",

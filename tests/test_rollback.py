@@ -88,6 +88,26 @@ def test_replay_with_a_rate_that_hooks_change_is_store_bit_for_bit() -> None:
     assert_same(list(replay.corrector.parameters()), list(store.corrector.parameters()))
 
 
+def test_replay_with_a_rate_from_a_counter_of_the_hooks_own() -> None:
+    """The second pass goes on counting, and is not taken at its word: rates are those of the first."""
+    store, replay = Setup("momentum"), Setup("momentum")
+    for memory, setup in (("store", store), ("replay", replay)):
+        optimizer = setup.optimizer(bilevel.EMLC, inner_steps=3, memory=memory)
+        calls: list[int] = []
+
+        def hook(lower: Any, *_: Any, calls: list[int] = calls) -> None:
+            calls.append(1)
+            for group in lower.param_groups:
+                group["lr"] = 0.1 / (1 + len(calls))
+
+        setup.lower_optimizer.register_step_post_hook(hook)
+        torch.manual_seed(0)
+        optimizer.step(*setup.data[:4])
+    assert replay.lower_optimizer.param_groups[0]["lr"] == store.lower_optimizer.param_groups[0]["lr"] == 0.1 / 4
+    assert_same(list(replay.student.parameters()), list(store.student.parameters()))
+    assert_same(list(replay.corrector.parameters()), list(store.corrector.parameters()))
+
+
 class Counting(torch.optim.SGD):
     """An optimizer from outside torch: its ``zero_grad`` has no option, and its state a plain value."""
 
