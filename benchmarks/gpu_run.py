@@ -131,7 +131,8 @@ def estimated(settings: Settings) -> dict[str, Any]:
     """
     device = command_line.device(settings.device)
     run = Run(settings, data.dealt(blank_images(), settings, device))
-    run.advance()  # fills the state of the optimizers
+    for _ in range(4):  # fills the state of the optimizers, and passes the looks at steps 1, 2 and 4
+        run.advance()
     with FlopCounterMode(display=False) as counter:
         run.advance()
     resident = [run.task.pixels, run.task.labels, run.task.given]

@@ -16,6 +16,7 @@ from .claims import Claim, Slope
 from .errors import count, number
 from .evaluation import Evaluation
 from .evaluator import Evaluator, Look
+from .method_state import MethodState
 from .plain import Plain, Precision
 from .report import Comparison, Report, worse
 from .variables import Level
@@ -93,7 +94,7 @@ class Checkable(Protocol):
 
     def _claims(self, check: Check) -> Generator[Claim, None, None]: ...
 
-    def _own_state(self) -> dict[str, Any]: ...
+    _state: MethodState
 
     def _all_modules(self) -> list[nn.Module]: ...
 
@@ -159,7 +160,7 @@ def check_directions(optimizer: Checkable, *batches: Any, samples: int = 2, tole
     number("check_directions", "tolerance", tolerance, minimum=0.0)
     upper, lower = optimizer._levels()
     # The state of the optimizers and of the method as well: real lower steps are taken here, and torch mixes no dtypes.
-    own = [x for x in tree_leaves(optimizer._own_state()) if isinstance(x, Tensor)]
+    own = [x for x in tree_leaves(optimizer._state.values()) if isinstance(x, Tensor)]
     variables = [*upper.tensors, *lower.tensors, *state_of(upper), *state_of(lower), *own]
     wide = held_in_float64(optimizer._all_modules(), variables)
     lines: tuple[Comparison, ...] = ()

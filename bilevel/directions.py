@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -72,6 +72,19 @@ else:
     S = TypeVar("S", bound=Stats, covariant=True)
 T = TypeVar("T", bound=Stats)
 
+NamedTensors = Mapping[str, Tensor]
+StateValue = NamedTensors | int
+Reduction = Literal["mean", "same"]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Which state of which optimizer directions were taken from; how each value goes together over several tasks."""
+
+    owner: int
+    version: int
+    reductions: Mapping[str, Reduction | None]
+
 
 @dataclass(frozen=True)
 class Directions(Generic[S]):
@@ -84,6 +97,9 @@ class Directions(Generic[S]):
         lower: Descent directions of the lower variables (empty for sequential methods).
         stats: The numbers seen on the way.
         start: Values of the lower variables that the lower step starts from instead of the current ones, or None.
+        state: What the method will remember once these directions have moved the variables, by name: tensors by
+            variable, or an integer. ``step`` and ``apply`` commit it; empty for most methods.
+        mark: Which state they were taken from; ``apply`` refuses them once it has moved on.
 
     Example:
         >>> import torch, bilevel
@@ -97,14 +113,19 @@ class Directions(Generic[S]):
     lower: Mapping[str, Tensor]
     stats: S
     start: Mapping[str, Tensor] | None = None
+    state: Mapping[str, StateValue] = field(default_factory=dict)
+    mark: Mark | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
     def mean(several: list[Directions[T]]) -> Directions[T]:
         """Average the directions of several tasks, taken at one point; stats are those of the last, with mean losses.
 
+        What the method remembers is averaged where its declaration says that the mean is right (estimates that are
+        linear in the directions), and must agree where it says so (counters).
+
         Raises:
-            ValueError: The list is empty, names differ, or a lower start is among them (starts of different tasks
-                cannot be averaged).
+            ValueError: The list is empty, names differ, a lower start is among them (starts of different tasks cannot
+                be averaged), they were taken before and after a step, or the method's state has no mean.
         """
         if not several:
             raise ValueError("Directions.mean(several=[]): needs at least one. Collect directions in a list first.")
@@ -122,6 +143,35 @@ class Directions(Generic[S]):
             upper_loss=torch.stack([d.stats.upper_loss for d in several]).mean(),
             lower_loss=torch.stack([d.stats.lower_loss for d in several]).mean(),
         )
-        upper = {name: torch.stack([d.upper[name] for d in several]).mean(0) for name in last.upper}
-        lower = {name: torch.stack([d.lower[name] for d in several]).mean(0) for name in last.lower}
-        return Directions(upper, lower, stats)
+        upper, lower = _mean([d.upper for d in several]), _mean([d.lower for d in several])
+        return Directions(upper, lower, stats, state=_mean_state(several), mark=last.mark)
+
+
+def _mean(several: Sequence[NamedTensors]) -> dict[str, Tensor]:
+    return {name: torch.stack([named[name] for named in several]).mean(0) for name in several[-1]}
+
+
+def _mean_state(several: Sequence[Directions[Any]]) -> dict[str, StateValue]:
+    """Reduce each value of the state as its declaration says."""
+    last, where = several[-1], "Directions.mean(several=...):"
+    if any(list(d.state) != list(last.state) for d in several):
+        raise ValueError(f"{where} the methods' states differ. Average directions of one optimizer only.")
+    if last.state and any(d.mark != last.mark for d in several):
+        advice = "were taken before and after the method's state moved. Take them all between two steps."
+        raise ValueError(f"{where} they {advice}")
+    reduced: dict[str, StateValue] = {}
+    for name, value in last.state.items():
+        values = [d.state[name] for d in several]
+        reduction = None if last.mark is None else last.mark.reductions.get(name)
+        if isinstance(value, Mapping) and reduction == "mean":
+            named = [v for v in values if isinstance(v, Mapping)]
+            if any(list(v) != list(value) for v in named):
+                raise ValueError(f"{where} the variables in the state {name} differ. Average tasks with the same ones.")
+            reduced[name] = _mean(named)
+        elif not isinstance(value, Mapping) and reduction == "same":
+            if any(v != value for v in values):
+                raise ValueError(f"{where} the state {name} differs. Take them all between two steps.")
+            reduced[name] = value
+        else:
+            raise ValueError(f"{where} the state {name} declares no mean. Apply the directions one by one.")
+    return reduced

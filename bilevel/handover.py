@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ def checked(directions: Directions) -> dict[str, Vector]:
         "the upper direction": list(directions.upper.values()),
         "the lower direction": list(directions.lower.values()),
         "the inner point": list((directions.start or {}).values()),
+        **{
+            f"the {name} estimate": list(value.values())
+            for name, value in directions.state.items()
+            if isinstance(value, Mapping)
+        },
     }
 
 
@@ -67,9 +73,26 @@ def check_state(optimizer: torch.optim.Optimizer) -> None:
     if not type(optimizer).__module__.startswith("torch.optim.") or isinstance(optimizer, torch.optim.Adafactor):
         return
     for tensor, entry in optimizer.state.items():
-        for name, value in entry.items():
+        for name, value in entry.items() if isinstance(entry, Mapping) else ():
             if isinstance(value, Tensor) and value.dim() > 0 and value.shape != tensor.shape:
                 raise ValueError(f"{name} of shape {tuple(value.shape)} for a parameter of shape {tuple(tensor.shape)}")
+
+
+# What torch's schedulers add to a group.
+SCHEDULED = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "params", "param_names"}
+
+
+def check_groups(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Refuse the state of another kind of optimizer, whose groups torch would take over without a word.
+
+    Options that are only missing, or only added, are those of another version of the same optimizer.
+    """
+    for group, own in zip(state["param_groups"], optimizer.param_groups, strict=False):
+        missing = sorted(set(optimizer.defaults) - set(group))
+        added = sorted(set(group) - set(own) - SCHEDULED)
+        if missing and added:
+            kind = type(optimizer).__name__
+            raise ValueError(f"its options {added} are not those of {kind}, and {missing} are missing")
 
 
 def place(level: Level, values: Mapping[str, Tensor]) -> None:
@@ -78,8 +101,13 @@ def place(level: Level, values: Mapping[str, Tensor]) -> None:
 
 
 def hand_over(level: Level, direction: Vector) -> None:
-    """What a training loop does: zero_grad, fill ``.grad``, step. Stale gradients of frozen parameters go too."""
-    level.optimizer.zero_grad(set_to_none=True)
+    """What a training loop does: zero_grad, fill ``.grad``, step. Stale gradients of frozen parameters go too.
+
+    By hand, as ``zero_grad`` of optimizers outside torch need not know ``set_to_none``.
+    """
+    for group in level.optimizer.param_groups:
+        for tensor in group["params"]:
+            tensor.grad = None
     for tensor, part in zip(level.tensors, own_memory(direction), strict=True):
         tensor.grad = part
     level.optimizer.step()

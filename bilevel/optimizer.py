@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, ClassVar, Generic, Literal, Required, TypedDict
+from typing import Any, ClassVar, Generic, Literal, Required, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,21 @@ from .checking import Check, loss_claims
 from .claims import Claim, Unknown
 from .closures import MISSING
 from .compiler import eager
-from .directions import Directions, S, T
+from .directions import Directions, Reduction, S, T
 from .errors import choice, message
 from .evaluator import Evaluator, Look
-from .handover import are_finite, check_state, checked, hand_over, match, place
+from .handover import are_finite, check_groups, check_state, checked, hand_over, match, place
+from .method_state import LevelState, MethodState, Remembered, ScalarState
 from .replay import Policy
+from .settings import Fixed, Setting, chosen
 from .variables import Level, Variables, check_disjoint
 from .vectors import Vector, own_memory, squared_norm
 from .verification import Verify
+from .wrappers import unwrapped, warn_of_processes
 
 OnNonFinite = Literal["raise", "skip", "ignore"]
 Losses = Callable[..., Any]
+E = TypeVar("E", bound=Remembered[Any])
 
 
 class Common(TypedDict, total=False):
@@ -72,6 +76,10 @@ class BilevelOptimizer(ABC, Generic[S]):
     """
 
     follows_maximize: ClassVar[bool] = False  # whether a lower optimizer may walk uphill
+    on_nonfinite = Setting[OnNonFinite](chosen("raise", "skip", "ignore"))
+    upper_loss, lower_loss, upper, lower, other = Fixed[Any](), Fixed[Any](), Fixed[Any](), Fixed[Any](), Fixed[Any]()
+    upper_buffers, lower_buffers = Fixed[Any](), Fixed[Any]()
+    verify = Setting[Verify](chosen("auto", "always", "never"))
     _after_failure = "nothing was moved"
 
     def __init__(
@@ -90,11 +98,10 @@ class BilevelOptimizer(ABC, Generic[S]):
         verify: Verify = "auto",
     ) -> None:
         owner = type(self).__name__
-        choice(owner, "on_nonfinite", on_nonfinite, ("raise", "skip", "ignore"))
+        self.on_nonfinite = on_nonfinite
+        self.verify = verify
         for argument, policy in (("upper_buffers", upper_buffers), ("lower_buffers", lower_buffers)):
             choice(owner, argument, policy, ("once", "every", "never"))
-        choice(owner, "verify", verify, ("auto", "always", "never"))
-        self.on_nonfinite = on_nonfinite
         self._upper = Level(owner, "upper", upper, upper_optimizer)
         self._lower = Level(owner, "lower", lower, lower_optimizer, may_maximize=self.follows_maximize)
         check_disjoint(self._upper, self._lower)
@@ -107,6 +114,8 @@ class BilevelOptimizer(ABC, Generic[S]):
         modules += [(module, upper_buffers) for module in self._upper.modules]
         modules += [(module, "once") for module in extra]
         self._evaluator = Evaluator(owner, upper_loss, lower_loss, self._upper, self._lower, modules, verify)
+        self._state = MethodState()
+        self._warned_of_processes = False
 
     @property
     def upper_optimizer(self) -> torch.optim.Optimizer:
@@ -154,7 +163,7 @@ class BilevelOptimizer(ABC, Generic[S]):
         with self._look(batches, upper, lower) as look:
             answer = self._answer(look)
             look.replay.undo()
-            return answer
+            return replace(answer, mark=self._state.mark())
 
     @eager
     def apply(self, directions: Directions[T]) -> T:
@@ -162,16 +171,27 @@ class BilevelOptimizer(ABC, Generic[S]):
         :meth:`step`.
 
         Every ``.grad`` that the optimizers hold is replaced; afterwards ``.grad`` holds the direction. Tensors are
-        copied, so hooks that clip in place leave ``directions`` as they are.
+        copied, so hooks that clip in place leave ``directions`` as they are. What the method remembers is committed
+        as in :meth:`step`.
+
+        Raises:
+            ValueError: They do not fit, or a step has moved the method's state since they were taken.
         """
         if not isinstance(directions, Directions):
             advice = "must be what directions(...) returned, or Directions.mean of several."
             raise TypeError(message(f"{type(self).__name__}.apply", "directions", type(directions).__name__, advice))
         self._refresh()
+        if directions.state and self._state.is_stale(directions.mark):
+            advice = (
+                "were taken before another step moved the method's state, or from another optimizer. "
+                "Take directions(...) anew after each step."
+            )
+            raise ValueError(message(f"{type(self).__name__}.apply", "directions", "...", advice))
         own = replace(
             directions,
             upper={name: d.clone() for name, d in directions.upper.items()},
             lower={name: d.clone() for name, d in directions.lower.items()},
+            state=deepcopy(dict(directions.state)),
         )
         return self._move(own, None)
 
@@ -186,7 +206,7 @@ class BilevelOptimizer(ABC, Generic[S]):
             "method": type(self).__name__,
             "upper_optimizer": deepcopy(self._upper.optimizer.state_dict()),
             "lower_optimizer": deepcopy(self._lower.optimizer.state_dict()),
-            "state": deepcopy(self._own_state()),
+            "state": self._state.copy(),
             "verification": self._evaluator.verification.state(),
         }
 
@@ -208,15 +228,22 @@ class BilevelOptimizer(ABC, Generic[S]):
         if state_dict["method"] != type(self).__name__:
             advice = f"is the state of another method; this optimizer is {type(self).__name__}."
             raise ValueError(message(owner, "method", state_dict["method"], advice))
+        try:
+            state = self._state.fitted(deepcopy(state_dict["state"]), complete=True)
+        except Exception as error:
+            advice = f"does not fit ({error}). Name and shape the variables as they were when the state was saved."
+            raise ValueError(message(owner, "state", "...", advice)) from error
         before = [(level.optimizer, level.optimizer.state_dict()) for level in (self._upper, self._lower)]
         try:
             # Copies, because torch keeps the tensors it is given and would write into the caller's checkpoint.
-            self._upper.optimizer.load_state_dict(deepcopy(state_dict["upper_optimizer"]))
-            self._lower.optimizer.load_state_dict(deepcopy(state_dict["lower_optimizer"]))
-            check_state(self._upper.optimizer)
-            check_state(self._lower.optimizer)
-            self._load_own_state(deepcopy(state_dict["state"]))
+            for level in (self._upper, self._lower):
+                loaded = deepcopy(state_dict[f"{level.side}_optimizer"])
+                check_groups(level.optimizer, loaded)
+                level.optimizer.load_state_dict(loaded)
+                check_state(level.optimizer)
+                level.check_direction()
             self._evaluator.verification.load(state_dict["verification"])
+            self._state.commit(state)
         except Exception as error:
             for optimizer, state in before:
                 optimizer.load_state_dict(state)
@@ -250,13 +277,26 @@ class BilevelOptimizer(ABC, Generic[S]):
     def _all_modules(self) -> list[nn.Module]:
         return [module for module, _ in self._evaluator.modules]
 
-    def _own_state(self) -> dict[str, Any]:
-        """State of the method itself beyond the torch optimizers'; most have none."""
-        return {}
+    def upper_state(self, name: str, reduction: Reduction | None = None) -> LevelState:
+        """Declare tensors like the upper variables that the method remembers; at first there are none.
 
-    def _load_own_state(self, state: Mapping[str, Any]) -> None:
-        if state:
-            raise ValueError(f"{type(self).__name__} has no state of its own, got {sorted(state)}")
+        Args:
+            name: Their name in ``Directions.state`` and in ``state_dict``.
+            reduction: ``"mean"`` if :meth:`Directions.mean` may average them over tasks; None: it refuses.
+        """
+        return self._declared(LevelState(name, self._upper, reduction))
+
+    def lower_state(self, name: str, reduction: Reduction | None = None) -> LevelState:
+        """Declare tensors like the lower variables; see :meth:`upper_state`."""
+        return self._declared(LevelState(name, self._lower, reduction))
+
+    def scalar_state(self, name: str, start: int = 0, reduction: Reduction | None = "same") -> ScalarState:
+        """Declare an integer, such as a counter; ``"same"``: tasks that are averaged must agree on it."""
+        return self._declared(ScalarState(name, start, reduction))
+
+    def _declared(self, entry: E) -> E:
+        self._state.declare(entry)
+        return entry
 
     def _named(self, upper: Vector, lower: Vector) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Name the tensors of two vectors, leaving out variables without direction."""
@@ -270,7 +310,12 @@ class BilevelOptimizer(ABC, Generic[S]):
     ) -> Iterator[Look]:
         upper_batch, lower_batches = self._sort_batches(batches, upper, lower)
         self._refresh()
-        with self._evaluator.look(upper_batch, lower_batches, verifies=verifies) as look:
+        if not self._warned_of_processes:
+            self._warned_of_processes = True
+            warn_of_processes(type(self).__name__)
+        self._evaluator.verification.mode = self.verify
+        looking = self._evaluator.look(upper_batch, lower_batches, verifies=verifies)
+        with looking as look, unwrapped(type(self).__name__):
             yield look
 
     def _sort_batches(self, batches: Sequence[Any], upper: Any, lower: Any) -> tuple[Any, list[Any]]:
@@ -310,12 +355,13 @@ class BilevelOptimizer(ABC, Generic[S]):
             return True
         return are_finite(type(self).__name__, checks, self.on_nonfinite == "raise", self._after_failure)
 
-    def _move(self, directions: Directions[T], look: Look | None, also: Mapping[str, Vector] | None = None) -> T:
-        """Hand directions to the torch optimizers, if they and what ``also`` names are finite."""
+    def _move(self, directions: Directions[T], look: Look | None) -> T:
+        """Hand directions to the torch optimizers, if they are finite, and remember their state."""
         owner = type(self).__name__
         upper = match(owner, self._upper, directions.upper)
         lower = match(owner, self._lower, directions.lower)
-        if not self._are_finite({**checked(directions), **(also or {})}):
+        state = self._state.fitted(directions.state)
+        if not self._are_finite(checked(directions)):
             if look is not None:
                 look.replay.undo_buffers()
             return replace(directions.stats, upper_moved=False, skipped=True)
@@ -325,4 +371,5 @@ class BilevelOptimizer(ABC, Generic[S]):
             hand_over(self._upper, upper)
         if directions.lower:
             hand_over(self._lower, lower)
+        self._state.commit(state)
         return replace(directions.stats, upper_moved=bool(directions.upper))

@@ -1,4 +1,4 @@
-"""Taking back real optimizer steps: a copy of a level's variables, gradients and optimizer state."""
+"""Taking back real optimizer steps: a copy of a level's variables, gradients, optimizer state and parameter groups."""
 
 from __future__ import annotations
 
@@ -15,46 +15,74 @@ from .variables import Level
 class Saved:
     """Copies of what the torch optimizers of ``levels`` change: one copy of the variables and of the optimizer
     state.
+
+    What else a hook changes (the counter of a scheduler that it steps, a log) is not known here, and stays.
     """
 
     def __init__(self, levels: Iterable[Level]) -> None:
-        self._levels = [(level, _held(level)) for level in levels]
-        self._values = [[tensor.detach().clone() for tensor in held] for _, held in self._levels]
-        self._grads = [[tensor.grad for tensor in held] for _, held in self._levels]
-        self._states = [_Entries(level.optimizer.state) for level, _ in self._levels]
+        self._levels = [_SavedLevel(level) for level in levels]
+
+    def add(self, level: Level) -> None:
+        """Copy one more level, right before it moves."""
+        self._levels.append(_SavedLevel(level))
 
     def restore(self) -> None:
         """Put everything back, bit for bit, into the tensors that held it."""
-        for (level, held), values, grads, entries in zip(
-            self._levels, self._values, self._grads, self._states, strict=True
-        ):
-            torch._foreach_copy_([tensor.data for tensor in held], values)
-            for tensor, grad in zip(held, grads, strict=True):
-                tensor.grad = grad
-            entries.restore(level.optimizer.state)
+        for level in self._levels:
+            level.restore()
 
 
-def _held(level: Level) -> list[Tensor]:
-    # Everything the optimizer could touch, frozen members of its groups included.
-    return [tensor for group in level.optimizer.param_groups for tensor in group["params"]]
+class Groups:
+    """The parameter groups of a level's optimizer: rates that schedulers change, counters that some optimizers keep."""
+
+    def __init__(self, level: Level) -> None:
+        self._optimizer = level.optimizer
+        self._groups = [(group, dict(group), _Values(group)) for group in level.optimizer.param_groups]
+
+    def restore(self) -> None:
+        self._optimizer.param_groups[:] = [group for group, _, _ in self._groups]
+        for group, entries, values in self._groups:
+            group.clear()
+            group.update(entries)  # in their order, the parameters among them
+            values.restore(group)
 
 
-class _Entries:
-    """A copy of optimizer state, under the same keys (the parameters themselves, which deepcopy would duplicate)."""
+class _SavedLevel:
+    def __init__(self, level: Level) -> None:
+        # Everything the optimizer could touch, frozen members of its groups included.
+        self._held = [tensor for group in level.optimizer.param_groups for tensor in group["params"]]
+        self._values = [tensor.detach().clone() for tensor in self._held]
+        self._grads = [tensor.grad for tensor in self._held]
+        self._groups = Groups(level)
+        self._state = level.optimizer.state
+        # The same keys: the parameters themselves, which deepcopy would duplicate.
+        self._keys = list(self._state)
+        self._entries = [(key, _Values(entry)) for key, entry in self._state.items() if isinstance(entry, Mapping)]
+        self._plain = _Values({key: entry for key, entry in self._state.items() if not isinstance(entry, Mapping)})
 
-    def __init__(self, state: Mapping[Any, dict[str, Any]]) -> None:
-        found = [(key, name, value) for key, entry in state.items() for name, value in entry.items()]
-        self._keys = list(state)
-        self._tensors = [item for item in found if isinstance(item[2], Tensor)]
-        self._copies = [value.clone() for _, _, value in self._tensors]
-        self._rest = [(key, name, deepcopy(value)) for key, name, value in found if not isinstance(value, Tensor)]
+    def restore(self) -> None:
+        torch._foreach_copy_([tensor.data for tensor in self._held], self._values)
+        for tensor, grad in zip(self._held, self._grads, strict=True):
+            tensor.grad = grad
+        self._groups.restore()
+        self._state.clear()
+        self._state.update((key, {}) for key in self._keys)
+        for key, values in self._entries:
+            values.restore(self._state[key])
+        self._plain.restore(self._state)
 
-    def restore(self, state: dict[Any, dict[str, Any]]) -> None:
-        state.clear()
-        state.update((key, {}) for key in self._keys)
+
+class _Values:
+    """Copies of the values of a mapping; ``params``, the members of a group, are no values."""
+
+    def __init__(self, values: Mapping[Any, Any]) -> None:
+        found = [(key, value) for key, value in values.items() if key != "params" or not isinstance(key, str)]
+        self._tensors = [(key, value) for key, value in found if isinstance(value, Tensor)]
+        self._copies = [value.detach().clone() for _, value in self._tensors]
+        self._rest = [(key, deepcopy(value)) for key, value in found if not isinstance(value, Tensor)]
+
+    def restore(self, values: Any) -> None:
         if self._copies:
-            torch._foreach_copy_([value.data for _, _, value in self._tensors], self._copies)
-        for key, name, value in self._tensors:
-            state[key][name] = value
-        for key, name, value in self._rest:
-            state[key][name] = deepcopy(value)
+            torch._foreach_copy_([value.data for _, value in self._tensors], self._copies)
+        values.update(self._tensors)
+        values.update((key, deepcopy(value)) for key, value in self._rest)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .errors import message
+from .wrappers import is_sharded, refuse_optimizer, wrapper_of
 
 Variable = nn.Module | Tensor | tuple[str, Tensor]
 Variables = Variable | Iterable[Variable]
@@ -52,6 +52,7 @@ class Level:
         names = tuple(name for name, _ in found)
         tensors = tuple(tensor for _, tensor in found)
         held = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+        self.check_direction()
         marks = (tuple(map(id, tensors)), tuple((id(t), t.requires_grad) for t in held))
         if marks == getattr(self, "_marks", None):
             return False
@@ -108,9 +109,13 @@ class Level:
     def _check(self, names: tuple[str, ...], tensors: tuple[Tensor, ...], held: list[Tensor]) -> None:
         for module in self.modules:
             for part in module.modules():
-                if isinstance(part, DistributedDataParallel):
+                wrapper = wrapper_of(part)
+                if wrapper == "DistributedDataParallel":
                     advice = "must not be wrapped: DDP's reducer never sees these gradients. Pass .module."
-                    raise TypeError(self.argument(type(part).__name__, advice))
+                    raise TypeError(self.argument(wrapper, advice))
+                if wrapper is not None:
+                    advice = "shards its parameters over processes, which are not supported yet. Pass a plain module."
+                    raise TypeError(self.argument(wrapper, advice))
         if not tensors:
             advice = "holds no tensor with requires_grad. Is everything frozen? Unfreeze what this level moves."
             raise ValueError(self.argument(", ".join(name or type(s).__name__ for name, s in self._sources), advice))
@@ -124,6 +129,9 @@ class Level:
                     "is a lazy parameter without a shape. Run the module once on a batch before building the optimizer."
                 )
                 raise ValueError(self.argument(name, advice))
+            if is_sharded(tensor):
+                advice = "is a DTensor, a share of a parameter: not supported yet. Build the level from plain tensors."
+                raise TypeError(self.argument(name, advice))
             if not tensor.is_leaf:
                 advice = (
                     "is computed from other tensors, so no optimizer can move it. Pass the leaf it was computed from."
@@ -150,6 +158,9 @@ class Level:
                 f"would never get a direction. Name their module in {self.side}=, or give them another optimizer."
             )
             raise ValueError(message(self.owner, f"{self.side}_optimizer", type(self.optimizer).__name__, advice))
+
+    def check_direction(self) -> None:
+        """Refuse ``maximize=True``, which may also be set, or loaded, after construction."""
         if not self._may_maximize and any(group.get("maximize") for group in self.optimizer.param_groups):
             advice = "has maximize=True, which would walk against the descent directions. Negate the loss instead."
             raise ValueError(message(self.owner, f"{self.side}_optimizer", type(self.optimizer).__name__, advice))
@@ -165,6 +176,7 @@ def check_disjoint(upper: Level, lower: Level) -> None:
 
 
 def _check_optimizer(owner: str, argument: str, optimizer: object) -> None:
+    refuse_optimizer(owner, argument, optimizer)
     if not isinstance(optimizer, torch.optim.Optimizer):
         advice = "must be a torch.optim.Optimizer that you built, such as torch.optim.SGD(module.parameters(), lr=0.1)."
         raise TypeError(message(owner, argument, type(optimizer).__name__, advice))

@@ -18,6 +18,8 @@ LAYERS = [
     "without_numpy",
     "errors",
     "compiler",
+    "settings",
+    "wrappers",
     "vectors",
     "variables",
     "buffers",
@@ -37,6 +39,7 @@ LAYERS = [
     "descent",
     "hypergradient",  # its files may use each other
     "directions",
+    "method_state",
     "handover",
     "rollback",
     "widening",

@@ -391,7 +391,7 @@ def test_the_neumann_series_begins_with_its_first_term_whatever_the_start(count:
 def test_a_fixed_point_iteration_from_a_start_is_one(count: int) -> None:
     """``x <- x + a (b - H x)``, so many times: a single one moves an old answer too."""
     system = drawn(1, 2, 4)
-    x = torch.full((3,), 9.0, dtype=torch.float64)
+    x = 1.3 * system.answer()  # residual 0.3, better than 0
     found = system.solve(FixedPoint(count, rate=0.1, tolerance=0.0), x)
     for _ in range(count):
         x = x + 0.1 * (system.right - system.matrix @ x)
@@ -456,3 +456,42 @@ def test_without_asking_later_iterations_leave_the_converged_iterate_as_it_is(
     assert found.converged
     assert torch.equal(running.join(found.x), asking.join(expected.x))
     assert torch.equal(found.residual, expected.residual)
+
+
+@every_iteration
+def test_a_start_that_is_worse_than_zero_is_dropped(name: str) -> None:
+    """Of another system, or NaN: the iterates are those from zero."""
+    for bad in (1e3, float("nan")):
+        system, cold = drawn(1, 2, 4, 7), drawn(1, 2, 4, 7)
+        found = system.solve(EVERY[name](3), torch.full_like(system.right, bad))
+        expected = cold.solve(EVERY[name](3))
+        torch.testing.assert_close(system.join(found.x), cold.join(expected.x), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found.residual, expected.residual, rtol=1e-9, atol=0.0)
+
+
+def test_a_start_reaches_where_the_right_hand_side_is_unused() -> None:
+    """F uses the first part alone, G couples both: x has entries in both, whatever the start."""
+    h = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
+
+    def product(v: Any) -> list[Tensor]:
+        full = torch.stack([torch.zeros((), dtype=torch.float64) if part is None else part for part in v])
+        return list(h @ full)
+
+    right, exact = [torch.tensor(1.0, dtype=torch.float64), None], torch.tensor([0.6, -0.2], dtype=torch.float64)
+    for start in (None, list(exact), [exact[0], None], list(100 * exact)):
+        found = ConjugateGradient(5, tolerance=1e-12).solve(product, right, start, [RATE, RATE])
+        assert found.x[0] is not None
+        assert found.x[1] is not None
+        torch.testing.assert_close(torch.stack([found.x[0], found.x[1]]), exact, rtol=1e-10, atol=1e-12)
+
+
+def test_an_indefinite_system_says_so() -> None:
+    right = torch.ones(2, dtype=torch.float64)
+    for entries, damping, indefinite in (((1.0, -2.0), 0.0, True), ((1.0, 2.0), 0.0, False), ((1.0, -2.0), 3.0, False)):
+        found = System(torch.diag(torch.tensor(entries, dtype=torch.float64)), right).solve(
+            ConjugateGradient(10, damping=damping)
+        )
+        assert found.indefinite is not None
+        assert bool(found.indefinite) is indefinite
+        assert bool(found.converged) is not indefinite
+    assert System(torch.eye(2).double(), right).solve(Neumann(1)).indefinite is None

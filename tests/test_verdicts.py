@@ -394,7 +394,7 @@ def test_a_wrong_discount_and_a_missing_slope_fail(monkeypatch: pytest.MonkeyPat
     problem = Problem()
     optimizer = problem.optimizer(CASES["emlc-2"])
     original = optimizer._weighted
-    monkeypatch.setattr(optimizer, "_weighted", lambda g, age: original(g, 0))
+    monkeypatch.setattr(optimizer, "_weighted", lambda g, rates, age: original(g, rates, 0))
     assert verdict(bilevel.check_directions(optimizer, *problem.batches(2)), "upper direction") is False
     adam = torch.optim.Adam(problem.classifier.parameters(), lr=1e-2)
     optimizer = problem.optimizer(CASES["sama"], lower_optimizer=adam)

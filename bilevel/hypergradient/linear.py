@@ -30,12 +30,15 @@ class Solution:
         iterations: Products with H that changed the iterate.
         residual: ``|b - (H + damping I) x| / |b|`` of this very iterate (0 for ``b = 0``).
         converged: Whether ``residual <= tolerance``.
+        indefinite: Whether the iteration ended because ``H + damping I`` is not positive definite along a direction
+            it met; None: this solver does not look.
     """
 
     x: Vector
     iterations: Tensor
     residual: Tensor
     converged: Tensor
+    indefinite: Tensor | None = None
 
 
 class Solver(ABC):
@@ -45,7 +48,10 @@ class Solver(ABC):
 
     @abstractmethod
     def solve(self, product: Product, right: Vector, start: Vector | None, rates: Rates) -> Solution:
-        """Solve with ``product(v) = H v`` from ``start`` (None: zero); ``rates`` are the lower learning rates."""
+        """Solve with ``product(v) = H v`` from ``start`` (None: zero); ``rates`` are the lower learning rates.
+
+        ``start`` is a guess of any quality: it may come from other variables, or be far worse than zero.
+        """
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,10 @@ class ConjugateGradient(Solver):
     """Conjugate gradients, for a positive definite ``H + damping I``: at most ``n`` iterations for n distinct
     eigenvalues.
 
-    A direction of no or negative curvature ends the iteration, not converged: raise the damping. No curvature is one
-    below the rounding of the largest seen: along it the step would be noise of any size.
+    A direction of no or negative curvature ends the iteration, not converged and ``Solution.indefinite``: train the
+    lower level longer, or raise the damping above the size of the negative curvature. No curvature is one below the
+    rounding of the largest seen: along it the step would be noise of any size. A start that is no better than zero is
+    dropped for zero.
 
     Args:
         iterations: Most products with H, >= 1; default 20.
@@ -84,8 +92,7 @@ class ConjugateGradient(Solver):
         """Run the iteration ``x += a p, r -= a (H + d) p`` with ``a = |r|^2 / <p, (H + d) p>``."""
         damped = _damped(product, self.damping)
         scale = squared_norm(right)
-        x = _zeros_like(right) if start is None else _unless_zero(scale, start)
-        r = list(right) if start is None else subtract(right, damped(x))
+        x, r = (_zeros_like(right), list(right)) if start is None else _better_start(damped, right, start, scale)
         p, rr = r, squared_norm(r)
         goal = self.tolerance**2 * scale
         taken, steepest = torch.zeros_like(rr), torch.zeros_like(rr)
@@ -107,7 +114,7 @@ class ConjugateGradient(Solver):
             p = add_scaled(r, torch.where(active, shrunk / torch.where(active, rr, torch.ones_like(rr)), zero), p)
             rr = torch.where(active, shrunk, rr)
             taken = taken + active
-        return Solution(x, taken, _relative(rr, scale), rr <= goal)
+        return Solution(x, taken, _relative(rr, scale), rr <= goal, ~curved & (rr > goal))
 
 
 @dataclass(frozen=True)
@@ -156,8 +163,8 @@ class FixedPoint(Solver):
     b``.
 
     ``Phi`` is gradient descent, or with ``momentum`` the heavy ball, whose buffer is then part of the adjoint's state.
-    Contracts wherever the lower steps do. Without momentum, n iterations from 0 are the Neumann series
-    with n - 1.
+    Contracts wherever the lower steps do. A start that is no better than zero is dropped for zero. Without momentum, n
+    iterations from 0 are the Neumann series with n - 1.
 
     Args:
         iterations: n >= 1; default 20.
@@ -213,9 +220,10 @@ def _stationary(
     goal = (tolerance or 0.0) ** 2 * scale
     if start is None:
         x, v = _times(rates, right), list(right)
+        r = subtract(right, product(x))
     else:
-        x, v = _unless_zero(scale, start), _zeros_like(right)
-    r = subtract(right, product(x))
+        v = _zeros_like(right)
+        x, r = _better_start(product, right, start, scale)
     rr = squared_norm(r)
     taken = torch.zeros_like(rr)
     for _ in range(steps):
@@ -251,9 +259,27 @@ def _may_ask(value: Tensor) -> bool:
     return value.device.type == "cpu"
 
 
-def _unless_zero(scale: Tensor, start: Vector) -> list[Tensor | None]:
-    """``start``, but 0 where the right-hand side is: no relative residual would ever be small there."""
-    return add_scaled([None] * len(start), (scale > 0).to(scale.dtype), start)
+def _better_start(
+    product: Product, right: Vector, start: Vector, scale: Tensor
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """``start`` and its residual, or zero and its: whichever is the smaller one, without asking the device.
+
+    The last solution says nothing once the variables were set by hand, and no relative residual would ever be small
+    for it where the right-hand side is zero.
+    """
+    found = subtract(right, product(start))
+    better = squared_norm(found) < scale  # not so either where it is NaN
+    x = [_if(better, s, None) for s in start]
+    return x, [_if(better, r, b) for r, b in zip(found, right, strict=True)]
+
+
+def _if(condition: Tensor, one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    like = one if one is not None else other
+    if like is None:
+        return None
+    zero = torch.zeros_like(like)
+    where = condition.to(like.device, non_blocking=True)
+    return torch.where(where, zero if one is None else one, zero if other is None else other)
 
 
 def _zeros_like(vector: Vector) -> list[Tensor | None]:

@@ -15,7 +15,7 @@ from ..checking import Check, loss_claims
 from ..claims import DIFFERENCE, Claim, Same, Unknown
 from ..descent import GradientDescent, InnerStep, Preview, Rule, check_preview, current_rates
 from ..directions import Directions, Stats
-from ..errors import choice, count, message, number
+from ..errors import choice, message
 from ..evaluation import Evaluation
 from ..evaluator import Look
 from ..hypergradient import adjoint, descend
@@ -23,6 +23,7 @@ from ..optimizer import BilevelOptimizer, Common
 from ..plain import NoReference
 from ..routes import ROUTES, Route
 from ..routing import route_taken
+from ..settings import Setting, chosen, counted, numeric
 from ..vectors import Vector, accumulation_dtype, add_scaled, dot, squared_norm, subtract
 from .barrier_terms import Terms, ValueGradient, plain_products, plain_terms, value_claims
 
@@ -57,6 +58,12 @@ class BarrierStats(Stats):
     product: str | None = None
 
 
+def _check_barrier(owner: str, argument: str, value: object) -> None:
+    if not isinstance(value, Barrier):
+        advice = "must be a barrier function, such as bilevel.barrier.GradientNorm(0.5)."
+        raise TypeError(message(owner, argument, value, advice))
+
+
 class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
     """Directions ``grad f + xi lambda grad q`` for both levels, with ``q = G(w, alpha) - G(w_T, alpha)``.
 
@@ -68,6 +75,18 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
         alpha <- alpha - eta_alpha (grad_alpha f + xi lambda grad_alpha q)
         w     <- w     - eta_w     (grad_w f     + xi lambda grad_w q)
     """
+
+    inner_steps = Setting[int](counted(1))
+    inner_lr = Setting[float | None](numeric(0.0, exclusive=True, optional=True))
+    inner_step = Setting[InnerStep](chosen("plain", "preview"))
+    barrier = Setting[Barrier](_check_barrier)
+    value_gradient = Setting[ValueGradient](chosen("value_function", "difference", "unrolled"))
+    step_from = Setting[StepFrom](chosen("outer", "inner"))
+    damping = Setting[float](numeric(0.0))
+    eps = Setting[float](numeric(0.0))
+    cutoff = Setting[float](numeric(0.0))
+    multiplier_max = Setting[float | None](numeric(0.0, optional=True))
+    product = Setting[Route](chosen(*ROUTES))
 
     def __init__(
         self,
@@ -86,34 +105,20 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
         **common: Unpack[Common],
     ) -> None:
         owner = type(self).__name__
-        count(owner, "inner_steps", inner_steps, minimum=1)
-        if inner_lr is not None:
-            number(owner, "inner_lr", inner_lr, minimum=0.0, exclusive=True)
-        if not isinstance(barrier, Barrier):
-            advice = "must be a barrier function, such as bilevel.barrier.GradientNorm(0.5)."
-            raise TypeError(message(owner, "barrier", barrier, advice))
-        choice(owner, "inner_step", inner_step, ("plain", "preview"))
-        choice(owner, "value_gradient", value_gradient, ("value_function", "difference", "unrolled"))
-        choice(owner, "step_from", step_from, ("outer", "inner"))
-        choice(owner, "product", product, ROUTES)
-        number(owner, "eps", eps, minimum=0.0)
-        number(owner, "cutoff", cutoff, minimum=0.0)
-        if multiplier_max is not None:
-            number(owner, "multiplier_max", multiplier_max, minimum=0.0)
-        super().__init__(*losses, **common)
-        if inner_step == "preview":
-            check_preview(owner, self.lower_optimizer, 'inner_step="plain"')
-        self.barrier = barrier
         self.inner_steps = inner_steps
         self.inner_lr = inner_lr
-        self.inner_step = inner_step
+        self.barrier = barrier
+        choice(owner, "inner_step", inner_step, ("plain", "preview"))
         self.value_gradient = value_gradient
         self.step_from = step_from
+        self.product = product
         self.damping = damping
         self.eps = eps
         self.cutoff = cutoff
         self.multiplier_max = multiplier_max
-        self.product = product
+        super().__init__(*losses, **common)
+        self.inner_step = inner_step
+        self._rule()  # refuses an optimizer that no preview can follow
 
     @property
     def lower_batches(self) -> int:
@@ -216,6 +221,7 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
 
     def _rule(self) -> Rule:
         if self.inner_step == "preview":
+            check_preview(type(self).__name__, self.lower_optimizer, 'inner_step="plain"')
             return Preview(self._lower, self.inner_lr)
         return GradientDescent(current_rates(self._lower, self.inner_lr))
 

@@ -98,8 +98,7 @@ class EBOMLC(DynamicBarrier):
         product: Route = "auto",
         **common: Unpack[Common],
     ) -> None:
-        number(type(self).__name__, "delta", delta, minimum=0.0)
-        number(type(self).__name__, "xi", xi, minimum=0.0)
+        self._check(delta=delta, xi=xi)
         super().__init__(
             upper_loss,
             lower_loss,
@@ -116,3 +115,29 @@ class EBOMLC(DynamicBarrier):
             product=product,
             **common,
         )
+
+    @property
+    def delta(self) -> float:
+        """Strength of the barrier; setting it replaces :attr:`barrier`."""
+        if not isinstance(self.barrier, Aligned):
+            raise AttributeError(f"EBOMLC has no delta with the barrier {self.barrier!r}; set optimizer.barrier.")
+        return self.barrier.delta
+
+    @delta.setter
+    def delta(self, value: float) -> None:
+        self._check(delta=value)
+        self.barrier = Aligned(value)
+
+    @property
+    def xi(self) -> float:
+        """Damping of the multiplier, under the paper's name."""
+        return float(self.damping)
+
+    @xi.setter
+    def xi(self, value: float) -> None:
+        self._check(xi=value)
+        self.damping = value
+
+    def _check(self, **values: float) -> None:
+        for name, value in values.items():
+            number(type(self).__name__, name, value, minimum=0.0)

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from ..descent import GradientDescent, Rule, current_rates
 from ..directions import Directions
-from ..errors import choice, number
 from ..evaluation import Evaluation
 from ..evaluator import Look
 from ..handover import hand_over
 from ..optimizer import Common
 from ..plain import Plain
 from ..products import upper_product
-from ..rollback import Saved
+from ..rollback import Groups, Saved
 from ..routes import Route
+from ..settings import Setting, chosen, numeric
 from ..vectors import Vector, add_scaled
 from .formulas import Formula, summed
 from .sequential import HypergradientStats, Sequential
@@ -46,8 +46,9 @@ class EMLC(Sequential[HypergradientStats]):
         inner_steps: k >= 1. Default 1, where the meta-gradient is exact; the paper's CIFAR runs use 5.
         discount: :math:`\gamma`, in [0, 1]; default None: ``1 - lr`` of each variable's group, the paper's choice.
         memory: ``"store"`` (default) keeps a copy of the lower variables per step. ``"replay"`` keeps the first and
-            takes the k steps a second time: two copies whatever k is, k more gradients; the lower optimizer's hooks run
-            twice.
+            takes the k steps a second time, from the same parameter groups: two copies whatever k is, k more
+            gradients. The lower optimizer's hooks run twice; rates that they change end as after k steps, while what
+            they keep elsewhere (the counter of a scheduler) counts 2k.
         product: Route of the products of G: ``"auto"`` is forward mode, with double backward behind one warning that
             names what has no forward rule; ``"forward"`` fails there instead.
         atomic: Whether a step that fails half-way is taken back; see the concepts page. Default True.
@@ -81,6 +82,8 @@ class EMLC(Sequential[HypergradientStats]):
     """
 
     trains_first = True
+    memory = Setting[Literal["store", "replay"]](chosen("store", "replay"))
+    discount = Setting[float | None](numeric(0.0, 1.0, optional=True))
 
     def __init__(
         self,
@@ -94,30 +97,38 @@ class EMLC(Sequential[HypergradientStats]):
         atomic: bool = True,
         **common: Unpack[Common],
     ) -> None:
-        choice("EMLC", "memory", memory, ("store", "replay"))
-        if discount is not None:
-            number("EMLC", "discount", discount, minimum=0.0, maximum=1.0)
-        super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, product=product, atomic=atomic)
-        self.discount = discount
         self.memory = memory
+        self.discount = discount
         self._last: Vector | None = None
+        super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, product=product, atomic=atomic)
 
     def _train_and_look(self, look: Look, *, real: bool) -> Directions[HypergradientStats]:
         beginning = Saved([self._lower]) if self.memory == "replay" else None
-        first, steps = self._train(look, real=real, keep=0 if beginning else self.inner_steps)
+        groups: list[Groups] = []  # before each step, then at the end: hooks may change rates, and run twice
+
+        def note() -> None:
+            if beginning:
+                groups.append(Groups(self._lower))
+
+        first, steps = self._train(look, real=real, keep=0 if beginning else self.inner_steps, before=note)
+        note()
+        rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in current_rates(self._lower, None)]
         f = look.upper()
         if beginning:
             beginning.restore()
         through: Vector = [None] * len(self._upper.tensors)
         for index in range(self.inner_steps):
             point = None if beginning else steps[index].point
-            weighted = self._weighted(f.lower, age=self.inner_steps - 1 - index)
-            again = look.lower(index, wrt="lower").lower if beginning else None
-            gradient = self._last if again is None and index == self.inner_steps - 1 else again
-            product = upper_product(look, index, weighted, point, self.product, gradient=gradient)
+            weighted = self._weighted(f.lower, rates, age=self.inner_steps - 1 - index)
+            known = self._last if index == self.inner_steps - 1 else None
+            product = upper_product(look, index, weighted, point, self.product, gradient=known)
             through = add_scaled(through, -1.0, product)
-            if again is not None:  # the next of the k steps once more
-                hand_over(self._lower, again)
+            if beginning:  # the next of the k steps once more
+                gradient = look.lower(index, wrt="lower").lower
+                groups[index].restore()
+                hand_over(self._lower, gradient)
+        if beginning:
+            groups[-1].restore()
         self._last = None
         return self._directions(look, f, first, through)
 
@@ -126,11 +137,10 @@ class EMLC(Sequential[HypergradientStats]):
         versions = [None if x is None else x._version for x in g.lower]
         super()._train_along(g, real=real, kept=kept)
         intact = versions == [None if x is None else x._version for x in g.lower]
-        self._last = g.lower if intact else None
+        self._last = g.lower if intact and self.memory == "store" else None
 
-    def _weighted(self, g: Vector, age: int) -> Vector:
+    def _weighted(self, g: Vector, rates: list[float | Tensor], age: int) -> Vector:
         """Return ``lr * discount^age * g``, the direction of the product at the step ``age`` steps before the last."""
-        rates = current_rates(self._lower, None)
         discounts = [1 - rate if self.discount is None else self.discount for rate in rates]
         return [
             None if x is None else (x * (rate * discount**age)).to(x.dtype)

@@ -11,7 +11,6 @@ from ..checking import Check
 from ..claims import Claim
 from ..descent import InnerStep
 from ..directions import Directions
-from ..errors import number
 from ..evaluation import Evaluation
 from ..evaluator import Look
 from ..hypergradient import Step, pull_back
@@ -19,6 +18,7 @@ from ..optimizer import Common
 from ..plain import Plain
 from ..products import upper_product
 from ..routing import route_taken
+from ..settings import Setting, numeric
 from ..vectors import Vector
 from .formulas import Formula, central_difference, difference_claims, summed
 from .sequential import HypergradientStats, Sequential
@@ -73,6 +73,7 @@ class FiniteDifference(Sequential[HypergradientStats]):
     """
 
     follows_maximize = True
+    radius = Setting[float](numeric(0.0, exclusive=True))
 
     def __init__(
         self,
@@ -85,12 +86,11 @@ class FiniteDifference(Sequential[HypergradientStats]):
         atomic: bool = True,
         **common: Unpack[Common],
     ) -> None:
-        number("FiniteDifference", "radius", radius, minimum=0.0, exclusive=True)
+        self.radius = radius
         super().__init__(
             upper_loss, lower_loss, common, inner_steps=1, inner_lr=inner_lr, inner_step=inner_step, atomic=atomic
         )
         self._check_rule()
-        self.radius = radius
 
     def _look_ahead(self, look: Look) -> Directions[HypergradientStats]:
         g = look.lower(wrt="lower")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -13,7 +13,7 @@ from ..checking import Check
 from ..claims import DIFFERENCE, Claim, Same, Unknown
 from ..descent import GradientDescent, Rule, current_rates
 from ..directions import Directions
-from ..errors import choice, message
+from ..errors import message
 from ..evaluation import Evaluation
 from ..evaluator import Look
 from ..hypergradient import ConjugateGradient, Solver
@@ -23,6 +23,7 @@ from ..products import mixed_product, upper_product
 from ..rollback import Saved
 from ..routes import Route
 from ..routing import route_taken
+from ..settings import Setting, chosen, counted
 from ..vectors import Vector, add_scaled, squared_norm, subtract
 from .formulas import Formula, summed
 from .sequential import HypergradientStats, Sequential
@@ -37,6 +38,8 @@ class ImplicitStats(HypergradientStats):
         residual: ``|f_w - (G_ww + damping I) p| / |f_w|`` of the returned p.
         converged: Whether the residual met the solver's tolerance. If not, the direction is used all the same: look
             here, and raise the iterations or the damping.
+        indefinite: Whether the solver ended at a direction of no or negative curvature: w is not near a strict minimum
+            of G. Train longer, or raise the damping. None: the solver does not look.
 
     Example:
         >>> import torch, bilevel
@@ -49,6 +52,13 @@ class ImplicitStats(HypergradientStats):
     iterations: Tensor
     residual: Tensor
     converged: Tensor
+    indefinite: Tensor | None = None
+
+
+def _check_solver(owner: str, argument: str, value: object) -> None:
+    if not isinstance(value, Solver):
+        advice = "must be a solver value, such as bilevel.ConjugateGradient(iterations=20)."
+        raise TypeError(message(owner, argument, value, advice))
 
 
 class Implicit(Sequential[ImplicitStats]):
@@ -67,8 +77,9 @@ class Implicit(Sequential[ImplicitStats]):
         inner_steps: Real lower steps per call, >= 0; default 1. 0: the lower problem is solved by other means, and
             ``step`` moves the upper variables alone.
         solver: ``ConjugateGradient()`` (default), ``Neumann()`` or ``FixedPoint()``, or a ``Solver`` of your own.
-        warm_start: Start the solver from the last p (default True: the system changes slowly between steps). The last p
-            is part of ``state_dict``.
+        warm_start: Start the solver from the last p (default True: the system changes slowly between steps), or from 0
+            where that leaves the smaller residual, as after variables were set by hand. The last p is part of
+            ``state_dict``, and what ``apply`` and ``Directions.mean`` carry on.
         product: Route of the products of G.
         atomic: Whether a step that fails half-way is taken back; see the concepts page. Default True.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
@@ -101,7 +112,9 @@ class Implicit(Sequential[ImplicitStats]):
     """
 
     trains_first = True
-    fewest_steps = 0
+    inner_steps = Setting[int](counted(0))
+    solver = Setting[Solver](_check_solver)
+    warm_start = Setting[bool](chosen(True, False))
 
     def __init__(
         self,
@@ -115,15 +128,11 @@ class Implicit(Sequential[ImplicitStats]):
         atomic: bool = True,
         **common: Unpack[Common],
     ) -> None:
-        if solver is not None and not isinstance(solver, Solver):
-            advice = "must be a solver value, such as bilevel.ConjugateGradient(iterations=20)."
-            raise TypeError(message("Implicit", "solver", solver, advice))
-        choice("Implicit", "warm_start", warm_start, (True, False))
-        super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, product=product, atomic=atomic)
         self.solver = ConjugateGradient() if solver is None else solver
         self.warm_start = warm_start
-        self._last: dict[str, Tensor] = {}
-        self._found: dict[str, Tensor] = {}
+        super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, product=product, atomic=atomic)
+        # Any start is right, so that the mean over tasks is too.
+        self._last = self.lower_state("last", reduction="mean")
 
     def _train_and_look(self, look: Look, *, real: bool) -> Directions[ImplicitStats]:
         first, _ = self._train(look, real=real)
@@ -133,9 +142,8 @@ class Implicit(Sequential[ImplicitStats]):
         def hessian(v: Vector) -> Vector:
             return mixed_product(look, last, v, None, self.product)[1]
 
-        start = [self._last.get(name) for name in self._lower.names] if self.warm_start and self._last else None
+        start = self._last.vector() if self.warm_start and self._last.value else None
         found = self.solver.solve(hessian, f.lower, start, current_rates(self._lower, None))
-        self._found = self._named([None] * len(self._upper.names), found.x)[1]
         through = upper_product(look, last, found.x, None, self.product)
         look.check_dependence(through)
         stats = ImplicitStats(
@@ -147,9 +155,10 @@ class Implicit(Sequential[ImplicitStats]):
             iterations=found.iterations,
             residual=found.residual,
             converged=found.converged,
+            indefinite=found.indefinite,
         )
-        upper, _ = self._named(subtract(f.upper, through), [None] * len(self._lower.names))
-        return Directions(upper, {}, stats)
+        upper, solution = self._named(subtract(f.upper, through), found.x)
+        return Directions(upper, {}, stats, state={"last": solution})
 
     def _stats_of_skipped(self, lower_loss: Tensor) -> ImplicitStats:
         unknown = torch.full_like(lower_loss, float("nan"))
@@ -158,15 +167,9 @@ class Implicit(Sequential[ImplicitStats]):
             unknown, lower_loss, skipped=True, iterations=none, residual=unknown, converged=none.to(torch.bool)
         )
 
-    def _step(self, look: Look) -> ImplicitStats:
-        stats = super()._step(look)
-        if self.warm_start and not stats.skipped:
-            self._last = self._found
-        return stats
-
     def _formula(self, plain: Plain, answer: Directions[ImplicitStats]) -> Formula:
         r""":math:`\nabla_\alpha F - G_{\alpha w}\, p` with the p that the solver found."""
-        f, p = self._solved(plain)
+        f, p = self._solved(plain, answer)
         return summed(f.upper, -1.0, plain.product(self.lower_batches - 1, p)[0])
 
     def _more_claims(self, check: Check, answer: Directions[ImplicitStats]) -> Iterator[Claim]:
@@ -174,7 +177,7 @@ class Implicit(Sequential[ImplicitStats]):
         saved = Saved([self._lower])
         try:
             with check.plain() as plain:
-                f, p = self._solved(plain)
+                f, p = self._solved(plain, answer)
                 curved = plain.product(self.lower_batches - 1, p)[1]
         except NoReference as problem:
             yield Unknown("residual", float(answer.stats.residual), str(problem))
@@ -188,18 +191,12 @@ class Implicit(Sequential[ImplicitStats]):
         # Of terms as long as the right-hand side: rounding leaves that much of a residual that is 0.
         yield Same("residual", [answer.stats.residual], [residual], size=1.0, tolerance=loose)
 
-    def _solved(self, plain: Plain) -> tuple[Evaluation, Vector]:
+    def _solved(self, plain: Plain, answer: Directions[ImplicitStats]) -> tuple[Evaluation, Vector]:
         """F after the real steps, and p."""
         plain.train(self.inner_steps, self._rule)
         if self.inner_steps == 0:
             plain.lower()
-        return plain.upper(), [self._found.get(name) for name in self._lower.names]
+        return plain.upper(), self._last.of(answer)
 
     def _rule(self) -> Rule:
         return GradientDescent(current_rates(self._lower, None))
-
-    def _own_state(self) -> dict[str, Any]:
-        return {"last": self._last}
-
-    def _load_own_state(self, state: Mapping[str, Any]) -> None:
-        self._last = dict(state["last"])

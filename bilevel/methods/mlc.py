@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from typing import Any, Unpack
 
 import torch
@@ -11,8 +11,7 @@ from torch import Tensor
 from ..checking import Check
 from ..claims import DIFFERENCE, Claim, Same, Unknown
 from ..descent import Preview, check_preview
-from ..directions import Directions
-from ..errors import choice, count
+from ..directions import Directions, StateValue
 from ..evaluator import Look
 from ..hypergradient import Step, pull_back
 from ..optimizer import BilevelOptimizer, Common
@@ -20,6 +19,7 @@ from ..plain import NoReference, Plain
 from ..products import upper_product
 from ..routes import ROUTES, Route
 from ..routing import route_taken
+from ..settings import Setting, chosen, counted
 from ..vectors import Vector, add_scaled, dot, squared_norm
 from .formulas import Formula, derivative_claims, summed
 from .sequential import HypergradientStats
@@ -72,6 +72,8 @@ class MLC(BilevelOptimizer[HypergradientStats]):
     """
 
     follows_maximize = True
+    inner_steps = Setting[int](counted(1))
+    product = Setting[Route](chosen(*ROUTES))
 
     def __init__(
         self,
@@ -82,27 +84,15 @@ class MLC(BilevelOptimizer[HypergradientStats]):
         product: Route = "auto",
         **common: Unpack[Common],
     ) -> None:
-        count("MLC", "inner_steps", inner_steps, minimum=1)
-        choice("MLC", "product", product, ROUTES)
-        super().__init__(upper_loss, lower_loss, **common)
-        check_preview("MLC", self.lower_optimizer, "EMLC, which follows none")
         self.inner_steps = inner_steps
         self.product = product
-        self._accumulated: dict[str, Tensor] = {}
-        self._calls = 0
+        super().__init__(upper_loss, lower_loss, **common)
+        check_preview("MLC", self.lower_optimizer, "EMLC, which follows none")
+        self._accumulated = self.upper_state("accumulated", reduction="mean")  # linear in what each call adds
+        self._calls = self.scalar_state("calls")
 
     def _answer(self, look: Look) -> Directions[HypergradientStats]:
         return self._estimate(look)[0]
-
-    def _step(self, look: Look) -> HypergradientStats:
-        answer, estimate = self._estimate(look)
-        # Checked before it is due: an estimate that is not finite would never be got rid of, once accumulated.
-        watched = {} if answer.upper else {"the accumulated estimate": list(estimate.values())}
-        stats = self._move(answer, look, watched)
-        if not stats.skipped:
-            self._calls = (self._calls + 1) % self.inner_steps
-            self._accumulated = {} if stats.upper_moved else estimate
-        return stats
 
     def _estimate(self, look: Look) -> tuple[Directions[HypergradientStats], dict[str, Tensor]]:
         """Return the directions of this call and the accumulated estimate m."""
@@ -122,13 +112,15 @@ class MLC(BilevelOptimizer[HypergradientStats]):
             squared = squared_norm(here.lower)
             projection = dot(add_scaled(f.lower, 1.0, through_step), here.lower)
             gamma = torch.where(squared > 0, projection / torch.where(squared > 0, squared, 1.0), 0.0)
-            m = add_scaled(m, gamma, [self._accumulated.get(name) for name in self._upper.names])
+            m = add_scaled(m, gamma, self._accumulated.vector())
         estimate, lower = self._named(m, g.lower)
-        due = self._calls + 1 == self.inner_steps
+        calls = self._calls.value + 1
+        due = calls >= self.inner_steps
         stats = HypergradientStats(
             value, g.value, upper_aux=aux, lower_aux=g.aux, product=route_taken(look, "upper", self.product)
         )
-        return Directions(estimate if due else {}, lower, stats), estimate
+        state: dict[str, StateValue] = {"accumulated": {} if due else estimate, "calls": 0 if due else calls}
+        return Directions(estimate if due else {}, lower, stats, state=state), estimate
 
     def _claims(self, check: Check) -> Generator[Claim, None, None]:
         """The estimate m, whether it is due or not; with ``inner_steps=1`` it is the exact derivative."""
@@ -158,12 +150,5 @@ class MLC(BilevelOptimizer[HypergradientStats]):
         g0 = plain.upper().lower
         squared = float(squared_norm(g0))
         gamma = float(dot(add_scaled(f.lower, 1.0, minus_s_g1), g0)) / squared if squared > 0 else 0.0
-        before = [self._accumulated.get(name) for name in self._upper.names]
-        total = summed(found.upper, gamma, before)
+        total = summed(found.upper, gamma, self._accumulated.vector())
         return Formula(total.upper, found.size + total.size)
-
-    def _own_state(self) -> dict[str, Any]:
-        return {"accumulated": self._accumulated, "calls": self._calls}
-
-    def _load_own_state(self, state: Mapping[str, Any]) -> None:
-        self._accumulated, self._calls = dict(state["accumulated"]), int(state["calls"])

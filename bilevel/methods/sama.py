@@ -12,7 +12,6 @@ from ..checking import Check
 from ..claims import Claim
 from ..descent import GradientDescent, Preview, Rule, check_preview, current_rates
 from ..directions import Directions
-from ..errors import number
 from ..evaluation import Evaluation
 from ..evaluator import Look
 from ..hypergradient import Step
@@ -21,6 +20,7 @@ from ..plain import Plain
 from ..products import upper_product
 from ..rollback import Saved
 from ..routing import route_taken
+from ..settings import Setting, numeric
 from ..vectors import Vector, subtract
 from .formulas import Formula, central_difference, difference_claims, summed
 from .sequential import HypergradientStats, Sequential
@@ -76,6 +76,7 @@ class SAMA(Sequential[HypergradientStats]):
     """
 
     trains_first = True
+    radius = Setting[float](numeric(0.0, exclusive=True))
 
     def __init__(
         self,
@@ -87,10 +88,9 @@ class SAMA(Sequential[HypergradientStats]):
         atomic: bool = True,
         **common: Unpack[Common],
     ) -> None:
-        number("SAMA", "radius", radius, minimum=0.0, exclusive=True)
+        self.radius = radius
         super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, atomic=atomic)
         check_preview("SAMA", self.lower_optimizer, "Neumann(0) in Implicit, which knows no optimizer")
-        self.radius = radius
 
     def _train_and_look(self, look: Look, *, real: bool) -> Directions[HypergradientStats]:
         g, steps = self._train(look, real=real, rule=lambda: Preview(self._lower), keep=1)

@@ -19,7 +19,6 @@ from ..checking import Check
 from ..claims import DIFFERENCE, Claim, Same, Unknown
 from ..descent import GradientDescent, InnerStep, Preview, Rule, check_preview, current_rates
 from ..directions import Directions, Stats
-from ..errors import choice, count, number
 from ..evaluation import Evaluation
 from ..evaluator import Look
 from ..handover import hand_over
@@ -29,6 +28,7 @@ from ..plain import NoReference, Plain
 from ..rollback import Saved
 from ..routes import ROUTES, Route
 from ..routing import Kind, route_taken
+from ..settings import Setting, chosen, counted, numeric
 from ..variables import Level
 from ..vectors import Vector, add_scaled, squared_norm
 from .formulas import Formula, GraphStart, derivative_claims
@@ -38,7 +38,8 @@ from .formulas import Formula, GraphStart, derivative_claims
 class HypergradientStats(Stats):
     """The numbers of one step of a hypergradient method.
 
-    ``upper_loss`` and ``upper_aux`` are those of F where it was evaluated: after the lower steps, virtual or real.
+    ``upper_loss`` and ``upper_aux`` are those of F where it was evaluated: after the lower steps, virtual or real; for
+    :class:`MLC` with ``inner_steps > 1``, which evaluates F at the current point too, those at the current point.
 
     Attributes:
         product: Route of the products of G that was taken, or None if there was none.
@@ -71,14 +72,19 @@ class Sequential(BilevelOptimizer[H], ABC):
             plain if a rate is given, as the lower optimizer's step goes with its own rate.
         product: Route of the products of G.
         atomic: Whether a step that fails, or is not finite, after the first real optimizer step is taken back. Costs
-            a copy of the level that moves first and of its optimizer state. Without it such a step stays half taken.
+            a copy of both levels and of their optimizers' state, the second one's made right before it moves. Without
+            it such a step stays half taken.
         common: The arguments of :class:`bilevel.BilevelOptimizer`.
     """
 
     trains_first = False
     product_kind: Kind = "upper"  # which products of G the method takes, for its stats
     exact = False  # whether the upper direction is the total derivative, for check_directions
-    fewest_steps = 1
+    inner_steps = Setting[int](counted(1))
+    inner_lr = Setting[float | None](numeric(0.0, exclusive=True, optional=True))
+    inner_step = Setting[InnerStep](chosen("plain", "preview"))
+    product = Setting[Route](chosen(*ROUTES))
+    atomic = Setting[bool](chosen(True, False))
 
     def __init__(
         self,
@@ -93,22 +99,16 @@ class Sequential(BilevelOptimizer[H], ABC):
         atomic: bool = True,
     ) -> None:
         # ``common`` as one argument: an option that the method at hand does not have must not end in one of these.
-        owner = type(self).__name__
-        count(owner, "inner_steps", inner_steps, minimum=self.fewest_steps)
-        if inner_lr is not None:
-            number(owner, "inner_lr", inner_lr, minimum=0.0, exclusive=True)
-        if inner_step is not None:
-            choice(owner, "inner_step", inner_step, ("plain", "preview"))
-        choice(owner, "product", product, ROUTES)
-        choice(owner, "atomic", atomic, (True, False))
-        super().__init__(upper_loss, lower_loss, **common)
         self.inner_steps = inner_steps
         self.inner_lr = inner_lr
-        self.inner_step = inner_step or ("preview" if inner_lr is None else "plain")
+        self.inner_step = ("preview" if inner_lr is None else "plain") if inner_step is None else inner_step
         self.product = product
         self.atomic = atomic
-        if not atomic:
-            self._after_failure = "earlier moves of this step stay (atomic=False)"
+        super().__init__(upper_loss, lower_loss, **common)
+
+    @property
+    def _after_failure(self) -> str:  # type: ignore[override]
+        return "nothing was moved" if self.atomic else "earlier moves of this step stay (atomic=False)"
 
     @property
     def lower_batches(self) -> int:
@@ -151,13 +151,18 @@ class Sequential(BilevelOptimizer[H], ABC):
                 if saved is not None:
                     saved.restore()
                 return replace(stats, upper_moved=saved is None, skipped=True)
-        hand_over(self._lower, g.lower)
+            if saved is not None:
+                saved.add(self._lower)
+            hand_over(self._lower, g.lower)
         return stats
 
     def _train_then_correct(self, look: Look) -> H:
         with self._taken_back_on_error(self._lower) as saved:
             try:
-                stats = self._move(self._train_and_look(look, real=True), look)
+                answer = self._train_and_look(look, real=True)
+                if saved is not None:
+                    saved.add(self._upper)
+                stats = self._move(answer, look)
             except _SkippedError as bad:
                 look.replay.undo_buffers()
                 stats = self._stats_of_skipped(bad.loss)
@@ -171,12 +176,18 @@ class Sequential(BilevelOptimizer[H], ABC):
         return cast(H, HypergradientStats(unknown, lower_loss, skipped=True))  # with more numbers, a method overrides
 
     def _train(
-        self, look: Look, *, real: bool, rule: Callable[[], Rule] | None = None, keep: int = 0
+        self,
+        look: Look,
+        *,
+        real: bool,
+        rule: Callable[[], Rule] | None = None,
+        keep: int = 0,
+        before: Callable[[], None] = lambda: None,
     ) -> tuple[Evaluation, list[Step]]:
         """Take the real lower steps; return G before the first.
 
         The last ``keep`` steps are recorded: a copy of each point and, if there is a ``rule``, the gradient and a copy
-        of the rule's state, as its derivative will need them.
+        of the rule's state, as its derivative will need them. ``before`` is called before each.
         """
         steps: list[Step] = []
         first: Evaluation | None = None
@@ -188,6 +199,7 @@ class Sequential(BilevelOptimizer[H], ABC):
                 start = rule().start() if rule is not None else []
                 state = [{name: s.clone() for name, s in entry.items()} for entry in start]
                 steps.append(Step(index, [x.clone() for x in look.point()], [] if rule is None else g.lower, state))
+            before()
             self._train_along(g, real=real, kept=kept and rule is not None)
         return first or look.lower(wrt="lower"), steps
 
@@ -200,6 +212,7 @@ class Sequential(BilevelOptimizer[H], ABC):
     def _rule(self) -> Rule:
         """The lower step that is differentiated."""
         if self.inner_step == "preview":
+            self._check_rule()  # it may have been set since
             return Preview(self._lower, self.inner_lr)
         return GradientDescent(current_rates(self._lower, self.inner_lr))
 
@@ -222,11 +235,13 @@ class Sequential(BilevelOptimizer[H], ABC):
     @contextmanager
     def _taken_back_on_error(self, *levels: Level) -> Iterator[Saved | None]:
         saved = Saved(levels) if self.atomic else None
+        remembered = self._state.values()
         try:
             yield saved
         except BaseException:
             if saved is not None:
                 saved.restore()
+                self._state.put_back(remembered)
             raise
 
     def _may_train(self, g: Evaluation) -> bool:

@@ -16,6 +16,8 @@ from ..hypergradient import KeptGraph, Start, Unreached, adjoint, descend, leave
 from ..optimizer import Common
 from ..plain import Plain
 from ..routes import Route
+from ..routing import Kind
+from ..settings import Fixed, Setting, chosen
 from ..vectors import Vector, add_scaled
 from .formulas import Formula, GraphStart, derivative, summed
 from .sequential import HypergradientStats, Sequential
@@ -85,8 +87,12 @@ class Unrolled(Sequential[HypergradientStats]):
         <https://arxiv.org/abs/1703.03400>`_, ICML 2017.
     """
 
-    exact = True
     follows_maximize = True
+    mode = Setting[Mode](chosen("auto", "adjoint", "graph"))
+    # These are checked together, at construction.
+    truncate = Fixed[int | None]()
+    restore = Fixed[bool]()
+    start = Fixed[Start | None]()
 
     def __init__(
         self,
@@ -104,7 +110,7 @@ class Unrolled(Sequential[HypergradientStats]):
         atomic: bool = True,
         **common: Unpack[Common],
     ) -> None:
-        choice("Unrolled", "mode", mode, ("auto", "adjoint", "graph"))
+        self.mode = mode
         choice("Unrolled", "restore", restore, (True, False))
         if truncate is not None:
             count("Unrolled", "truncate", truncate, minimum=1)
@@ -136,13 +142,7 @@ class Unrolled(Sequential[HypergradientStats]):
             atomic=atomic,
         )
         self._check_rule('inner_step="plain" for gradient descent' if restore else "EMLC, which follows none")
-        self.truncate = truncate
-        self.start = start
-        self.mode = mode
-        self.trains_first = not restore
-        self.exact = truncate is None or truncate == inner_steps
-        # The first step alone needs no product with G_ww, unless it is differentiated back to a start.
-        self.product_kind = "upper" if self._differentiated == 1 and start is None else "both"
+        self.__dict__.update(truncate=truncate, start=start, restore=restore)
 
     def _look_ahead(self, look: Look) -> Directions[HypergradientStats]:
         start = None if self.start is None else start_of("Unrolled", self.start, self._lower)
@@ -221,6 +221,21 @@ class Unrolled(Sequential[HypergradientStats]):
         return self._directions(look, f, g, total, stats)
 
     @property
+    def trains_first(self) -> bool:  # type: ignore[override]
+        """Whether the steps are real."""
+        return not self.restore
+
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        """Whether every step is differentiated."""
+        return self._differentiated == self.inner_steps
+
+    @property
+    def product_kind(self) -> Kind:  # type: ignore[override]
+        """The first step alone needs no product with G_ww, unless it is differentiated back to a start."""
+        return "upper" if self._differentiated == 1 and self.start is None else "both"
+
+    @property
     def _keeps_graph(self) -> bool:
         if self.mode == "auto":
             several = self._differentiated > 1 or self.start is not None
@@ -230,7 +245,7 @@ class Unrolled(Sequential[HypergradientStats]):
 
     @property
     def _differentiated(self) -> int:
-        return self.inner_steps if self.truncate is None else self.truncate
+        return self.inner_steps if self.truncate is None else min(self.truncate, self.inner_steps)
 
     def _correct_then_train(self, look: Look) -> HypergradientStats:
         if self.start is None:

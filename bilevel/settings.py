@@ -1,0 +1,87 @@
+"""Hyperparameters as attributes: what a constructor checks is checked again when it is set while training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar, overload
+
+from .errors import choice, count, message, number
+
+V = TypeVar("V")
+Check = Callable[[str, str, Any], object]
+
+
+class Setting(Generic[V]):
+    """An attribute that is checked whenever it is set, and takes effect from the next step on."""
+
+    def __init__(self, check: Check) -> None:
+        self._check = check
+        self._name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Setting[V]: ...
+
+    @overload
+    def __get__(self, instance: Any, owner: type) -> V: ...
+
+    def __get__(self, instance: Any, owner: type) -> Setting[V] | V:
+        if instance is None:
+            return self
+        try:
+            found: V = instance.__dict__[self._name]
+        except KeyError:
+            raise AttributeError(f"{type(instance).__name__} keeps no attribute {self._name}") from None
+        return found
+
+    def __set__(self, instance: Any, value: V) -> None:
+        self._check(type(instance).__name__, self._name, value)
+        instance.__dict__[self._name] = value
+
+
+class Fixed(Generic[V]):
+    """An argument of the constructor that cannot be set later, and says so instead of doing nothing."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Fixed[V]: ...
+
+    @overload
+    def __get__(self, instance: Any, owner: type) -> V: ...
+
+    def __get__(self, instance: Any, owner: type) -> Fixed[V] | V:
+        if instance is None:
+            return self
+        try:
+            found: V = instance.__dict__[self._name]
+        except KeyError:
+            raise AttributeError(f"{type(instance).__name__} keeps no attribute {self._name}") from None
+        return found
+
+    def __set__(self, instance: Any, value: V) -> None:
+        advice = "is fixed at construction. Build a new optimizer; load_state_dict carries its state on."
+        raise AttributeError(message(type(instance).__name__, self._name, value, advice))
+
+
+def numeric(minimum: float, maximum: float | None = None, *, exclusive: bool = False, optional: bool = False) -> Check:
+    """Check for a number; None as well if ``optional``."""
+
+    def check(owner: str, name: str, value: Any) -> None:
+        if value is not None or not optional:
+            number(owner, name, value, minimum=minimum, maximum=maximum, exclusive=exclusive)
+
+    return check
+
+
+def counted(minimum: int) -> Check:
+    """Check for an integer."""
+    return lambda owner, name, value: count(owner, name, value, minimum=minimum)
+
+
+def chosen(*allowed: Any) -> Check:
+    """Check for one of some values."""
+    return lambda owner, name, value: choice(owner, name, value, allowed)

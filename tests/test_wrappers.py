@@ -1,0 +1,152 @@
+"""Wrapped modules, tensors and optimizers are refused by name, in every class, or warned about."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bilevel
+from bilevel.wrappers import refuse_optimizer
+from methods_table import CASES, Case, Problem
+
+KINDS = {case.method: case for case in CASES.values()}
+every_class = pytest.mark.parametrize("case", KINDS.values(), ids=[kind.__name__ for kind in KINDS])
+
+WRAPPERS = [
+    ("AcceleratedOptimizer", "accelerate.optimizer"),
+    ("LightningOptimizer", "lightning.pytorch.core.optimizer"),
+    ("LightningOptimizer", "pytorch_lightning.core.optimizer"),
+    ("_FabricOptimizer", "lightning.fabric.wrappers"),
+]
+
+
+@pytest.mark.parametrize(("name", "module"), WRAPPERS)
+@pytest.mark.parametrize("side", ["upper", "lower"])
+@every_class
+def test_a_wrapped_optimizer_is_refused_by_name(case: Case, side: str, name: str, module: str) -> None:
+    problem = Problem()
+    inner = getattr(problem, f"{side}_optimizer")
+    # As Lightning does: a subclass of the optimizer's own class too, so that every isinstance check passes.
+    wrapper = type(name, (type(inner),), {"__module__": module})
+    seeming = type(f"Lightning{type(inner).__name__}", (wrapper,), {}).__new__(wrapper)
+    seeming.__dict__.update(inner.__dict__)
+    setattr(problem, f"{side}_optimizer", seeming)
+    library = module.partition(".")[0]
+    with pytest.raises(TypeError, match=rf"{side}_optimizer={name}\): is wrapped by {library}.*\.optimizer"):
+        problem.optimizer(case)
+
+
+def test_torchs_own_optimizers_are_not_wrapped() -> None:
+    refuse_optimizer("BOME", "lower_optimizer", torch.optim.SGD([torch.ones(1, requires_grad=True)]))
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def line(net: nn.Module, called: nn.Module, lower: Any) -> bilevel.BOME:
+    a = torch.zeros((), requires_grad=True)
+    x = torch.ones(3, 2)
+
+    def loss(target: Any) -> Tensor:
+        value: Tensor = (called(x) - target()).square().mean()
+        return value
+
+    return bilevel.BOME(
+        lambda: loss(lambda: 1.0),
+        lambda: loss(lambda: a),
+        upper=a,
+        lower=lower,
+        upper_optimizer=torch.optim.SGD([a], lr=0.1),
+        lower_optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+    )
+
+
+@pytest.mark.usefixtures("group")
+def test_a_loss_that_calls_a_ddp_module_is_refused() -> None:
+    """Whether ``lower=`` is the module inside or its parameters; the module itself may be called."""
+    net = nn.Linear(2, 1)
+    ddp = nn.parallel.DistributedDataParallel(net)
+    before = [p.detach().clone() for p in net.parameters()]
+    for lower in (ddp.module, list(ddp.parameters())):
+        optimizer = line(net, ddp, lower)
+        for verb in (optimizer.step, optimizer.directions):
+            with pytest.raises(bilevel.ClosureError, match=r"BOME: a loss calls a module wrapped in DistributedDataP"):
+                verb()
+    assert all(map(torch.equal, before, net.parameters()))
+    with pytest.raises(TypeError, match=r"lower=DistributedDataParallel\): must not be wrapped"):
+        line(net, ddp, ddp)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one process: nothing to warn about
+        assert line(net, net, net).step().upper_moved
+    ddp(torch.ones(3, 2)).sum().backward()  # outside a step it is the user's
+
+
+@pytest.mark.usefixtures("group")
+def test_sharded_tensors_are_refused() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    net = nn.Linear(2, 1, bias=False)
+    net.weight = nn.Parameter(distribute_tensor(net.weight.detach(), mesh, [Replicate()]))
+    with pytest.raises(TypeError, match=r"lower=weight\): is a DTensor"):
+        line(net, net, net)
+
+
+def test_several_processes_are_warned_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    net = nn.Linear(2, 1)
+    optimizer = line(net, net, net)
+    with pytest.warns(UserWarning, match="BOME: one of 2 processes. Nothing is averaged"):
+        optimizer.step()
+    optimizer.step()  # warnings are errors: once
+
+
+PROGRAM = """
+import sys, warnings, torch, bilevel
+rank, store = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+net, a = torch.nn.Linear(1, 1), torch.zeros((), requires_grad=True)
+ddp = torch.nn.parallel.DistributedDataParallel(net)
+optimizer = bilevel.BOME(
+    lambda: ddp(torch.ones(1, 1)).sum() ** 2, lambda: (net.weight - a).square().sum(), upper=a, lower=net,
+    upper_optimizer=torch.optim.SGD([a], lr=0.1), lower_optimizer=torch.optim.SGD(net.parameters(), lr=0.1))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    try:
+        optimizer.step()
+    except bilevel.ClosureError as error:
+        assert "DistributedDataParallel" in str(error)
+        print("refused", any("one of 2 processes" in str(w.message) for w in caught))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program)]
+    root = Path(__file__).parent.parent
+    both = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True, cwd=root,
+            env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    assert [process.communicate(timeout=120)[0].strip() for process in both] == ["refused True"] * 2
