@@ -18,10 +18,10 @@ from .evaluation import Evaluation
 from .evaluator import Evaluator, Look
 from .method_state import MethodState
 from .plain import Plain, Precision
+from .precision import float64, widened, widening
 from .report import Comparison, Report, worse
 from .variables import Level
 from .vectors import Vector, dot
-from .widening import held_in_float64, in_float64, state_of, widened
 
 # A central difference in float64 with a step of about 1e-5 is good to some 1e-10 where third derivatives are of order
 # one.
@@ -161,11 +161,11 @@ def check_directions(optimizer: Checkable, *batches: Any, samples: int = 2, tole
     upper, lower = optimizer._levels()
     # The state of the optimizers and of the method as well: real lower steps are taken here, and torch mixes no dtypes.
     own = [x for x in tree_leaves(optimizer._state.values()) if isinstance(x, Tensor)]
-    variables = [*upper.tensors, *lower.tensors, *state_of(upper), *state_of(lower), *own]
-    wide = held_in_float64(optimizer._all_modules(), variables)
+    variables = [*upper.tensors, *lower.tensors, *_state(upper), *_state(lower), *own]
+    wide = float64(optimizer._all_modules(), variables)
     lines: tuple[Comparison, ...] = ()
     with wide:
-        check = Check(optimizer, [in_float64(batch) for batch in batches], samples)
+        check = Check(optimizer, [widened(batch) for batch in batches], samples)
         mixed: RuntimeError | None = None
         try:
             lines = _compared(optimizer, check, tolerance)
@@ -177,7 +177,7 @@ def check_directions(optimizer: Checkable, *batches: Any, samples: int = 2, tole
             # A cast, or a constant, inside a loss. Once more with float64 in its place, if the loss can do that.
             check.precision = Precision()
             try:
-                with widened():
+                with widening():
                     lines = _compared(optimizer, check, tolerance)
             except Exception:
                 if mixed is not None:
@@ -224,3 +224,8 @@ def loss_claims(check: Check, plain: Plain, upper: Evaluation, lower: Evaluation
 def _along(found: Callable[[float], Evaluation], side: str, direction: Vector, size: float) -> Tensor:
     evaluation = found(size)
     return dot(evaluation.upper if side == "upper" else evaluation.lower, direction)
+
+
+def _state(level: Level) -> list[Tensor]:
+    entries = [entry for key, entry in level.optimizer.state.items() if isinstance(key, Tensor)]
+    return [x for entry in entries for name, x in entry.items() if isinstance(x, Tensor) and name != "step"]

@@ -17,7 +17,7 @@ from .closures import Loss
 from .errors import ClosureError
 from .evaluation import Evaluation, Evaluations, Point, Subject, Wrt
 from .inspection import inspected, refuse_accumulation_hooks, refuse_one_shot, refuse_shared_memory
-from .precision import Widening, float64, widened
+from .precision import float64, widened, widening
 from .replay import Policy, Replay
 from .variables import Level
 from .verification import (
@@ -137,7 +137,7 @@ class Look(Evaluations):
     @contextmanager
     def in_float64(self) -> Iterator[Look]:
         """Look at the same losses and batches in float64, for a decision; nothing stays changed."""
-        with float64(self._subject.modules, self._subject.variables), Widening():
+        with float64(self._subject.modules, self._subject.variables), widening():
             replay = Replay(self._devices, self._evaluator.modules, self._subject.variables)
             replay.follow(self.replay)
             batches = [widened(batch) for batch in self._lower_batches]

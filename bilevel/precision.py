@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields, is_dataclass
@@ -13,25 +13,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-NARROW = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Widening(TorchFunctionMode):
-    """Let every operation see float64 where it would see less: also on tensors that a closure captured or makes.
-
-    Autocast leaves float64 alone, so inside this mode its regions compute in float64 as well.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call ``func`` on wide arguments, and widen what it makes."""
-        args, kwargs = tree_map(_wide, args), tree_map(_wide, kwargs or {})
-        return tree_map(_wide, func(*args, **kwargs))
-
-
-def _wide(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor) and leaf.dtype in NARROW:
-        return leaf.double()
-    return torch.float64 if isinstance(leaf, torch.dtype) and leaf in NARROW else leaf
+COARSE = (torch.float32, torch.float16, torch.bfloat16)
+CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
 
 def widened(batch: Any) -> Any:
@@ -41,22 +24,69 @@ def widened(batch: Any) -> Any:
         for entry in fields(batch):
             object.__setattr__(wide, entry.name, widened(getattr(batch, entry.name)))
         return wide
-    return tree_map(lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.dtype in NARROW else leaf, batch)
+    return tree_map(lambda leaf: _wide(leaf) if isinstance(leaf, Tensor) else leaf, batch)
 
 
 @contextmanager
 def float64(modules: Iterable[nn.Module], variables: Iterable[Tensor]) -> Iterator[None]:
     """Give every floating-point tensor a float64 copy of its data, and its own data back afterwards."""
     tensors: dict[int, Tensor] = {id(t): t for t in variables}
-    for module in modules:
-        tensors.update((id(t), t) for t in (*module.parameters(), *module.buffers()))
+    parts = [part for module in modules for part in module.modules()]
+    for part in parts:
+        tensors.update((id(t), t) for t in (*part._parameters.values(), *part._buffers.values()) if t is not None)
     kept = [(t, t.data, t.grad) for t in tensors.values() if t.is_floating_point()]
+    # Plain attributes too: constants, and the weight that an old-style norm computes anew in each forward.
+    plain = [(vars(part), name, t) for part in parts for name, t in vars(part).items() if isinstance(t, Tensor)]
     try:
         for tensor, data, _ in kept:
             tensor.grad = None
             tensor.data = data.double()
+        for attributes, name, value in plain:
+            if value.is_floating_point() and value.is_leaf and not value.requires_grad:
+                attributes[name] = value.double()
         yield
     finally:
         for tensor, data, grad in kept:
             tensor.data = data
             tensor.grad = grad
+        for attributes, name, value in plain:
+            attributes[name] = value
+
+
+@contextmanager
+def widening() -> Iterator[None]:
+    """Inside the ``with``, ``x.float()``, ``dtype=torch.bfloat16`` and captured float32 constants mean float64.
+
+    Autocast leaves float64 alone, so that its regions compute in float64 as well.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Widening():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+class _Widening(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if func in CASTS:
+            return args[0].double()
+        # What is written in place, or is an attribute that is set, must stay the tensor that it is.
+        if name.endswith("_") or name == "__set__" or "out" in (kwargs or {}):
+            return func(*args, **(kwargs or {}))
+        return func(*map(_wide, args), **{key: _wide(value) for key, value in (kwargs or {}).items()})
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype in COARSE else value
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value in COARSE else value
+    if type(value) in (list, tuple):
+        parts = [_wide(part) for part in value]
+        return value if all(a is b for a, b in zip(parts, value, strict=True)) else type(value)(parts)
+    return value

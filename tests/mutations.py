@@ -849,7 +849,7 @@ MUTATIONS = [
     Mutation(
         "the check leaves optimizer states in float32",
         "checking.py",
-        ", *state_of(upper), *state_of(lower), *own]",
+        ", *_state(upper), *_state(lower), *own]",
         "]",
         "test_sequential.py::test_check_directions",
     ),
@@ -926,14 +926,14 @@ MUTATIONS = [
     ),
     Mutation(
         "the check leaves float64 behind",
-        "widening.py",
+        "precision.py",
         "            tensor.data = data\n            tensor.grad = grad",
         "            tensor.data = data.double()\n            tensor.grad = grad",
         "test_checking.py::test_everything_is_restored_bit_for_bit",
     ),
     Mutation(
         "the check loses gradients",
-        "widening.py",
+        "precision.py",
         "            tensor.grad = grad\n",
         "            pass\n",
         "test_checking.py::test_everything_is_restored_bit_for_bit",

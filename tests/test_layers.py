@@ -42,7 +42,6 @@ LAYERS = [
     "method_state",
     "handover",
     "rollback",
-    "widening",
     "constants",
     "differences",
     "plain",

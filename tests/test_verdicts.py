@@ -232,7 +232,6 @@ def test_a_unit_that_is_near_its_kink_fails_nothing(name: str, near: float) -> N
         assert verdict(report, "upper direction") is True
 
 
-@pytest.mark.filterwarnings("ignore:A difference of lower_loss is another")  # which a kink at the point looks like
 @every_method
 def test_units_at_their_kink_fail_nothing(name: str) -> None:
     for seed, kink in enumerate(KINKS):
@@ -303,7 +302,6 @@ def spoil(optimizer: Any, fault: Callable[[Tensor], Tensor]) -> None:
     optimizer._answer = wrong_answer
 
 
-@pytest.mark.filterwarnings("ignore:A difference of lower_loss is another")  # which a kink at the point looks like
 @pytest.mark.parametrize("at_zero", [False, True])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_direction_fails_on_networks_with_kinks(fault: str, at_zero: bool) -> None:
