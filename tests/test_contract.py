@@ -440,6 +440,28 @@ def test_an_interruption_at_any_call_of_a_look_changes_nothing(case: Case) -> No
     assert interrupted > len(case.step_calls)
 
 
+@every_dtype
+@every_case
+def test_looks_leave_no_trace(case: Case, dtype: torch.dtype) -> None:
+    """A run whose every step is a look, and one without any: the same bits everywhere, random state included."""
+    runs = [Problem(dtype).lived_in(), Problem(dtype).lived_in()]
+    one, other = (run.optimizer(case, verify=verify) for run, verify in zip(runs, ("always", "never"), strict=True))
+    for verb in ("step", "directions", "step", "step"):
+        batches = runs[0].batches(case.inner_steps)
+        state = torch.get_rng_state()
+        found = getattr(one, verb)(*batches)
+        after = torch.get_rng_state()
+        torch.set_rng_state(state)
+        expected = getattr(other, verb)(*batches)
+        assert torch.equal(torch.get_rng_state(), after)
+        stats = [answer.stats if verb == "directions" else answer for answer in (found, expected)]
+        assert numbers(stats[0]) == numbers(stats[1])
+    assert_same(runs[0].parameters(), runs[1].parameters())
+    assert_same(runs[0].buffers(), runs[1].buffers())
+    assert_same_state(runs[0].upper_optimizer, runs[1].upper_optimizer)
+    assert_same_state(runs[0].lower_optimizer, runs[1].lower_optimizer)
+
+
 @every_case
 def test_after_an_error_the_same_step_gives_the_same_numbers(case: Case) -> None:
     failed, plain = Problem().lived_in(), Problem().lived_in()

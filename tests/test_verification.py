@@ -54,11 +54,11 @@ class Weigher(nn.Module):
 class Scene:
     """A student below, a weigher above; ``kind`` says what the lower loss does that a shortcut could miss."""
 
-    def __init__(self, kind: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, kind: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         torch.manual_seed(0)
-        self.student, self.weigher = Student().to(dtype), Weigher().to(dtype)
-        self.clean = (torch.randn(20, 4, dtype=dtype), torch.randint(3, (20,)))
-        self.noisy = (torch.randn(20, 4, dtype=dtype), torch.randint(3, (20,)))
+        self.student, self.weigher = Student().to(device, dtype), Weigher().to(device, dtype)
+        self.clean = (torch.randn(20, 4, dtype=dtype).to(device), torch.randint(3, (20,)).to(device))
+        self.noisy = (torch.randn(20, 4, dtype=dtype).to(device), torch.randint(3, (20,)).to(device))
         self.calls = 0
         self.kept = list(self.student.parameters())
         self._lower: Callable[[Tensor, Tensor], Tensor] = getattr(self, f"_{kind}")
@@ -119,7 +119,7 @@ class Scene:
     def _condition(self, x: Tensor, y: Tensor) -> Tensor:
         losses = self.losses(x, y)
         weights = self.weights(losses)
-        penalty = sum((p.square().sum() for p in self.student.parameters() if p.requires_grad), torch.zeros(()))
+        penalty = sum((p.square().sum() for p in self.student.parameters() if p.requires_grad), x.new_zeros(()))
         return (weights * losses).mean() + weights.mean() * penalty
 
     def _kept_later(self, x: Tensor, y: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class Scene:
     def _penalty(self, x: Tensor, y: Tensor) -> Tensor:
         loss = self.weighed(self.losses(x, y))
         slopes = torch.autograd.grad(loss, list(self.student.parameters()), create_graph=True)
-        return loss + 0.1 * sum((g.square().sum() for g in slopes), torch.zeros(()))
+        return loss + 0.1 * sum((g.square().sum() for g in slopes), x.new_zeros(()))
 
     def _input_penalty(self, x: Tensor, y: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
@@ -168,7 +168,7 @@ class Scene:
         losses = self.losses(x, y)
         weights = self.weights(losses)
         found = [p for p in self.student.parameters() if isinstance(p, nn.Parameter) and p.is_leaf]
-        return (weights * losses).mean() + weights.mean() * sum((p.square().sum() for p in found), torch.zeros(()))
+        return (weights * losses).mean() + weights.mean() * sum((p.square().sum() for p in found), x.new_zeros(()))
 
 
 SHORTCUTS = {
@@ -501,6 +501,57 @@ def test_never_calls_no_loss_beyond_the_documented_number() -> None:
 def test_another_word_is_refused() -> None:
     with pytest.raises(ValueError, match=r"BOME\(verify='often'\): must be one of 'auto', 'always', 'never'"):
         Scene("ordinary").optimizer(bilevel.BOME, verify="often")
+
+
+# --- on an accelerator ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SHORTCUTS)
+def test_steps_between_looks_wait_for_nothing(name: str) -> None:
+    method, options = SHORTCUTS[name]
+    scene = Scene("ordinary", device="cuda")
+    optimizer = scene.optimizer(method, on_nonfinite="ignore", **options)
+    for _ in range(4):
+        optimizer.step(scene.clean, scene.noisy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):  # steps 5 to 7
+                optimizer.step(scene.clean, scene.noisy)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_suspicion_between_looks_makes_the_next_step_a_look() -> None:
+    scene = Scene("kept_later", device="cuda")
+    optimizer = scene.optimizer(bilevel.EMLC)
+    for _ in range(9):
+        optimizer.step(scene.clean, scene.noisy)
+    scene.calls = 10_000
+    optimizer.step(scene.clean, scene.noisy)  # the tenth: its answer is not waited for
+    torch.cuda.synchronize()
+    with pytest.warns(
+        UserWarning, match="other than from a module given as lower=|Forward mode gives lower_loss another"
+    ):
+        optimizer.step(scene.clean, scene.noisy)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "kept_later"])
+@pytest.mark.parametrize("name", SHORTCUTS)
+def test_cuda_gives_the_directions_of_the_cpu(name: str, kind: str) -> None:
+    method, options = SHORTCUTS[name]
+    answers = []
+    for device in ("cpu", "cuda"):
+        scene = Scene(kind, torch.float64, device)
+        optimizer = scene.optimizer(method, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            answers.append(flat(optimizer.directions(scene.clean, scene.noisy).upper.values()).cpu())
+    assert (answers[0] - answers[1]).norm() < 1e-6 * answers[0].norm()
 
 
 # --- precision ------------------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def test_a_run_cannot_change_its_device(tmp_path: Path, capsys: pytest.CaptureFi
     assert cifar.main(["--dataset", "digits", "--method", "ce", "--epochs", "1", "--out", str(tmp_path)]) == 0
     file = tmp_path / checkpoint.NAME
     checkpoint.save(file, checkpoint.load(file) | {"device": "cuda"})
-    assert cifar.main(["--resume", "--out", str(tmp_path)]) == 1
+    assert cifar.main(["--resume", "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "the run was on cuda, whose random streams cannot go on on cpu" in capsys.readouterr().err
 
 
