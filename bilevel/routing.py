@@ -25,7 +25,7 @@ from .evaluation import Evaluation, Point
 from .evaluator import Look
 from .routes import NoDoubleBackward, Route, Unserved, refusal
 from .vectors import Vector, add_scaled, dot, squared_norm
-from .verification import DECIDED, out_of_memory, rounding, slope_gap, truncation, vector_gap
+from .verification import DECIDED, out_of_memory, rounding, slope_gap, slopes_agree, truncation, vector_gap
 
 Kind = Literal["both", "upper"]
 # What the slope of a difference must agree to in float64, and the noise in a difference that is worth a warning.
@@ -130,9 +130,10 @@ def _verified(
     if known is not None and found.slope is not None:
         slack = (rounding if chosen == "forward" else truncation)(look.dtype)
         slope, value = found.slope
-        measured = slope_gap(slope, known, direction, value)
-        suspicious = look.verification.suspects(name, measured, slack)
-        gap = float(measured) if suspicious else gap
+        if not slopes_agree(slope, known, direction, slack):
+            measured = slope_gap(slope, known, direction, value)
+            suspicious = look.verification.suspects(name, measured, slack)
+            gap = float(measured) if suspicious else gap
     plain: Found | None = None
     if look.comparing and not suspicious:
         try:
