@@ -91,6 +91,7 @@ class Evaluations:
         self._lower_batches = lower_batches or [MISSING]
         self._devices = subject.devices
         self.owner = subject.owner
+        self.substitutes: dict[int, str] = {}  # names of tensors that stood in the places of variables, by id
         self.replay = replay
         self.upper_level = subject.upper
         self.lower_level = subject.lower
@@ -179,7 +180,8 @@ class Evaluations:
         # Copies: a training-mode BatchNorm would write tangents into the user's own buffers, and a kept graph may hold
         # what the next evaluation changes.
         copied = substitute is not None and not current
-        with self._prepared(key, at, current=current, trains=trains, copied=copied), plain_attention():
+        prepared = self._prepared(key, at, current=current, trains=trains, copied=copied)
+        with prepared, plain_attention(), explained(loss.name):
             if substitute is None:
                 graph = loss(batch, self._devices)
             else:
@@ -254,8 +256,8 @@ class Evaluations:
         return {"both": upper + lower, "upper": upper, "lower": lower}[wrt]
 
     def _refuse_captured(self, loss: Loss, value: Tensor, since: int) -> None:
-        variables = (*self.upper_level.tensors, *self.lower_level.tensors)
-        names = captured(value, since, dict(zip(map(id, variables), self._names("both"), strict=True)))
+        variables = {id(tensor): name for name, tensor in self._subject.named_variables}
+        names = captured(value, since, variables | self.substitutes)
         if names:
             raise ClosureError(
                 f"{loss.name} reads {', '.join(names)} through a tensor that was computed outside the call, so it "

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .closures import Loss
+from .closures import Loss, sequence_number
 from .errors import ClosureError
-from .evaluation import Evaluation, Evaluations, Point, Subject, Wrt
+from .evaluation import Evaluation, Evaluations, Graph, Point, Subject, Wrt
 from .inspection import inspected, refuse_accumulation_hooks, refuse_one_shot, refuse_shared_memory
 from .precision import float64, widened, widening
 from .replay import Policy, Replay
@@ -108,6 +108,7 @@ class Look(Evaluations):
         self._verifies = verifies
         self._inspected: set[str] = set()
         self._repeated: set[str] = set()
+        self._substituting = False
 
     @property
     def verification(self) -> Verification:
@@ -182,7 +183,10 @@ class Look(Evaluations):
         self._repeated.add(loss.name)
         try:
             with self.replay.silently(), self._prepared(key, at, current=at is None):
-                again = loss.number(loss(batch, self._devices)[0]).detach()
+                since = sequence_number()
+                value_again, _ = loss(batch, self._devices)
+                self._refuse_captured(loss, value_again, since)
+                again = loss.number(value_again)
         except (RuntimeError, MemoryError) as error:
             self._unverified(loss.name, error)
             return
@@ -216,9 +220,26 @@ class Look(Evaluations):
             with prepared:
                 yield
             return
-        self._inspected.add(loss.name)
+        if not self._substituting:  # else it is asked again of the variables themselves
+            self._inspected.add(loss.name)
         with prepared, inspected(loss.name, self._watched(), set(map(id, self._subject.variables)), batch):
             yield
+
+    @contextmanager
+    def _graph(
+        self,
+        loss: Loss,
+        key: Any,
+        batch: Any,
+        at: Point | None,
+        substitute: Point | None,
+        current: bool = False,
+        trains: bool = False,
+    ) -> Iterator[Graph]:
+        self._substituting = substitute is not None
+        with super()._graph(loss, key, batch, at, substitute, current, trains) as graph:
+            self._substituting = False
+            yield graph
 
     def _watched(self) -> list[tuple[str, Tensor]]:
         """The variables and all other parameters of the known modules, as errors call them."""

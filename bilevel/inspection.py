@@ -22,8 +22,8 @@ CURES = {
     ),
     "batch": "Make a new tensor instead: x = x + noise, not x += noise.",
     "gradient": (
-        "It calls .backward(), which adds to .grad and frees the graph. Use torch.autograd.grad(..., "
-        "create_graph=True) inside a loss, and return the loss itself."
+        "It calls .backward(), which adds to .grad, or zero_grad(). Use torch.autograd.grad(..., create_graph=True) "
+        "inside a loss, and return the loss itself."
     ),
 }
 
@@ -41,6 +41,11 @@ def explained(loss: str) -> Iterator[None]:
             raise ClosureError(
                 f"{loss} uses reentrant checkpointing, through which torch cannot differentiate for chosen variables. "
                 "Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+            ) from error
+        if "backward through the graph a second time" in str(error):
+            raise ClosureError(
+                f"{loss} keeps a tensor that it computed in an earlier call, and differentiates it again. Compute it "
+                "anew in each call."
             ) from error
         raise
 
@@ -155,11 +160,19 @@ class _Watched:
 
     def restored(self) -> bool:
         """Put the values back if they changed, and say so."""
-        if self._tensor._version == self._version:
-            return False
-        if self._values is not None:
-            self._tensor.data.copy_(self._values)
-        return True
+        changed = self._tensor._version != self._version
+        if self._values is not None:  # what is written through .data, or by numpy, does not count as a change
+            changed = changed or bool(_differ(self._tensor.detach(), self._values))
+            if changed:
+                self._tensor.data.copy_(self._values)
+        return changed
+
+
+def _differ(a: Tensor, b: Tensor) -> Tensor:
+    different = a != b
+    if a.is_floating_point() or a.is_complex():
+        different = different & ~(a.isnan() & b.isnan())
+    return different.any()
 
 
 def tensors_of(batch: Any) -> list[Tensor]:

@@ -187,7 +187,7 @@ def on_host(value: Tensor) -> float:
 
 
 def slopes_agree(slope: Tensor, gradient: Vector, direction: Vector, allowed: float) -> bool:
-    """Whether ``slope`` is so nearly ``<g, v>`` that nothing else need be asked; False where it is not known at once."""
+    """Whether ``slope`` is so nearly ``<g, v>`` that nothing else need be asked; False on an accelerator."""
     expected = dot(gradient, direction)
     if slope.device.type != "cpu" or expected.device.type != "cpu":
         return False

@@ -734,6 +734,42 @@ def test_an_averaged_teacher_that_the_loss_updates(name: str) -> None:
 
 
 @every_shortcut
+def test_a_clamp_that_no_version_counter_sees(name: str) -> None:
+    # WGAN's clipping, written through .data.
+    method, options = SHORTCUTS[name]
+    scene = Scene("ordinary")
+    lower = scene.lower_loss
+
+    def clips(batch: Batch) -> Tensor:
+        for parameter in scene.student.parameters():
+            parameter.data.clamp_(-0.1, 0.1)
+        return lower(batch)
+
+    scene.lower_loss = clips  # type: ignore[method-assign]
+    kept = [p.detach().clone() for p in scene.student.parameters()]
+    with pytest.raises(bilevel.ClosureError, match=r"changes lower variable first.weight in place"):
+        scene.optimizer(method, **options).step(scene.clean, scene.noisy)
+    assert all(map(torch.equal, kept, scene.student.parameters()))
+
+
+@every_shortcut
+def test_a_tensor_that_is_kept_from_one_call_to_the_next(name: str) -> None:
+    method, options = SHORTCUTS[name]
+    scene = Scene("ordinary")
+    kept: dict[str, Tensor] = {}
+
+    def keeps(batch: Batch) -> Tensor:
+        if not kept:
+            kept["hidden"] = scene.student.first(batch[0])
+        logits = scene.student.last(torch.tanh(kept["hidden"]))
+        return scene.weighed(cross_entropy(logits, batch[1], reduction="none"))
+
+    scene.lower_loss = keeps  # type: ignore[method-assign]
+    with pytest.raises(bilevel.ClosureError, match=r"first.weight.* through a tensor that was computed outside"):
+        scene.optimizer(method, **options).step(scene.clean, scene.noisy)
+
+
+@every_shortcut
 def test_random_numbers_of_python_are_told_and_switch_nothing(name: str) -> None:
     method, options = SHORTCUTS[name]
     scene = Scene("ordinary")

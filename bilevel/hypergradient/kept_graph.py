@@ -114,6 +114,7 @@ class KeptGraph:
     def _compare(self, here: Evaluation, w: Sequence[Tensor], index: int | None, *, current: bool) -> None:
         """Compare a loss on substitutes with the closure as it stands: G on lower batch ``index``, or F."""
         look, name = self._look, "lower_loss" if index is not None else "upper_loss"
+        look.substitutes = {id(x): n for n, x in zip(look.lower_level.names, w, strict=True)}
 
         def gap(look: Look, point: Point, other: Evaluation | None) -> Tensor:
             at = None if current and other is not None else point
