@@ -386,12 +386,14 @@ def test_without_inner_steps_the_lower_level_is_left_alone() -> None:
 
 @pytest.mark.parametrize(
     ("solver", "products"),
-    [(ConjugateGradient(4, tolerance=0.0, damping=5.0), 4), (Neumann(4), 5), (FixedPoint(4), 4)],
+    [(ConjugateGradient(4, tolerance=0.0, damping=20.0), 4), (Neumann(4), 5), (FixedPoint(4), 4)],
     ids=["cg", "neumann", "fixed point"],
 )
 @pytest.mark.parametrize("steps", [1, 3])
 def test_calls_of_the_losses(steps: int, solver: Solver, products: int) -> None:
     """Of G k gradients, of F one, one product per iteration (Neumann: one more), one upper product."""
+    # Dropout masks: with a damping of 5 one in ten made the Hessian indefinite, which ends conjugate gradients early.
+    torch.manual_seed(SEED)
     setup = Setup("sgd")
     optimizer = setup.optimizer(bilevel.Implicit, inner_steps=steps, solver=solver, warm_start=False, verify="never")
     for _ in range(2):
