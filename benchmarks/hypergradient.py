@@ -28,8 +28,8 @@ from benchmarks.problem import Batch, losses
 from benchmarks.step_time import Disagreement, Setting, machine, spread
 from benchmarks.timing import Median, Seconds, median_of, ratios, take_turns
 from benchmarks.unrolling import RATE, ByHand, Library, LibraryGraph, Reweighting, present
-from bilevel.products import mixed_product, upper_product
-from bilevel.routes import Route
+from bilevel.hypergradient.modes import Route
+from bilevel.hypergradient.products import mixed_product, upper_product
 from examples.noisy_labels.models import Corrector, Perceptron, ResNet
 
 RESULTS = Path(__file__).parent / "results" / "hypergradient.json"
@@ -79,15 +79,15 @@ def products(setting: Setting) -> dict[str, Any]:
     made = label_correction(setting)
     plain = torch.optim.SGD(label_correction(setting).lower.parameters(), lr=RATE)
     classifier = made.lower
-    with made.emlc._look((clean, noisy), verifies=False) as look:
-        look.lower()
-        direction = [torch.randn_like(x) for x in look.point()]
+    with made.emlc._oracle((clean, noisy), verifies=False) as oracle:
+        oracle.lower()
+        direction = [torch.randn_like(x) for x in oracle.point()]
 
         def product(kind: Callable[..., Any], route: Route) -> Callable[[int], object]:
-            return lambda turn: kind(look, 0, direction, None, route)
+            return lambda turn: kind(oracle, 0, direction, None, route)
 
         work: dict[str, Callable[[int], object]] = {
-            "gradient of G": lambda turn: look.lower(wrt="lower"),
+            "gradient of G": lambda turn: oracle.lower(wrt="lower"),
             "upper product, forward": product(upper_product, "forward"),
             "upper product, reverse": product(upper_product, "reverse"),
             "mixed product, forward": product(mixed_product, "forward"),

@@ -31,7 +31,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.passes import Passes, counted
 from benchmarks.problem import DELTA, XI, Batch, losses
 from benchmarks.timing import Median, median_of, ratios, take_turns
-from bilevel.verification import Verify
+from bilevel.evaluation.verification import Verify
 from examples.noisy_labels.models import Corrector, Perceptron, ResNet
 
 RESULTS = Path(__file__).parent / "results" / "step_time.json"

@@ -80,10 +80,10 @@ def from_parts(setting: Setting, method: str, rounds: int) -> list[float]:
         work["auto"]()  # the next look is at step 8
     ratios = []
     for turn in range(rounds):
-        look, bare = seconds(work["always"], 1), seconds(work["never"], 1)
+        oracle, bare = seconds(work["always"], 1), seconds(work["never"], 1)
         if turn < 3:  # steps 5, 6 and 7
             between = seconds(work["auto"], 1)
-        ratios.append((LOOKS * look + (1000 - LOOKS) * between) / (1000 * bare))
+        ratios.append((LOOKS * oracle + (1000 - LOOKS) * between) / (1000 * bare))
     return ratios
 
 

@@ -4,10 +4,10 @@ from . import without_numpy as without_numpy  # before anything that imports tor
 
 # isort: split
 from . import barrier, problems
-from .checking import check_directions
+from .checks.check_directions import check_directions
 from .directions import Directions, Stats
 from .errors import ClosureError, NonFiniteError
-from .held import hold
+from .evaluation.hold import hold
 from .hypergradient import ConjugateGradient, FixedPoint, Neumann
 from .methods import (
     BOME,
@@ -22,7 +22,7 @@ from .methods import (
     ImplicitStats,
     Unrolled,
 )
-from .optimizer import BilevelOptimizer
+from .optimizer.base import BilevelOptimizer
 
 __version__ = "0.1.0"
 

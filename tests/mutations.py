@@ -48,10 +48,15 @@ def step_of(case: str) -> str:
 
 
 BARRIER, TERMS = "barrier.py", "methods/dynamic_barrier.py"
-DESCENT, WALK = "descent.py", "hypergradient/trajectory.py"
-EVALUATION, REPLAY, PRODUCTS, ROUTING = "evaluation.py", "replay.py", "products.py", "routing.py"
-LINEAR, SEQUENTIAL, UNROLLED = "hypergradient/linear.py", "methods/sequential.py", "methods/unrolled.py"
-KEPT_GRAPH, START = "hypergradient/kept_graph.py", "hypergradient/start.py"
+DESCENT, WALK = "lower_steps.py", "hypergradient/adjoint.py"
+EVALUATION, REPLAY, PRODUCTS, ROUTING = (
+    "evaluation/evaluations.py",
+    "evaluation/replay.py",
+    "hypergradient/products.py",
+    "hypergradient/mode_choice.py",
+)
+LINEAR, SEQUENTIAL, UNROLLED = "hypergradient/solvers.py", "methods/sequential.py", "methods/unrolled.py"
+KEPT_GRAPH, START = "hypergradient/graph.py", "hypergradient/start.py"
 EMLC, MLC, IMPLICIT = "methods/emlc.py", "methods/mlc.py", "methods/implicit.py"
 
 MUTATIONS = [
@@ -87,15 +92,15 @@ MUTATIONS = [
     Mutation(
         "Q on the last batch",
         TERMS,
-        "ahead = look.lower(at=walk.end",
-        "ahead = look.lower(self.inner_steps - 1, at=walk.end",
+        "ahead = oracle.lower(at=walk.end",
+        "ahead = oracle.lower(self.inner_steps - 1, at=walk.end",
         step_of("three steps, three batches"),
     ),
     Mutation(
         "one inner step too few",
         TERMS,
-        "walk = descend(look, rule, g, self.inner_steps,",
-        "walk = descend(look, rule, g, max(1, self.inner_steps - 1),",
+        "walk = descend(oracle, rule, g, self.inner_steps,",
+        "walk = descend(oracle, rule, g, max(1, self.inner_steps - 1),",
         step_of("three steps, one batch"),
     ),
     # The multiplier
@@ -296,15 +301,15 @@ MUTATIONS = [
     Mutation(
         "the walk back uses one batch",
         WALK,
-        "mixed_product(look, step.index, gradient_bar",
-        "mixed_product(look, 0, gradient_bar",
+        "mixed_product(oracle, step.index, gradient_bar",
+        "mixed_product(oracle, 0, gradient_bar",
         step_of("two steps, two batches, unrolled"),
     ),
     Mutation(
         "the walk back stays at the current point",
         WALK,
-        "product, through_gradient = mixed_product(look, step.index, gradient_bar, step.point, route)",
-        "product, through_gradient = mixed_product(look, step.index, gradient_bar, None, route)",
+        "product, through_gradient = mixed_product(oracle, step.index, gradient_bar, step.point, route)",
+        "product, through_gradient = mixed_product(oracle, step.index, gradient_bar, None, route)",
         step_of("unrolled, reverse"),
     ),
     Mutation(
@@ -339,7 +344,7 @@ MUTATIONS = [
     ),
     Mutation(
         "captured tensors are not noticed",
-        "closures.py",
+        "evaluation/losses.py",
         "stale = stale or node._sequence_nr() < since",
         "stale = False",
         "test_evaluator.py::test_a_captured_value_of_a_lower_variable_is_refused",
@@ -381,14 +386,14 @@ MUTATIONS = [
     ),
     Mutation(
         "held tensors are not replayed",
-        "held.py",
+        "evaluation/hold.py",
         "return self.values[self.cursor - 1].clone()",
         "return tensor.detach()",
         "test_identities.py::test_grad_alpha_q_is_the_corrector_pulled_by_the_change_of_log_probabilities",
     ),
     Mutation(
         "held tensors carry a gradient",
-        "held.py",
+        "evaluation/hold.py",
         "            return tensor.detach()\n",
         "            return tensor\n",
         "test_replay.py::test_hold_cuts_the_gradient_inside_a_step_and_is_the_identity_outside",
@@ -409,8 +414,8 @@ MUTATIONS = [
     ),
     Mutation(
         "directions keep their moves of buffers",
-        "optimizer.py",
-        "            look.replay.undo()\n            return replace(answer",
+        "optimizer/base.py",
+        "            oracle.replay.undo()\n            return replace(answer",
         "            return replace(answer",
         "test_replay.py::test_directions_give_buffers_back",
     ),
@@ -432,8 +437,9 @@ MUTATIONS = [
     Mutation(
         "double backward forgets alpha",
         PRODUCTS,
-        "return Found(_double_backward(look, index, direction, at, [*upper, *lower]))",
-        "found = _double_backward(look, index, direction, at, lower)\n    return Found([*[None] * len(upper), *found])",
+        "return Found(_double_backward(oracle, index, direction, at, [*upper, *lower]))",
+        "found = _double_backward(oracle, index, direction, at, lower)\n"
+        "    return Found([*[None] * len(upper), *found])",
         step_of("unrolled, reverse"),
     ),
     # Arithmetic
@@ -454,28 +460,28 @@ MUTATIONS = [
     # Handing over, checkpoints
     Mutation(
         "the lower direction is not looked at",
-        "handover.py",
+        "optimizer/apply.py",
         '        "the lower direction": list(directions.lower.values()),\n',
         "",
         "test_nonfinite.py::test_apply_checks_what_it_is_given",
     ),
     Mutation(
         "raise is silent",
-        "handover.py",
+        "optimizer/apply.py",
         "    if must_be:\n",
         "    if False:\n",
         "test_nonfinite.py::test_raise_changes_nothing",
     ),
     Mutation(
         "a skipped step moves buffers",
-        "optimizer.py",
-        "                look.replay.undo_buffers()\n            return replace(directions.stats",
+        "optimizer/base.py",
+        "                oracle.replay.undo_buffers()\n            return replace(directions.stats",
         "                pass\n            return replace(directions.stats",
         "test_nonfinite.py::test_skip_moves_neither_level_nor_any_state",
     ),
     Mutation(
         "stale gradients of frozen parameters stay",
-        "handover.py",
+        "optimizer/apply.py",
         "            tensor.grad = None\n",
         "            pass\n",
         "test_newcomer.py::test_frozen_layers_with_stale_gradients_stand_still",
@@ -489,35 +495,35 @@ MUTATIONS = [
     ),
     Mutation(
         "the lower step starts from w whatever step_from says",
-        "optimizer.py",
+        "optimizer/base.py",
         "            place(self._lower, directions.start)\n",
         "            pass\n",
         step_of("step from inner, adam"),
     ),
     Mutation(
         "a saved state goes on with the optimizer",
-        "optimizer.py",
+        "optimizer/base.py",
         '"lower_optimizer": deepcopy(self._lower.optimizer.state_dict()),',
         '"lower_optimizer": self._lower.optimizer.state_dict(),',
         "test_contract.py::test_later_steps_do_not_change_a_saved_state",
     ),
     Mutation(
         "a refused state stays half loaded",
-        "optimizer.py",
+        "optimizer/base.py",
         "                optimizer.load_state_dict(state)\n",
         "                pass\n",
         "test_contract.py::test_a_wrong_state_is_refused_and_changes_nothing",
     ),
     Mutation(
         "apply hands over the caller's own tensors",
-        "optimizer.py",
+        "optimizer/base.py",
         "lower={name: d.clone() for name, d in directions.lower.items()}",
         "lower=directions.lower",
         "test_contract.py::test_apply_leaves_the_directions_as_they_are",
     ),
     Mutation(
         "variables unfrozen later are ignored",
-        "variables.py",
+        "levels.py",
         "        self.names, self.tensors, self._marks = names, tensors, marks\n",
         "        if not self.names:\n            self.names, self.tensors, self._marks = names, tensors, marks\n",
         "test_errors.py::test_an_unfrozen_variable_in_its_optimizer_is_picked_up",
@@ -652,14 +658,14 @@ MUTATIONS = [
     ),
     Mutation(
         "MLC: the estimate is not saved",
-        "method_state.py",
+        "optimizer/method_state.py",
         "dict(v) if isinstance(v, Mapping) else v for",
         "{} if isinstance(v, Mapping) else v for",
         "test_mlc.py::test_a_checkpoint_between_two_calls",
     ),
     Mutation(
         "MLC: a bad estimate is accumulated",
-        "handover.py",
+        "optimizer/apply.py",
         "            if isinstance(value, Mapping)\n",
         "            if not value\n",
         "test_mlc.py::test_a_bad_gradient_is_not_accumulated",
@@ -674,8 +680,8 @@ MUTATIONS = [
     Mutation(
         "FiniteDifference: F at the current point",
         "methods/finite_difference.py",
-        "look.upper(at=ahead)",
-        "look.upper()",
+        "oracle.upper(at=ahead)",
+        "oracle.upper()",
         "test_first_order.py::test_darts",
     ),
     Mutation(
@@ -688,8 +694,8 @@ MUTATIONS = [
     Mutation(
         "SAMA: the difference on the first batch",
         "methods/sama.py",
-        "upper_product(look, self.lower_batches - 1, direction",
-        "upper_product(look, 0, direction",
+        "upper_product(oracle, self.lower_batches - 1, direction",
+        "upper_product(oracle, 0, direction",
         "test_first_order.py::test_sama",
     ),
     Mutation(
@@ -737,7 +743,7 @@ MUTATIONS = [
     Mutation(
         "Unrolled: the graph goes on from its own rounding of a real step, without what hooks did",
         UNROLLED,
-        "                walk.follow(look.point(), self._rule().start())\n",
+        "                walk.follow(oracle.point(), self._rule().start())\n",
         "                pass\n",
         "test_unrolled.py::test_hooks_on_real_steps_are_followed_and_not_differentiated",
     ),
@@ -750,7 +756,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a substituted evaluation moves the buffers of the modules",
-        "substitution.py",
+        "evaluation/substitution.py",
         "for place, name in self._buffers] if copy_buffers else []",
         "for place, name in self._buffers] if False else []",
         "test_products.py::test_a_product_on_a_new_batch_moves_no_statistics",
@@ -785,7 +791,7 @@ MUTATIONS = [
     ),
     Mutation(
         "parameter groups are not taken back",
-        "rollback.py",
+        "optimizer/undo.py",
         "        self._groups.restore()\n",
         "",
         "test_rollback.py::test_directions_restore_the_parameter_groups",
@@ -813,14 +819,14 @@ MUTATIONS = [
     ),
     Mutation(
         "stale directions are applied",
-        "optimizer.py",
+        "optimizer/base.py",
         "if directions.state and self._state.is_stale(directions.mark):",
         "if False:",
         "test_method_state.py::test_directions_whose_state_has_moved_are_refused",
     ),
     Mutation(
         "state that is taken back is in other tensors",
-        "rollback.py",
+        "optimizer/undo.py",
         "        values.update(self._tensors)\n",
         "        values.update((key, value.clone()) for key, value in self._tensors)\n",
         "test_sequential.py::test_taking_steps_back_restores_the_very_tensors",
@@ -828,7 +834,7 @@ MUTATIONS = [
     Mutation(
         "a fallback is forgotten",
         ROUTING,
-        '        look.verification.routes[f"{ways.kind} product, {route}"] = chosen\n',
+        '        oracle.verification.routes[f"{ways.kind} product, {route}"] = chosen\n',
         "",
         "test_products.py::test_auto_falls_back_once_and_says_why",
     ),
@@ -841,14 +847,14 @@ MUTATIONS = [
     ),
     Mutation(
         "transformer layers on their fused kernel",
-        "substitution.py",
+        "evaluation/substitution.py",
         "mha.get_fastpath_enabled(), False)",
         "mha.get_fastpath_enabled(), True)",
         "test_forward_mode.py::test_the_route_of_the_table_is_taken_and_right",
     ),
     Mutation(
         "the check leaves optimizer states in float32",
-        "checking.py",
+        "checks/check_directions.py",
         ", *_state(upper), *_state(lower), *own]",
         "]",
         "test_sequential.py::test_check_directions",
@@ -863,56 +869,56 @@ MUTATIONS = [
     # The check of directions, and the problems
     Mutation(
         "the check passes whatever it finds",
-        "claims.py",
+        "checks/claims.py",
         "            return False, WRONG_DERIVATIVE\n",
         "            return True, WRONG_DERIVATIVE\n",
         "test_checking.py::test_a_wrong_backward_in_a_loss_is_found_where_it_is",
     ),
     Mutation(
         "a kink is called a failure",
-        "claims.py",
+        "checks/claims.py",
         "                    wrong = False\n",
         "                    pass\n",
         "test_verdicts.py::test_units_at_their_kink_fail_nothing",
     ),
     Mutation(
         "a kink excuses a wrong backward",
-        "claims.py",
+        "checks/claims.py",
         "                wrong = wrong or agrees is False\n",
         "                wrong = False\n",
         "test_verdicts.py::test_a_wrong_backward_fails_also_next_to_kinks",
     ),
     Mutation(
         "steps do not shrink at a kink",
-        "differences.py",
+        "checks/differences.py",
         "STEPS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)",
         "STEPS = (1e-4, 1e-5)",
         "test_verdicts.py::test_a_kink_inside_the_first_steps_is_left_behind",
     ),
     Mutation(
         "what a custom function computes is held as a constant",
-        "constants.py",
+        "checks/constants.py",
         "        if _inside_a_custom_function():\n            return found\n",
         "",
         "test_verdicts.py::test_a_held_constant_makes_differences_those_of_autograd",
     ),
     Mutation(
         "a direction is compared with itself",
-        "claims.py",
+        "checks/claims.py",
         "apart = _length(subtract(self.computed, self.expected))",
         "apart = _length(subtract(self.computed, self.computed))",
         "test_verdicts.py::test_a_wrong_direction_fails",
     ),
     Mutation(
         "the reference lets a level's gradients be switched off",
-        "plain.py",
+        "checks/plain.py",
         "            torch.clear_autocast_cache()\n            for buffer",
         "            [p.requires_grad_(False) for p in own if at is not None]\n            for buffer",
         "test_verdicts.py::test_a_wrong_direction_fails",
     ),
     Mutation(
         "differences of what was detached pass",
-        "claims.py",
+        "checks/claims.py",
         "constant = (False, HELD_NOWHERE) if found.error > SEEN else",
         "constant = (None, HELD_NOWHERE) if found.error > SEEN else",
         "test_verdicts.py::test_differences_of_a_detached_part_fail_and_say_hold",
@@ -926,14 +932,14 @@ MUTATIONS = [
     ),
     Mutation(
         "the check leaves float64 behind",
-        "precision.py",
+        "evaluation/precision.py",
         "            tensor.data = data\n            tensor.grad = grad",
         "            tensor.data = data.double()\n            tensor.grad = grad",
         "test_checking.py::test_everything_is_restored_bit_for_bit",
     ),
     Mutation(
         "the check loses gradients",
-        "precision.py",
+        "evaluation/precision.py",
         "            tensor.grad = grad\n",
         "            pass\n",
         "test_checking.py::test_everything_is_restored_bit_for_bit",

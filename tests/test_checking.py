@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import bilevel
-from bilevel.checking import Comparison, Report
+from bilevel.checks.check_directions import Comparison, Report
 from bilevel.methods import dynamic_barrier
 from methods_table import CASES, Problem, Record, every_case, every_dtype
 from test_directions import TABLE, Twins
@@ -198,10 +198,10 @@ def test_a_reading_that_is_not_the_one_named_is_found() -> None:
     upper_batch, lower_batches = twins.draw()
     original = twins.optimizer._terms
 
-    def of_another_reading(look: Any) -> Any:
+    def of_another_reading(oracle: Any) -> Any:
         twins.optimizer.value_gradient = "difference"
         try:
-            return original(look)
+            return original(oracle)
         finally:
             twins.optimizer.value_gradient = "unrolled"
 
@@ -384,8 +384,8 @@ def test_a_report_says_how_much_of_it_has_no_verdict() -> None:
 
 def test_a_method_without_claims_says_so() -> None:
     class Silent(bilevel.BilevelOptimizer):
-        def _answer(self, look: Any) -> Any:
-            f = look.upper()
+        def _answer(self, oracle: Any) -> Any:
+            f = oracle.upper()
             upper, lower = self._named(f.upper, f.lower)
             return bilevel.Directions(upper, lower, bilevel.Stats(f.value, f.value))
 

@@ -138,11 +138,11 @@ def test_the_torch_optimizers_see_the_directions_as_gradients(case: Case) -> Non
     optimizer = problem.optimizer(case)
     seen: list[dict[str, Tensor | None]] = []
 
-    def look(*_: Any) -> None:
+    def oracle(*_: Any) -> None:
         seen.append({n: None if p.grad is None else p.grad.clone() for n, p in problem.parameters().items()})
 
-    problem.upper_optimizer.register_step_pre_hook(look)
-    problem.lower_optimizer.register_step_pre_hook(look)
+    problem.upper_optimizer.register_step_pre_hook(oracle)
+    problem.lower_optimizer.register_step_pre_hook(oracle)
     batches = problem.batches(case.inner_steps)
     torch.manual_seed(3)
     directions = optimizer.directions(*batches)
@@ -626,7 +626,7 @@ def no_synchronisation(monkeypatch: pytest.MonkeyPatch) -> NoSynchronisation:
 
         monkeypatch.setattr(Tensor, name, guarded)
     # The linear solvers may stop early where asking is free; here they do as they would on an accelerator.
-    monkeypatch.setattr("bilevel.hypergradient.linear._may_ask", lambda value: False)
+    monkeypatch.setattr("bilevel.hypergradient.solvers._may_ask", lambda value: False)
     return mode
 
 

@@ -1,4 +1,4 @@
-"""The rules of ``bilevel.descent`` against torch's own optimizers, and their derivatives against finite differences.
+"""The rules of ``lower_steps.py`` against torch's own optimizers, and their derivatives against finite differences.
 
 An optimizer is warmed up with real steps, so that a preview starts from a real state; then rule and optimizer walk side
 by side.
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import bilevel
-from bilevel.descent import GradientDescent, Preview, Rule, current_rates
-from bilevel.variables import Level
+from bilevel.levels import Level
+from bilevel.lower_steps import GradientDescent, Preview, Rule, current_rates
 
 Build = Callable[[list[Tensor]], torch.optim.Optimizer]
 

@@ -117,8 +117,8 @@ class Remembers(bilevel.BilevelOptimizer):
         self.z = self.upper_state("z", reduction)
         self.t = self.scalar_state("t")
 
-    def _answer(self, look: Any) -> Directions:
-        f, g = look.upper(), look.lower()
+    def _answer(self, oracle: Any) -> Directions:
+        f, g = oracle.upper(), oracle.lower()
         z = [d if old is None else d + old / 2 for d, old in zip(f.upper, self.z.vector(), strict=True)]
         upper, lower = self._named(z, g.lower)
         state = {"z": self.z.named(z), "t": self.t.value + 1}

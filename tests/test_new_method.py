@@ -15,13 +15,13 @@ from torch import Tensor
 
 import bilevel
 from bilevel import problems
-from bilevel.descent import GradientDescent, current_rates
 from bilevel.directions import Directions, Stats
-from bilevel.evaluator import Look
-from bilevel.handover import hand_over
+from bilevel.evaluation.oracle import Oracle
 from bilevel.hypergradient import descend
-from bilevel.products import mixed_product
-from bilevel.rollback import Saved
+from bilevel.hypergradient.products import mixed_product
+from bilevel.lower_steps import GradientDescent, current_rates
+from bilevel.optimizer.apply import hand_over
+from bilevel.optimizer.undo import Saved
 from bilevel.vectors import add_scaled, subtract
 
 
@@ -39,11 +39,11 @@ class Penalty(bilevel.BilevelOptimizer):
         super().__init__(*losses, **common)
         self.gamma, self.inner_steps, self.inner_lr = gamma, inner_steps, inner_lr
 
-    def _answer(self, look: Look) -> Directions:
-        g = look.lower()
+    def _answer(self, oracle: Oracle) -> Directions:
+        g = oracle.lower()
         rule = GradientDescent(current_rates(self._lower, self.inner_lr))
-        ahead = look.lower(at=descend(look, rule, g, self.inner_steps).end, wrt="upper")
-        f = look.upper()
+        ahead = oracle.lower(at=descend(oracle, rule, g, self.inner_steps).end, wrt="upper")
+        f = oracle.upper()
         upper, lower = self._named(
             add_scaled(f.upper, self.gamma, subtract(g.upper, ahead.upper)),
             add_scaled(f.lower, self.gamma, g.lower),
@@ -59,19 +59,19 @@ class OneStep(bilevel.BilevelOptimizer):
         super().__init__(*losses, **common)
         self.inner_lr = inner_lr
 
-    def _answer(self, look: Look) -> Directions:
-        g = look.lower(wrt="lower")
-        f = look.upper(at=[w for w in add_scaled(look.point(), -self.inner_lr, g.lower) if w is not None])
-        through, _ = mixed_product(look, 0, f.lower, None, "reverse")
+    def _answer(self, oracle: Oracle) -> Directions:
+        g = oracle.lower(wrt="lower")
+        f = oracle.upper(at=[w for w in add_scaled(oracle.point(), -self.inner_lr, g.lower) if w is not None])
+        through, _ = mixed_product(oracle, 0, f.lower, None, "reverse")
         upper, _ = self._named(add_scaled(f.upper, -self.inner_lr, through), [None] * len(g.lower))
         return Directions(upper, {}, Stats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux))
 
-    def _step(self, look: Look) -> Stats:
+    def _step(self, oracle: Oracle) -> Stats:
         saved = Saved([self._upper])
         try:
-            stats = self._move(self._answer(look), look)
+            stats = self._move(self._answer(oracle), oracle)
             if not stats.skipped:
-                hand_over(self._lower, look.lower(wrt="lower").lower)  # with the upper variables where they are now
+                hand_over(self._lower, oracle.lower(wrt="lower").lower)  # with the upper variables where they are now
         except BaseException:
             saved.restore()
             raise

@@ -17,12 +17,12 @@ from torch.nn.functional import embedding, linear, mse_loss
 from torch.utils.checkpoint import checkpoint
 
 from bilevel import ClosureError
-from bilevel.closures import MISSING
-from bilevel.evaluator import Evaluator, Look
-from bilevel.products import mixed_product, upper_product
-from bilevel.routes import ROUTES, Route
-from bilevel.routing import route_taken
-from bilevel.variables import Level
+from bilevel.evaluation.losses import MISSING
+from bilevel.evaluation.oracle import Evaluator, Oracle
+from bilevel.hypergradient.mode_choice import route_taken
+from bilevel.hypergradient.modes import ROUTES, Route
+from bilevel.hypergradient.products import mixed_product, upper_product
+from bilevel.levels import Level
 from bilevel.vectors import Vector
 
 Loss = Callable[[], Tensor]
@@ -191,10 +191,10 @@ def product(
 ) -> tuple[Tensor, Tensor]:
     """Both products, flattened, from one look that begins with the lower loss at the current point, as in a method."""
     torch.manual_seed(seed)
-    with made.look(MISSING, []) as look:
-        look.lower()
-        upper, lower = mixed_product(look, 0, direction, at, route)
-        alone = upper_product(look, 0, direction, at, route)
+    with made.oracle(MISSING, []) as oracle:
+        oracle.lower()
+        upper, lower = mixed_product(oracle, 0, direction, at, route)
+        alone = upper_product(oracle, 0, direction, at, route)
     assert relative(flat(alone, made.upper.tensors), flat(upper, made.upper.tensors)) < (
         1e-5 if route == "difference" else 1e-10
     )
@@ -240,14 +240,14 @@ def test_a_product_leaves_no_trace(name: str) -> None:
         return [x.detach().clone() for x in state]
 
     for route in ROUTES:
-        with made.look(MISSING, []) as look:
-            look.lower()
+        with made.oracle(MISSING, []) as oracle:
+            oracle.lower()
             before, flags = everything(), [m.training for m in model.modules()]
             objects = [id(x) for x in (*model.parameters(), *model.buffers())]
             for at in (None, point):
                 kept = [x.clone() for x in point]
-                mixed_product(look, 0, direction, at, route)  # type: ignore[arg-type]
-                upper_product(look, 0, direction, at, route)  # type: ignore[arg-type]
+                mixed_product(oracle, 0, direction, at, route)  # type: ignore[arg-type]
+                upper_product(oracle, 0, direction, at, route)  # type: ignore[arg-type]
                 assert all(map(torch.equal, point, kept))
             assert all(map(torch.equal, everything(), before)), route
             assert [id(x) for x in (*model.parameters(), *model.buffers())] == objects
@@ -258,7 +258,7 @@ def test_a_product_leaves_no_trace(name: str) -> None:
 @pytest.mark.parametrize("kind", [mixed_product, upper_product])
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_product_on_a_new_batch_moves_no_statistics(route: Route, kind: Callable[..., Any]) -> None:
-    """A batch that was never evaluated at the current point: only ``Look.lower`` there moves statistics."""
+    """A batch that was never evaluated at the current point: only ``Oracle.lower`` there moves statistics."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh()).double()
     weights = Weights(6)
@@ -270,11 +270,11 @@ def test_a_product_on_a_new_batch_moves_no_statistics(route: Route, kind: Callab
     made = evaluator(loss, weights, model)
     direction = [normal(*t.shape) for t in made.lower.tensors]
     batches = [normal(6, 5), normal(6, 5)]
-    with made.look(batches[0], batches) as look:
+    with made.oracle(batches[0], batches) as oracle:
         before = [b.clone() for b in model.buffers()]
-        kind(look, 1, direction, None, route)
+        kind(oracle, 1, direction, None, route)
         assert all(map(torch.equal, model.buffers(), before))
-        look.lower(0)
+        oracle.lower(0)
         assert not all(map(torch.equal, model.buffers(), before))  # which is what moves them
 
 
@@ -303,8 +303,8 @@ def test_calls_of_the_lower_loss(route: Route, kind: str) -> None:
         return value
 
     made.lower_loss._function = counted
-    with made.look(MISSING, [], verifies=False) as look:
-        (mixed_product if kind == "both" else upper_product)(look, 0, direction, None, route)
+    with made.oracle(MISSING, [], verifies=False) as oracle:
+        (mixed_product if kind == "both" else upper_product)(oracle, 0, direction, None, route)
     assert calls == (2 if route == "difference" else 1)
 
 
@@ -401,9 +401,9 @@ def test_dropout_masks_repeat(route: Route) -> None:
     drop = nn.Dropout(0.5)
     made = evaluator(lambda: 0.5 * upper[0].sum() * (drop(lower[0]) ** 2).sum(), upper, lower)
     v = normal(40)
-    with made.look(MISSING, []) as look:
-        gradient = look.lower().lower[0]
-        _, (found,) = mixed_product(look, 0, [v], None, route)
+    with made.oracle(MISSING, []) as oracle:
+        gradient = oracle.lower().lower[0]
+        _, (found,) = mixed_product(oracle, 0, [v], None, route)
     assert gradient is not None
     assert found is not None
     squares = gradient / lower[0].detach()
@@ -419,8 +419,8 @@ def silu() -> Evaluator:
     return plain(nn.Sequential(nn.Linear(5, 4), nn.SiLU(), nn.Linear(4, 2)), normal(6, 5)).evaluator()
 
 
-def both(look: Look, made: Evaluator, direction: Vector, route: Route) -> Tensor:
-    upper, lower = mixed_product(look, 0, direction, None, route)
+def both(oracle: Oracle, made: Evaluator, direction: Vector, route: Route) -> Tensor:
+    upper, lower = mixed_product(oracle, 0, direction, None, route)
     return torch.cat([flat(upper, made.upper.tensors), flat(lower, made.lower.tensors)])
 
 
@@ -453,17 +453,17 @@ def with_layer(layer: nn.Module) -> Evaluator:
     return plain(nn.Sequential(nn.Linear(5, 4), layer, nn.Linear(4, 2)), normal(6, 5)).evaluator()
 
 
-def product_of(kind: Callable[..., Any], look: Look, made: Evaluator, direction: Vector, route: Route) -> Tensor:
+def product_of(kind: Callable[..., Any], oracle: Oracle, made: Evaluator, direction: Vector, route: Route) -> Tensor:
     if kind is mixed_product:
-        return both(look, made, direction, route)
-    return flat(upper_product(look, 0, direction, None, route), made.upper.tensors)
+        return both(oracle, made, direction, route)
+    return flat(upper_product(oracle, 0, direction, None, route), made.upper.tensors)
 
 
 def test_forward_without_a_rule_is_an_error_that_shows_the_way() -> None:
     made = silu()
     direction: list[Tensor | None] = [normal(*t.shape) for t in made.lower.tensors]
-    with pytest.raises(ClosureError) as caught, made.look(MISSING, []) as look:
-        mixed_product(look, 0, direction, None, "forward")
+    with pytest.raises(ClosureError) as caught, made.oracle(MISSING, []) as oracle:
+        mixed_product(oracle, 0, direction, None, "forward")
     text = str(caught.value)
     assert "lower_loss" in text
     assert "silu_backward" in text
@@ -496,16 +496,16 @@ def test_a_bare_parameter_is_served_or_named(kind: Callable[..., Any]) -> None:
     v = torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with made.look(MISSING, []) as look:
-            assert route_taken(look, "both", "auto") == "reverse"
-            found = kind(look, 0, [v], None, "auto")
+        with made.oracle(MISSING, []) as oracle:
+            assert route_taken(oracle, "both", "auto") == "reverse"
+            found = kind(oracle, 0, [v], None, "auto")
     # G_aw v = 3 w^2 v, G_ww v = 6 a w v
     upper, lower = found if kind is mixed_product else (found, None)
     assert upper[0].tolist() == [3.0, -12.0, 54.0]
     if lower is not None:
         assert lower[0].tolist() == [3.0, -6.0, 18.0]
-    with pytest.raises(ClosureError, match="bare_weight"), problem.evaluator().look(MISSING, []) as look:
-        kind(look, 0, [v], None, "forward")
+    with pytest.raises(ClosureError, match="bare_weight"), problem.evaluator().oracle(MISSING, []) as oracle:
+        kind(oracle, 0, [v], None, "forward")
 
 
 @pytest.mark.parametrize("route", ["auto", "difference"])
@@ -516,11 +516,11 @@ def test_the_route_taken_is_told(route: Route) -> None:
     told = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        with made.look(MISSING, []) as look:
+        with made.oracle(MISSING, []) as oracle:
             for product in (mixed_product, upper_product):
-                told.append([route_taken(look, kind, route) for kind in ("both", "upper")])
-                product(look, 0, direction, None, route)
-            told.append([route_taken(look, kind, route) for kind in ("both", "upper")])
+                told.append([route_taken(oracle, kind, route) for kind in ("both", "upper")])
+                product(oracle, 0, direction, None, route)
+            told.append([route_taken(oracle, kind, route) for kind in ("both", "upper")])
     forwards = [["reverse", "forward"], ["reverse", "forward"], ["reverse", "reverse"]]
     assert told == (forwards if route == "auto" else [["difference", "difference"]] * 3)
 
@@ -535,14 +535,14 @@ def test_a_captured_parameter_of_a_module_is_named(also_by_module: bool, kind: C
     case = Case(model, lambda: torch.tanh(linear(x, weight) + (model(x) if also_by_module else model.bias)))
     made = case.evaluator()
     direction: list[Tensor | None] = [normal(2, 5), normal(2)]
-    with pytest.raises(ClosureError, match="weight") as caught, made.look(MISSING, []) as look:
-        kind(look, 0, direction, None, "forward")
+    with pytest.raises(ClosureError, match="weight") as caught, made.oracle(MISSING, []) as oracle:
+        kind(oracle, 0, direction, None, "forward")
     assert "bias" not in str(caught.value)
-    with made.look(MISSING, []) as look:
-        expected = flat(mixed_product(look, 0, direction, None, "difference")[0], made.upper.tensors)
-    with warnings.catch_warnings(record=True) as caught, made.look(MISSING, []) as look:
+    with made.oracle(MISSING, []) as oracle:
+        expected = flat(mixed_product(oracle, 0, direction, None, "difference")[0], made.upper.tensors)
+    with warnings.catch_warnings(record=True) as caught, made.oracle(MISSING, []) as oracle:
         warnings.simplefilter("always")
-        answer = kind(look, 0, direction, None, "auto")
+        answer = kind(oracle, 0, direction, None, "auto")
     assert relative(flat(answer[0] if kind is mixed_product else answer, made.upper.tensors), expected) < 1e-8
     assert [str(warning.message).partition(" other")[0] for warning in caught] == (
         ["lower_loss reads weight"] if kind is upper_product else []
@@ -555,11 +555,11 @@ def test_checkpointing_has_no_forward_mode() -> None:
     model, x = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)), normal(6, 5)
     made = Case(model, lambda: model[2](checkpoint(model[:2], x, use_reentrant=False))).evaluator()
     direction: list[Tensor | None] = [normal(*t.shape) for t in made.lower.tensors]
-    with made.look(MISSING, []) as look:
-        expected = both(look, made, direction, "reverse")
-        assert torch.equal(both(look, made, direction, "auto"), expected)
-    with pytest.raises(ClosureError, match="checkpoint"), made.look(MISSING, []) as look:
-        mixed_product(look, 0, direction, None, "forward")
+    with made.oracle(MISSING, []) as oracle:
+        expected = both(oracle, made, direction, "reverse")
+        assert torch.equal(both(oracle, made, direction, "auto"), expected)
+    with pytest.raises(ClosureError, match="checkpoint"), made.oracle(MISSING, []) as oracle:
+        mixed_product(oracle, 0, direction, None, "forward")
 
 
 def test_mse_loss_falls_back() -> None:
@@ -571,16 +571,16 @@ def test_mse_loss_falls_back() -> None:
     weights = Weights(6)
     made = evaluator(lambda: mse_loss(torch.tanh(model(x)).flatten(), weights()), weights, model)
     direction: list[Tensor | None] = [normal(*t.shape) for t in made.lower.tensors]
-    with made.look(MISSING, []) as look:
-        expected = both(look, made, direction, "reverse")
-        assert relative(both(look, made, direction, "difference"), expected) < 1e-8
+    with made.oracle(MISSING, []) as oracle:
+        expected = both(oracle, made, direction, "reverse")
+        assert relative(both(oracle, made, direction, "difference"), expected) < 1e-8
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with made.look(MISSING, []) as look:
-            assert relative(both(look, made, direction, "auto"), expected) < 1e-12
+        with made.oracle(MISSING, []) as oracle:
+            assert relative(both(oracle, made, direction, "auto"), expected) < 1e-12
     assert len(caught) <= 1  # none once torch is mended
-    with made.look(MISSING, []) as look:
-        alone = upper_product(look, 0, direction, None, "forward")
+    with made.oracle(MISSING, []) as oracle:
+        alone = upper_product(oracle, 0, direction, None, "forward")
     assert relative(flat(alone, made.upper.tensors), expected[:6]) < 1e-12
 
 
@@ -628,16 +628,16 @@ def test_auto_falls_back_once_and_says_why(
 ) -> None:
     made = with_layer(Applied(function))
     direction: list[Tensor | None] = [normal(*t.shape) for t in made.lower.tensors]
-    with made.look(MISSING, []) as look:
-        expected = product_of(kind, look, made, direction, other)
-        assert relative(expected, product_of(kind, look, made, direction, "difference")) < 1e-8
+    with made.oracle(MISSING, []) as oracle:
+        expected = product_of(kind, oracle, made, direction, other)
+        assert relative(expected, product_of(kind, oracle, made, direction, "difference")) < 1e-8
     for _ in range(2):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):  # in a step, and in the next ones
-                with made.look(MISSING, []) as look:
+                with made.oracle(MISSING, []) as oracle:
                     for _ in range(2):
-                        assert torch.equal(product_of(kind, look, made, direction, "auto"), expected)
+                        assert torch.equal(product_of(kind, oracle, made, direction, "auto"), expected)
         (warning,) = caught
         text = str(warning.message)
         assert text.startswith("lower_loss has no ")
@@ -649,9 +649,9 @@ def test_a_custom_function_without_jvp() -> None:
     torch.manual_seed(0)
     made = plain(nn.Sequential(nn.Linear(5, 2), Applied(Square)), normal(6, 5)).evaluator()
     direction: list[Tensor | None] = [normal(*t.shape) for t in made.lower.tensors]
-    with made.look(MISSING, []) as look:
-        expected = both(look, made, direction, "difference")
-        assert relative(both(look, made, direction, "auto"), expected) < 1e-8
+    with made.oracle(MISSING, []) as oracle:
+        expected = both(oracle, made, direction, "difference")
+        assert relative(both(oracle, made, direction, "auto"), expected) < 1e-8
 
 
 WITHOUT_EITHER: dict[str, tuple[Callable[[], Case], str]] = {
@@ -699,15 +699,15 @@ def test_without_either_rule_an_error_shows_the_way(route: Route, name: str) -> 
     direction: list[Tensor | None] = [normal(*t.shape) for t in made.lower.tensors]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        with pytest.raises(ClosureError) as caught, made.look(MISSING, []) as look:
-            mixed_product(look, 0, direction, None, route)
+        with pytest.raises(ClosureError) as caught, made.oracle(MISSING, []) as oracle:
+            mixed_product(oracle, 0, direction, None, route)
     text = str(caught.value)
     assert "lower_loss" in text
     assert operation in text
     assert 'product="difference"' in text
     # and the way works
-    with made.look(MISSING, []) as look:
-        assert torch.isfinite(both(look, made, direction, "difference")).all()
+    with made.oracle(MISSING, []) as oracle:
+        assert torch.isfinite(both(oracle, made, direction, "difference")).all()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), RuntimeError(), ValueError("boom"), KeyError("boom")])
@@ -750,13 +750,13 @@ def test_swap_and_substitute_agree(name: str) -> None:
     """
     made, _, point = build(name)
     torch.manual_seed(7)
-    with made.look(MISSING, []) as look:
-        here = look.lower()
-        swapped = look.lower(at=point)
+    with made.oracle(MISSING, []) as oracle:
+        here = oracle.lower()
+        swapped = oracle.lower(at=point)
         leaves = [x.clone().requires_grad_() for x in point]
-        with look.lower_graph(0, substitute=leaves) as (value, _):
+        with oracle.lower_graph(0, substitute=leaves) as (value, _):
             gradients = torch.autograd.grad(value, [*made.upper.tensors, *leaves], allow_unused=True)
-        with look.lower_graph(0, at=point) as (again, _):
+        with oracle.lower_graph(0, at=point) as (again, _):
             repeated = torch.autograd.grad(again, [*made.upper.tensors, *made.lower.tensors], allow_unused=True)
     size = len(made.upper.tensors)
     assert (value - here.value).abs() > 1e-6  # another point indeed
@@ -772,9 +772,9 @@ def test_a_substituted_graph_reaches_the_substitutes_themselves() -> None:
     made = evaluator(problem.loss, problem.upper, problem.lower)
     g = [normal(3), normal(1)]
     t = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
-    with made.look(MISSING, []) as look:
-        moved = [w - t * part for w, part in zip(look.point(), g, strict=True)]
-        with look.lower_graph(0, substitute=moved) as (value, _):
+    with made.oracle(MISSING, []) as oracle:
+        moved = [w - t * part for w, part in zip(oracle.point(), g, strict=True)]
+        with oracle.lower_graph(0, substitute=moved) as (value, _):
             (found,) = torch.autograd.grad(value, [t])
     w, alpha = torch.cat([x.detach() for x in moved]), problem.upper[0].detach()
     gradient = problem.a @ w + problem.b @ alpha + (alpha @ alpha) * w + 0.5 * w**2

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bilevel.descent import GradientDescent, Preview, Rule, current_rates
-from bilevel.evaluator import Evaluator
+from bilevel.evaluation.oracle import Evaluator
 from bilevel.hypergradient import Trajectory, adjoint, descend
-from bilevel.routes import Route
-from bilevel.variables import Level
+from bilevel.hypergradient.modes import Route
+from bilevel.levels import Level
+from bilevel.lower_steps import GradientDescent, Preview, Rule, current_rates
 from bilevel.vectors import Vector
 
 LR = 0.1
@@ -132,10 +132,10 @@ class Problem:
 
     def walk(self, count: int, route: Route, to_start: bool = True) -> tuple[Trajectory, Vector, Vector]:
         """The walk and the two derivatives of h at its end, by the library."""
-        with self.evaluator.look(self.batches[0], self.batches) as look:
+        with self.evaluator.oracle(self.batches[0], self.batches) as oracle:
             rule = self.rule()
-            trajectory = descend(look, rule, look.lower(), count, keep=count)
-            upper, lower = adjoint(look, rule, trajectory.steps, cotangent(trajectory.end), route, to_start=to_start)
+            trajectory = descend(oracle, rule, oracle.lower(), count, keep=count)
+            upper, lower = adjoint(oracle, rule, trajectory.steps, cotangent(trajectory.end), route, to_start=to_start)
         return trajectory, upper, lower
 
     def unrolled(self, count: int, truncate: int | None = None) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -228,8 +228,8 @@ def test_against_finite_differences_of_the_walk_itself(kind: str) -> None:
         kept = [p.detach().clone() for p in variables]
         for p, d in zip(variables, direction, strict=True):
             p.data.add_(d, alpha=step)
-        with problem.evaluator.look(problem.batches[0], problem.batches) as look:
-            value = h(descend(look, problem.rule(), look.lower(), 3).end).item()
+        with problem.evaluator.oracle(problem.batches[0], problem.batches) as oracle:
+            value = h(descend(oracle, problem.rule(), oracle.lower(), 3).end).item()
         for p, k in zip(variables, kept, strict=True):
             p.data.copy_(k)
         return value
@@ -245,10 +245,10 @@ def test_a_walk_may_start_elsewhere() -> None:
     problem = Problem("momentum", 2)
     before = [p.detach().clone() for p in problem.lower.parameters()]
     start = [p + 0.1 * normal(*p.shape) for p in before]
-    with problem.evaluator.look(problem.batches[0], problem.batches) as look:
+    with problem.evaluator.oracle(problem.batches[0], problem.batches) as oracle:
         rule = problem.rule()
-        elsewhere = descend(look, rule, look.lower(at=start), 2, start=start, keep=2)
-        upper, lower = adjoint(look, rule, elsewhere.steps, cotangent(elsewhere.end), "forward", to_start=True)
+        elsewhere = descend(oracle, rule, oracle.lower(at=start), 2, start=start, keep=2)
+        upper, lower = adjoint(oracle, rule, elsewhere.steps, cotangent(elsewhere.end), "forward", to_start=True)
     assert all(map(torch.equal, [p.detach() for p in problem.lower.parameters()], before))
     for p, x in zip(problem.lower.parameters(), start, strict=True):
         p.data.copy_(x)
@@ -274,12 +274,12 @@ def test_without_the_start_the_upper_part_is_the_same(kind: str) -> None:
 def test_calls_of_the_lower_loss(count: int, route: Route, per_step: int) -> None:
     """``count - 1`` for the walk, because the caller has the first gradient; one product per step back."""
     problem = Problem("momentum", count)
-    with problem.evaluator.look(problem.batches[0], problem.batches, verifies=False) as look:
-        rule, first = problem.rule(), look.lower()
+    with problem.evaluator.oracle(problem.batches[0], problem.batches, verifies=False) as oracle:
+        rule, first = problem.rule(), oracle.lower()
         assert problem.calls == 1
-        trajectory = descend(look, rule, first, count, keep=count)
+        trajectory = descend(oracle, rule, first, count, keep=count)
         assert problem.calls == 1 + count - 1
-        adjoint(look, rule, trajectory.steps, cotangent(trajectory.end), route)
+        adjoint(oracle, rule, trajectory.steps, cotangent(trajectory.end), route)
         assert problem.calls == count + per_step * count
 
 
@@ -300,11 +300,11 @@ def test_a_walk_moves_nothing(kind: str) -> None:
 def test_only_the_steps_asked_for_are_kept() -> None:
     """The memory that the docs promise: the last ``keep`` of them, none by default."""
     problem = Problem("plain", 3)
-    with problem.evaluator.look(problem.batches[0], problem.batches) as look:
-        first = look.lower()
-        assert descend(look, problem.rule(), first, 3).steps == []
+    with problem.evaluator.oracle(problem.batches[0], problem.batches) as oracle:
+        first = oracle.lower()
+        assert descend(oracle, problem.rule(), first, 3).steps == []
         for keep in range(4):
-            steps = descend(look, problem.rule(), first, 3, keep=keep).steps
+            steps = descend(oracle, problem.rule(), first, 3, keep=keep).steps
             assert [step.index for step in steps] == [0, 1, 2][3 - keep :]
 
 
@@ -313,10 +313,10 @@ def test_only_the_steps_asked_for_are_kept() -> None:
 def test_a_truncated_walk_back(keep: int, kind: str) -> None:
     """With the last ``keep`` of three steps: w and the optimizer's state before them count as constants."""
     problem = Problem(kind, 3)
-    with problem.evaluator.look(problem.batches[0], problem.batches) as look:
+    with problem.evaluator.oracle(problem.batches[0], problem.batches) as oracle:
         rule = problem.rule()
-        trajectory = descend(look, rule, look.lower(), 3, keep=keep)
-        upper, lower = adjoint(look, rule, trajectory.steps, cotangent(trajectory.end), "forward", to_start=True)
+        trajectory = descend(oracle, rule, oracle.lower(), 3, keep=keep)
+        upper, lower = adjoint(oracle, rule, trajectory.steps, cotangent(trajectory.end), "forward", to_start=True)
     end, expected_upper, expected_lower = problem.unrolled(3, truncate=keep)
     assert relative(trajectory.end, end) < 1e-13
     assert relative(upper, expected_upper) < 1e-10
@@ -346,10 +346,10 @@ def test_a_variable_that_g_does_not_use_is_carried_along(kind: str) -> None:
 
     made = Evaluator("Test", loss, loss, upper_level, level, [(lower, "once"), (upper, "once")])
     rule: Rule = GradientDescent([LR, LR]) if kind == "plain" else Preview(level)
-    with made.look(None, [None]) as look:
-        trajectory = descend(look, rule, look.lower(), 2, keep=2)
+    with made.oracle(None, [None]) as oracle:
+        trajectory = descend(oracle, rule, oracle.lower(), 2, keep=2)
         found = adjoint(
-            look,
+            oracle,
             rule,
             trajectory.steps,
             [torch.ones(2, dtype=torch.float64), torch.full((1,), 7.0, dtype=torch.float64)],
@@ -381,9 +381,9 @@ def test_adam_with_a_dead_coordinate() -> None:
         return value
 
     made = Evaluator("Test", loss, loss, upper_level, level, [(table, "once"), (upper, "once")])
-    with made.look(tokens, [tokens]) as look:
-        trajectory = descend(look, Preview(level), look.lower(), 2, keep=2)
-        found = adjoint(look, Preview(level), trajectory.steps, cotangent(trajectory.end), "forward", to_start=True)
+    with made.oracle(tokens, [tokens]) as oracle:
+        trajectory = descend(oracle, Preview(level), oracle.lower(), 2, keep=2)
+        found = adjoint(oracle, Preview(level), trajectory.steps, cotangent(trajectory.end), "forward", to_start=True)
 
     alpha = upper[0].detach().clone().requires_grad_()
     start = table.weight.detach().clone().requires_grad_()
@@ -415,10 +415,10 @@ def test_a_longer_walk_forgets_the_start_of_a_contraction() -> None:
     one = [torch.ones(1, dtype=torch.float64)]
     for count in (1, 2, 10):
         for route in EXACT:
-            with made.look(None, [None]) as look:
+            with made.oracle(None, [None]) as oracle:
                 rule = GradientDescent([0.5])
-                trajectory = descend(look, rule, look.lower(), count, keep=count)
-                by_upper, by_lower = adjoint(look, rule, trajectory.steps, one, route, to_start=True)
+                trajectory = descend(oracle, rule, oracle.lower(), count, keep=count)
+                by_upper, by_lower = adjoint(oracle, rule, trajectory.steps, one, route, to_start=True)
             assert trajectory.end[0].tolist() == [0.25 + 1.75 * 0.5**count]
             assert flat(by_lower).tolist() == [0.5**count]
             assert flat(by_upper).tolist() == [1 - 0.5**count]

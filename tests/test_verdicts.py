@@ -18,9 +18,9 @@ from torch.nn.utils import parametrizations
 
 import bilevel
 from bilevel import methods
-from bilevel.checking import Report
-from bilevel.constants import constants_of_a_loss, holding, recording
-from bilevel.differences import differentiated
+from bilevel.checks.check_directions import Report
+from bilevel.checks.constants import constants_of_a_loss, holding, recording
+from bilevel.checks.differences import differentiated
 from methods_table import CASES, Case, Problem, Record, every_case
 
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -287,16 +287,16 @@ def spoil(optimizer: Any, fault: Callable[[Tensor], Tensor]) -> None:
     if isinstance(optimizer, bilevel.MLC):
         estimate = optimizer._estimate
 
-        def wrong_estimate(look: Any) -> Any:
-            answer, found = estimate(look)
+        def wrong_estimate(oracle: Any) -> Any:
+            answer, found = estimate(oracle)
             return answer, {name: fault(d) for name, d in found.items()}
 
         optimizer._estimate = wrong_estimate  # type: ignore[method-assign]
         return
     original = optimizer._answer
 
-    def wrong_answer(look: Any) -> Any:
-        answer = original(look)
+    def wrong_answer(oracle: Any) -> Any:
+        answer = original(oracle)
         return replace(answer, upper={name: fault(d) for name, d in answer.upper.items()})
 
     optimizer._answer = wrong_answer

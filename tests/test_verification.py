@@ -20,9 +20,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 import bilevel
-from bilevel.inspection import tensors_of
-from bilevel.precision import widened
-from bilevel.verification import LONGEST, Verification, slope_gap, value_gap, vector_gap
+from bilevel.evaluation.inspection import tensors_of
+from bilevel.evaluation.precision import widened
+from bilevel.evaluation.verification import LONGEST, Verification, slope_gap, value_gap, vector_gap
 
 RATE = 0.1
 Batch = tuple[Tensor, Tensor]

@@ -1,9 +1,9 @@
 """Estimators of derivatives through the lower problem."""
 
-from .kept_graph import KeptGraph, Unreached, leaves
-from .linear import ConjugateGradient, FixedPoint, Neumann, Solution, Solver
+from .adjoint import Step, Trajectory, adjoint, descend, pull_back
+from .graph import KeptGraph, Unreached, leaves
+from .solvers import ConjugateGradient, FixedPoint, Neumann, Solution, Solver
 from .start import Start, start_of, through_start
-from .trajectory import Step, Trajectory, adjoint, descend, pull_back
 
 __all__ = [
     "ConjugateGradient",

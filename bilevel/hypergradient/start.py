@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import message
-from ..variables import Level
+from ..levels import Level
 from ..vectors import Vector
 
 Start = Callable[[], Iterable[Tensor] | Mapping[str, Tensor]]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..barrier import Products
-from ..checking import Check
-from ..claims import Claim, Slope
-from ..descent import Point, Rule
-from ..evaluation import Evaluation
-from ..plain import Plain
+from ..checks.check_directions import Check
+from ..checks.claims import Claim, Slope
+from ..checks.plain import Plain
+from ..evaluation.evaluations import Evaluation
+from ..lower_steps import Point, Rule
 from ..vectors import Vector, add_scaled, dot, subtract
 
 ValueGradient = Literal["value_function", "difference", "unrolled"]

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any, Unpack
 
 from ..barrier import Barrier, GradientNorm
-from ..descent import InnerStep
-from ..optimizer import Common
-from ..routes import Route
+from ..hypergradient.modes import Route
+from ..lower_steps import InnerStep
+from ..optimizer.base import Common
 from .barrier_terms import ValueGradient
 from .dynamic_barrier import DynamicBarrier, StepFrom
 

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from ..barrier import Barrier, Products, multiplier
-from ..checking import Check, loss_claims
-from ..claims import DIFFERENCE, Claim, Same, Unknown
-from ..descent import GradientDescent, InnerStep, Preview, Rule, check_preview, current_rates
+from ..checks.check_directions import Check, loss_claims
+from ..checks.claims import DIFFERENCE, Claim, Same, Unknown
+from ..checks.plain import NoReference
 from ..directions import Directions, Stats
 from ..errors import choice, message
-from ..evaluation import Evaluation
-from ..evaluator import Look
+from ..evaluation.evaluations import Evaluation
+from ..evaluation.oracle import Oracle
 from ..hypergradient import adjoint, descend
-from ..optimizer import BilevelOptimizer, Common
-from ..plain import NoReference
-from ..routes import ROUTES, Route
-from ..routing import route_taken
+from ..hypergradient.mode_choice import route_taken
+from ..hypergradient.modes import ROUTES, Route
+from ..lower_steps import GradientDescent, InnerStep, Preview, Rule, check_preview, current_rates
+from ..optimizer.base import BilevelOptimizer, Common
 from ..settings import Setting, chosen, counted, numeric
 from ..vectors import Vector, accumulation_dtype, add_scaled, dot, squared_norm, subtract
 from .barrier_terms import Terms, ValueGradient, plain_products, plain_terms, value_claims
@@ -125,8 +125,8 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
         """``inner_steps``: one lower batch for all inner steps, or one each."""
         return self.inner_steps
 
-    def _answer(self, look: Look) -> Directions[BarrierStats]:
-        terms = self._terms(look)
+    def _answer(self, oracle: Oracle) -> Directions[BarrierStats]:
+        terms = self._terms(oracle)
         f, q_upper, q_lower = terms.upper, terms.upper_gradient, terms.lower_gradient
         products = Products(
             upper=_on(f, dot(f.upper, q_upper)),
@@ -148,26 +148,26 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
             active=weight > 0,
             constraint=terms.constraint,
             gradient_norm=products.squared_norm.sqrt(),
-            product=route_taken(look, "both", self.product) if self.value_gradient == "unrolled" else None,
+            product=route_taken(oracle, "both", self.product) if self.value_gradient == "unrolled" else None,
         )
         return Directions(upper, lower, stats, start)
 
-    def _terms(self, look: Look) -> Terms:
+    def _terms(self, oracle: Oracle) -> Terms:
         """Evaluate f, q and their gradients; the lower loss first, so that it is the one that moves buffers."""
         unrolled = self.value_gradient == "unrolled"
-        g = look.lower()
+        g = oracle.lower()
         rule = self._rule()
-        walk = descend(look, rule, g, self.inner_steps, keep=self.inner_steps if unrolled else 0)
+        walk = descend(oracle, rule, g, self.inner_steps, keep=self.inner_steps if unrolled else 0)
         # With w_T constant only alpha's gradient is needed there: the evaluation is forward-only through the lower
         # model.
-        ahead = look.lower(at=walk.end, wrt="upper" if self.value_gradient == "value_function" else "both")
+        ahead = oracle.lower(at=walk.end, wrt="upper" if self.value_gradient == "value_function" else "both")
         q_upper, q_lower = subtract(g.upper, ahead.upper), self._lower_gradient(g, ahead)
         if unrolled:
-            through_upper, through_lower = adjoint(look, rule, walk.steps, ahead.lower, self.product, to_start=True)
+            through_upper, through_lower = adjoint(oracle, rule, walk.steps, ahead.lower, self.product, to_start=True)
             q_upper, q_lower = subtract(q_upper, through_upper), subtract(g.lower, through_lower)
         wide = accumulation_dtype(g.value.device)
         constraint = g.value.to(wide) - ahead.value.to(wide)
-        f = look.upper()
+        f = oracle.upper()
         return Terms(f, g, walk.end, constraint, q_upper, q_lower)
 
     def _lower_gradient(self, g: Evaluation, ahead: Evaluation) -> Vector:
@@ -176,10 +176,10 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
 
     def _claims(self, check: Check) -> Generator[Claim, None, None]:
         """Gradients of F, G and q, Q, the multiplier, the directions: from the equations above by plain autograd."""
-        with check.look() as look:
-            terms = self._terms(look)
-        with check.look() as look:
-            answer = self._answer(look)
+        with check.oracle() as oracle:
+            terms = self._terms(oracle)
+        with check.oracle() as oracle:
+            answer = self._answer(oracle)
         by_difference = self.value_gradient == "unrolled" and self.product == "difference"
         loose = DIFFERENCE if by_difference else 0.0
         with check.plain() as plain:

@@ -9,16 +9,16 @@ from typing import Any, Literal, Unpack
 
 from torch import Tensor
 
-from ..descent import GradientDescent, Rule, current_rates
+from ..checks.plain import Plain
 from ..directions import Directions
-from ..evaluation import Evaluation
-from ..evaluator import Look
-from ..handover import hand_over
-from ..optimizer import Common
-from ..plain import Plain
-from ..products import upper_product
-from ..rollback import Groups, Saved
-from ..routes import Route
+from ..evaluation.evaluations import Evaluation
+from ..evaluation.oracle import Oracle
+from ..hypergradient.modes import Route
+from ..hypergradient.products import upper_product
+from ..lower_steps import GradientDescent, Rule, current_rates
+from ..optimizer.apply import hand_over
+from ..optimizer.base import Common
+from ..optimizer.undo import Groups, Saved
 from ..settings import Setting, chosen, numeric
 from ..vectors import Vector, add_scaled
 from .formulas import Formula, summed
@@ -102,7 +102,7 @@ class EMLC(Sequential[HypergradientStats]):
         self._last: Vector | None = None
         super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, product=product, atomic=atomic)
 
-    def _train_and_look(self, look: Look, *, real: bool) -> Directions[HypergradientStats]:
+    def _train_and_look(self, oracle: Oracle, *, real: bool) -> Directions[HypergradientStats]:
         beginning = Saved([self._lower]) if self.memory == "replay" else None
         groups: list[Groups] = []  # before each step, then at the end: hooks may change rates, and run twice
 
@@ -110,10 +110,10 @@ class EMLC(Sequential[HypergradientStats]):
             if beginning:
                 groups.append(Groups(self._lower))
 
-        first, steps = self._train(look, real=real, keep=0 if beginning else self.inner_steps, before=note)
+        first, steps = self._train(oracle, real=real, keep=0 if beginning else self.inner_steps, before=note)
         note()
         rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in current_rates(self._lower, None)]
-        f = look.upper()
+        f = oracle.upper()
         if beginning:
             beginning.restore()
         through: Vector = [None] * len(self._upper.tensors)
@@ -121,16 +121,16 @@ class EMLC(Sequential[HypergradientStats]):
             point = None if beginning else steps[index].point
             weighted = self._weighted(f.lower, rates, age=self.inner_steps - 1 - index)
             known = self._last if index == self.inner_steps - 1 else None
-            product = upper_product(look, index, weighted, point, self.product, gradient=known)
+            product = upper_product(oracle, index, weighted, point, self.product, gradient=known)
             through = add_scaled(through, -1.0, product)
             if beginning:  # the next of the k steps once more
-                gradient = look.lower(index, wrt="lower").lower
+                gradient = oracle.lower(index, wrt="lower").lower
                 groups[index].restore()
                 hand_over(self._lower, gradient)
         if beginning:
             groups[-1].restore()
         self._last = None
-        return self._directions(look, f, first, through)
+        return self._directions(oracle, f, first, through)
 
     def _train_along(self, g: Evaluation, *, real: bool, kept: bool) -> None:
         """Keep the gradient, which is in ``.grad`` anyway, as long as no hook changes it: it verifies a product."""

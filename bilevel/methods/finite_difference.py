@@ -7,17 +7,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Unpack
 
-from ..checking import Check
-from ..claims import Claim
-from ..descent import InnerStep
+from ..checks.check_directions import Check
+from ..checks.claims import Claim
+from ..checks.plain import Plain
 from ..directions import Directions
-from ..evaluation import Evaluation
-from ..evaluator import Look
+from ..evaluation.evaluations import Evaluation
+from ..evaluation.oracle import Oracle
 from ..hypergradient import Step, pull_back
-from ..optimizer import Common
-from ..plain import Plain
-from ..products import upper_product
-from ..routing import route_taken
+from ..hypergradient.mode_choice import route_taken
+from ..hypergradient.products import upper_product
+from ..lower_steps import InnerStep
+from ..optimizer.base import Common
 from ..settings import Setting, numeric
 from ..vectors import Vector
 from .formulas import Formula, central_difference, difference_claims, summed
@@ -92,17 +92,17 @@ class FiniteDifference(Sequential[HypergradientStats]):
         )
         self._check_rule()
 
-    def _look_ahead(self, look: Look) -> Directions[HypergradientStats]:
-        g = look.lower(wrt="lower")
+    def _look_ahead(self, oracle: Oracle) -> Directions[HypergradientStats]:
+        g = oracle.lower(wrt="lower")
         rule = self._rule()
         step = Step(0, None, g.lower, rule.start())
-        ahead, _ = rule.step(look.point(), g.lower, step.state)
-        f = look.upper(at=ahead)
-        _, direction, _ = pull_back(rule, step, look.point(), f.lower, [{} for _ in ahead])
-        through = upper_product(look, 0, direction, None, "difference", gradient=g.lower, radius=self.radius)
-        route = route_taken(look, "upper", "difference")
+        ahead, _ = rule.step(oracle.point(), g.lower, step.state)
+        f = oracle.upper(at=ahead)
+        _, direction, _ = pull_back(rule, step, oracle.point(), f.lower, [{} for _ in ahead])
+        through = upper_product(oracle, 0, direction, None, "difference", gradient=g.lower, radius=self.radius)
+        route = route_taken(oracle, "upper", "difference")
         stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=route)
-        return self._directions(look, f, g, through, stats)
+        return self._directions(oracle, f, g, through, stats)
 
     def _formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:
         """The same difference, of plain gradients; or the product itself, where that took its place."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checking import Check
-from ..claims import Claim, Measured, Slope, Unknown
-from ..descent import Rule
+from ..checks.check_directions import Check
+from ..checks.claims import Claim, Measured, Slope, Unknown
+from ..checks.plain import NoReference, Plain
 from ..hypergradient import through_start
-from ..plain import NoReference, Plain
+from ..lower_steps import Rule
 from ..vectors import Vector, add_scaled, dot, squared_norm, subtract
 
 GraphStart = Callable[[], list[Tensor]] | None

@@ -9,20 +9,20 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..checking import Check
-from ..claims import DIFFERENCE, Claim, Same, Unknown
-from ..descent import GradientDescent, Rule, current_rates
+from ..checks.check_directions import Check
+from ..checks.claims import DIFFERENCE, Claim, Same, Unknown
+from ..checks.plain import NoReference, Plain
 from ..directions import Directions
 from ..errors import message
-from ..evaluation import Evaluation
-from ..evaluator import Look
+from ..evaluation.evaluations import Evaluation
+from ..evaluation.oracle import Oracle
 from ..hypergradient import ConjugateGradient, Solver
-from ..optimizer import Common
-from ..plain import NoReference, Plain
-from ..products import mixed_product, upper_product
-from ..rollback import Saved
-from ..routes import Route
-from ..routing import route_taken
+from ..hypergradient.mode_choice import route_taken
+from ..hypergradient.modes import Route
+from ..hypergradient.products import mixed_product, upper_product
+from ..lower_steps import GradientDescent, Rule, current_rates
+from ..optimizer.base import Common
+from ..optimizer.undo import Saved
 from ..settings import Setting, chosen, counted
 from ..vectors import Vector, add_scaled, squared_norm, subtract
 from .formulas import Formula, summed
@@ -134,24 +134,24 @@ class Implicit(Sequential[ImplicitStats]):
         # Any start is right, so that the mean over tasks is too.
         self._last = self.lower_state("last", reduction="mean")
 
-    def _train_and_look(self, look: Look, *, real: bool) -> Directions[ImplicitStats]:
-        first, _ = self._train(look, real=real)
+    def _train_and_look(self, oracle: Oracle, *, real: bool) -> Directions[ImplicitStats]:
+        first, _ = self._train(oracle, real=real)
         last = self.lower_batches - 1
-        f = look.upper()
+        f = oracle.upper()
 
         def hessian(v: Vector) -> Vector:
-            return mixed_product(look, last, v, None, self.product)[1]
+            return mixed_product(oracle, last, v, None, self.product)[1]
 
         start = self._last.vector() if self.warm_start and self._last.value else None
         found = self.solver.solve(hessian, f.lower, start, current_rates(self._lower, None))
-        through = upper_product(look, last, found.x, None, self.product)
-        look.check_dependence(through)
+        through = upper_product(oracle, last, found.x, None, self.product)
+        oracle.check_dependence(through)
         stats = ImplicitStats(
             f.value,
             first.value,
             upper_aux=f.aux,
             lower_aux=first.aux,
-            product=route_taken(look, "both", self.product),
+            product=route_taken(oracle, "both", self.product),
             iterations=found.iterations,
             residual=found.residual,
             converged=found.converged,

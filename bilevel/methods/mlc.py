@@ -8,17 +8,17 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..checking import Check
-from ..claims import DIFFERENCE, Claim, Same, Unknown
-from ..descent import Preview, check_preview
+from ..checks.check_directions import Check
+from ..checks.claims import DIFFERENCE, Claim, Same, Unknown
+from ..checks.plain import NoReference, Plain
 from ..directions import Directions, StateValue
-from ..evaluator import Look
+from ..evaluation.oracle import Oracle
 from ..hypergradient import Step, pull_back
-from ..optimizer import BilevelOptimizer, Common
-from ..plain import NoReference, Plain
-from ..products import upper_product
-from ..routes import ROUTES, Route
-from ..routing import route_taken
+from ..hypergradient.mode_choice import route_taken
+from ..hypergradient.modes import ROUTES, Route
+from ..hypergradient.products import upper_product
+from ..lower_steps import Preview, check_preview
+from ..optimizer.base import BilevelOptimizer, Common
 from ..settings import Setting, chosen, counted
 from ..vectors import Vector, add_scaled, dot, squared_norm
 from .formulas import Formula, derivative_claims, summed
@@ -91,23 +91,23 @@ class MLC(BilevelOptimizer[HypergradientStats]):
         self._accumulated = self.upper_state("accumulated", reduction="mean")  # linear in what each call adds
         self._calls = self.scalar_state("calls")
 
-    def _answer(self, look: Look) -> Directions[HypergradientStats]:
-        return self._estimate(look)[0]
+    def _answer(self, oracle: Oracle) -> Directions[HypergradientStats]:
+        return self._estimate(oracle)[0]
 
-    def _estimate(self, look: Look) -> tuple[Directions[HypergradientStats], dict[str, Tensor]]:
+    def _estimate(self, oracle: Oracle) -> tuple[Directions[HypergradientStats], dict[str, Tensor]]:
         """Return the directions of this call and the accumulated estimate m."""
-        g = look.lower(wrt="lower")
+        g = oracle.lower(wrt="lower")
         rule = Preview(self._lower)
         step = Step(0, None, g.lower, rule.start())
-        ahead, _ = rule.step(look.point(), g.lower, rule.start())
-        f = look.upper(at=ahead)
-        _, through_step, _ = pull_back(rule, step, look.point(), f.lower, [{} for _ in ahead])
-        product = upper_product(look, 0, through_step, None, self.product, gradient=g.lower)
-        look.check_dependence(product)
+        ahead, _ = rule.step(oracle.point(), g.lower, rule.start())
+        f = oracle.upper(at=ahead)
+        _, through_step, _ = pull_back(rule, step, oracle.point(), f.lower, [{} for _ in ahead])
+        product = upper_product(oracle, 0, through_step, None, self.product, gradient=g.lower)
+        oracle.check_dependence(product)
         m: Vector = add_scaled(f.upper, 1.0, product)
         value, aux = f.value, f.aux
         if self.inner_steps > 1:
-            here = look.upper()
+            here = oracle.upper()
             value, aux = here.value, here.aux
             squared = squared_norm(here.lower)
             projection = dot(add_scaled(f.lower, 1.0, through_step), here.lower)
@@ -117,15 +117,15 @@ class MLC(BilevelOptimizer[HypergradientStats]):
         calls = self._calls.value + 1
         due = calls >= self.inner_steps
         stats = HypergradientStats(
-            value, g.value, upper_aux=aux, lower_aux=g.aux, product=route_taken(look, "upper", self.product)
+            value, g.value, upper_aux=aux, lower_aux=g.aux, product=route_taken(oracle, "upper", self.product)
         )
         state: dict[str, StateValue] = {"accumulated": {} if due else estimate, "calls": 0 if due else calls}
         return Directions(estimate if due else {}, lower, stats, state=state), estimate
 
     def _claims(self, check: Check) -> Generator[Claim, None, None]:
         """The estimate m, whether it is due or not; with ``inner_steps=1`` it is the exact derivative."""
-        with check.look() as look:
-            _, estimate = self._estimate(look)
+        with check.oracle() as oracle:
+            _, estimate = self._estimate(oracle)
         m = [estimate.get(name) for name in self._upper.names]
         exact, loose = self.inner_steps == 1, DIFFERENCE if self.product == "difference" else 0.0
         try:

@@ -8,18 +8,18 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..checking import Check
-from ..claims import Claim
-from ..descent import GradientDescent, Preview, Rule, check_preview, current_rates
+from ..checks.check_directions import Check
+from ..checks.claims import Claim
+from ..checks.plain import Plain
 from ..directions import Directions
-from ..evaluation import Evaluation
-from ..evaluator import Look
+from ..evaluation.evaluations import Evaluation
+from ..evaluation.oracle import Oracle
 from ..hypergradient import Step
-from ..optimizer import Common
-from ..plain import Plain
-from ..products import upper_product
-from ..rollback import Saved
-from ..routing import route_taken
+from ..hypergradient.mode_choice import route_taken
+from ..hypergradient.products import upper_product
+from ..lower_steps import GradientDescent, Preview, Rule, check_preview, current_rates
+from ..optimizer.base import Common
+from ..optimizer.undo import Saved
 from ..settings import Setting, numeric
 from ..vectors import Vector, subtract
 from .formulas import Formula, central_difference, difference_claims, summed
@@ -92,14 +92,14 @@ class SAMA(Sequential[HypergradientStats]):
         super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, atomic=atomic)
         check_preview("SAMA", self.lower_optimizer, "Neumann(0) in Implicit, which knows no optimizer")
 
-    def _train_and_look(self, look: Look, *, real: bool) -> Directions[HypergradientStats]:
-        g, steps = self._train(look, real=real, rule=lambda: Preview(self._lower), keep=1)
-        f = look.upper()
+    def _train_and_look(self, oracle: Oracle, *, real: bool) -> Directions[HypergradientStats]:
+        g, steps = self._train(oracle, real=real, rule=lambda: Preview(self._lower), keep=1)
+        f = oracle.upper()
         direction = self._adapted(steps[-1], f.lower)
-        product = upper_product(look, self.lower_batches - 1, direction, None, "difference", radius=self.radius)
-        route = route_taken(look, "upper", "difference")
+        product = upper_product(oracle, self.lower_batches - 1, direction, None, "difference", radius=self.radius)
+        route = route_taken(oracle, "upper", "difference")
         stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=route)
-        return self._directions(look, f, g, subtract([None] * len(product), product), stats)
+        return self._directions(oracle, f, g, subtract([None] * len(product), product), stats)
 
     def _adapted(self, last: Step, upper: Vector) -> Vector:
         """Return ``u = D grad_w F``."""

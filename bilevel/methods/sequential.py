@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ..checking import Check
-from ..claims import DIFFERENCE, Claim, Same, Unknown
-from ..descent import GradientDescent, InnerStep, Preview, Rule, check_preview, current_rates
+from ..checks.check_directions import Check
+from ..checks.claims import DIFFERENCE, Claim, Same, Unknown
+from ..checks.plain import NoReference, Plain
 from ..directions import Directions, Stats
-from ..evaluation import Evaluation
-from ..evaluator import Look
-from ..handover import hand_over
+from ..evaluation.evaluations import Evaluation
+from ..evaluation.oracle import Oracle
 from ..hypergradient import Step
-from ..optimizer import BilevelOptimizer, Common
-from ..plain import NoReference, Plain
-from ..rollback import Saved
-from ..routes import ROUTES, Route
-from ..routing import Kind, route_taken
+from ..hypergradient.mode_choice import Kind, route_taken
+from ..hypergradient.modes import ROUTES, Route
+from ..levels import Level
+from ..lower_steps import GradientDescent, InnerStep, Preview, Rule, check_preview, current_rates
+from ..optimizer.apply import hand_over
+from ..optimizer.base import BilevelOptimizer, Common
+from ..optimizer.undo import Saved
 from ..settings import Setting, chosen, counted, numeric
-from ..variables import Level
 from ..vectors import Vector, add_scaled, squared_norm
 from .formulas import Formula, GraphStart, derivative_claims
 
@@ -115,39 +115,39 @@ class Sequential(BilevelOptimizer[H], ABC):
         """``inner_steps``: one lower batch for all lower steps, or one each."""
         return max(self.inner_steps, 1)
 
-    def _look_ahead(self, look: Look) -> Directions[H]:
+    def _look_ahead(self, oracle: Oracle) -> Directions[H]:
         """Look first: answer from virtual steps, moving nothing."""
         raise NotImplementedError
 
-    def _train_and_look(self, look: Look, *, real: bool) -> Directions[H]:
+    def _train_and_look(self, oracle: Oracle, *, real: bool) -> Directions[H]:
         """Train first: take the real lower steps and answer at the point they reach.
 
         ``real`` steps are refused if they are not finite; those of ``directions`` are taken back anyway.
         """
         raise NotImplementedError
 
-    def _answer(self, look: Look) -> Directions[H]:
+    def _answer(self, oracle: Oracle) -> Directions[H]:
         if not self.trains_first:
-            return self._look_ahead(look)
+            return self._look_ahead(oracle)
         saved = Saved([self._lower])
         try:
-            return self._train_and_look(look, real=False)
+            return self._train_and_look(oracle, real=False)
         finally:
             saved.restore()
 
-    def _step(self, look: Look) -> H:
-        return self._train_then_correct(look) if self.trains_first else self._correct_then_train(look)
+    def _step(self, oracle: Oracle) -> H:
+        return self._train_then_correct(oracle) if self.trains_first else self._correct_then_train(oracle)
 
-    def _correct_then_train(self, look: Look) -> H:
+    def _correct_then_train(self, oracle: Oracle) -> H:
         """Move the upper variables; then G at the current w with the new ones gives the ordinary lower step."""
-        answer = self._look_ahead(look)
+        answer = self._look_ahead(oracle)
         with self._taken_back_on_error(self._upper) as saved:
-            stats = self._move(answer, look)
+            stats = self._move(answer, oracle)
             if stats.skipped:
                 return stats
-            g = look.lower(wrt="lower")
+            g = oracle.lower(wrt="lower")
             if not self._may_train(g):
-                look.replay.undo_buffers()
+                oracle.replay.undo_buffers()
                 if saved is not None:
                     saved.restore()
                 return replace(stats, upper_moved=saved is None, skipped=True)
@@ -156,15 +156,15 @@ class Sequential(BilevelOptimizer[H], ABC):
             hand_over(self._lower, g.lower)
         return stats
 
-    def _train_then_correct(self, look: Look) -> H:
+    def _train_then_correct(self, oracle: Oracle) -> H:
         with self._taken_back_on_error(self._lower) as saved:
             try:
-                answer = self._train_and_look(look, real=True)
+                answer = self._train_and_look(oracle, real=True)
                 if saved is not None:
                     saved.add(self._upper)
-                stats = self._move(answer, look)
+                stats = self._move(answer, oracle)
             except _SkippedError as bad:
-                look.replay.undo_buffers()
+                oracle.replay.undo_buffers()
                 stats = self._stats_of_skipped(bad.loss)
             if stats.skipped and saved is not None:
                 saved.restore()
@@ -177,7 +177,7 @@ class Sequential(BilevelOptimizer[H], ABC):
 
     def _train(
         self,
-        look: Look,
+        oracle: Oracle,
         *,
         real: bool,
         rule: Callable[[], Rule] | None = None,
@@ -192,16 +192,16 @@ class Sequential(BilevelOptimizer[H], ABC):
         steps: list[Step] = []
         first: Evaluation | None = None
         for index in range(self.inner_steps):
-            g = look.lower(index, wrt="lower", trains=True)
+            g = oracle.lower(index, wrt="lower", trains=True)
             first = first or g
             kept = index >= self.inner_steps - keep
             if kept:
                 start = rule().start() if rule is not None else []
                 state = [{name: s.clone() for name, s in entry.items()} for entry in start]
-                steps.append(Step(index, [x.clone() for x in look.point()], [] if rule is None else g.lower, state))
+                steps.append(Step(index, [x.clone() for x in oracle.point()], [] if rule is None else g.lower, state))
             before()
             self._train_along(g, real=real, kept=kept and rule is not None)
-        return first or look.lower(wrt="lower"), steps
+        return first or oracle.lower(wrt="lower"), steps
 
     def _train_along(self, g: Evaluation, *, real: bool, kept: bool) -> None:
         """Take a real lower step; a gradient that is ``kept`` for later stays as it is if hooks clip in place."""
@@ -221,13 +221,13 @@ class Sequential(BilevelOptimizer[H], ABC):
             check_preview(type(self).__name__, self.lower_optimizer, otherwise)
 
     def _directions(
-        self, look: Look, f: Evaluation, g: Evaluation, through: Vector, stats: H | None = None
+        self, oracle: Oracle, f: Evaluation, g: Evaluation, through: Vector, stats: H | None = None
     ) -> Directions[H]:
         """Answer with the sum of F's own gradient and the part ``through`` the lower steps."""
-        look.check_dependence(through)
+        oracle.check_dependence(through)
         named, _ = self._named(add_scaled(f.upper, 1.0, through), [None] * len(self._lower.names))
         if stats is None:
-            taken = route_taken(look, self.product_kind, self.product)
+            taken = route_taken(oracle, self.product_kind, self.product)
             plain = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=taken)
             stats = cast(H, plain)
         return Directions(named, {}, stats)
@@ -260,8 +260,8 @@ class Sequential(BilevelOptimizer[H], ABC):
 
     def _claims(self, check: Check) -> Generator[Claim, None, None]:
         """The direction against the class's own equations, then against the derivative of its lower steps."""
-        with check.look() as look:
-            answer = self._answer(look)
+        with check.oracle() as oracle:
+            answer = self._answer(oracle)
         upper = [answer.upper.get(name) for name in self._upper.names]
         loose = DIFFERENCE if self.product == "difference" else 0.0
         saved = Saved([self._lower])

@@ -7,16 +7,16 @@ from typing import Any, Literal, Unpack
 
 from torch import Tensor
 
-from ..descent import InnerStep
+from ..checks.plain import Plain
 from ..directions import Directions
 from ..errors import choice, count, message
-from ..evaluation import Evaluation
-from ..evaluator import Look
+from ..evaluation.evaluations import Evaluation
+from ..evaluation.oracle import Oracle
 from ..hypergradient import KeptGraph, Start, Unreached, adjoint, descend, leaves, start_of, through_start
-from ..optimizer import Common
-from ..plain import Plain
-from ..routes import Route
-from ..routing import Kind
+from ..hypergradient.mode_choice import Kind
+from ..hypergradient.modes import Route
+from ..lower_steps import InnerStep
+from ..optimizer.base import Common
 from ..settings import Fixed, Setting, chosen
 from ..vectors import Vector, add_scaled
 from .formulas import Formula, GraphStart, derivative, summed
@@ -144,57 +144,57 @@ class Unrolled(Sequential[HypergradientStats]):
         self._check_rule('inner_step="plain" for gradient descent' if restore else "EMLC, which follows none")
         self.__dict__.update(truncate=truncate, start=start, restore=restore)
 
-    def _look_ahead(self, look: Look) -> Directions[HypergradientStats]:
+    def _look_ahead(self, oracle: Oracle) -> Directions[HypergradientStats]:
         start = None if self.start is None else start_of("Unrolled", self.start, self._lower)
         if self._keeps_graph:
             try:
-                return self._look_ahead_by_graph(look, start)
+                return self._look_ahead_by_graph(oracle, start)
             except Unreached as problem:
                 if self.mode != "auto":
                     raise
-                look.verification.routes[KEPT_GRAPH] = "adjoint"
-                look.verification.say(f"{problem} Falling back to it for this optimizer.")
+                oracle.verification.routes[KEPT_GRAPH] = "adjoint"
+                oracle.verification.say(f"{problem} Falling back to it for this optimizer.")
                 if self.start is not None:
                     start = start_of("Unrolled", self.start, self._lower)
         point = None if start is None else [x.detach().clone() for x in start]
-        g = look.lower(at=point, wrt="lower")
+        g = oracle.lower(at=point, wrt="lower")
         rule = self._rule()
-        walk = descend(look, rule, g, self.inner_steps, start=point, keep=self._differentiated)
-        f = look.upper(at=walk.end)
-        through, start_bar = adjoint(look, rule, walk.steps, f.lower, self.product, to_start=start is not None)
+        walk = descend(oracle, rule, g, self.inner_steps, start=point, keep=self._differentiated)
+        f = oracle.upper(at=walk.end)
+        through, start_bar = adjoint(oracle, rule, walk.steps, f.lower, self.product, to_start=start is not None)
         if start is not None:
             through = add_scaled(through, 1.0, through_start(start, self._upper.tensors, start_bar))
-        return self._directions(look, f, g, through)
+        return self._directions(oracle, f, g, through)
 
-    def _look_ahead_by_graph(self, look: Look, start: list[Tensor] | None) -> Directions[HypergradientStats]:
+    def _look_ahead_by_graph(self, oracle: Oracle, start: list[Tensor] | None) -> Directions[HypergradientStats]:
         rule, skipped = self._rule(), self.inner_steps - self._differentiated
         first: Evaluation | None = None
         state = rule.start()
         at_current = start is None
         if start is None:
-            point = look.point()
+            point = oracle.point()
             if skipped:
-                first = look.lower(wrt="lower")
-                plain = descend(look, rule, first, skipped)
+                first = oracle.lower(wrt="lower")
+                plain = descend(oracle, rule, first, skipped)
                 point, state = plain.end, plain.state
             start = leaves(point)
-        walk = KeptGraph(look, rule, start, state, chained=not at_current)
+        walk = KeptGraph(oracle, rule, start, state, chained=not at_current)
         for index in range(skipped, self.inner_steps):
             g = walk.step(index, current=at_current and index == 0)
             first = first or g
         assert first is not None  # at least one step is differentiated
-        return self._by_graph(look, first, *walk.finish())
+        return self._by_graph(oracle, first, *walk.finish())
 
-    def _train_and_look(self, look: Look, *, real: bool) -> Directions[HypergradientStats]:
+    def _train_and_look(self, oracle: Oracle, *, real: bool) -> Directions[HypergradientStats]:
         if self._keeps_graph:
-            return self._train_and_look_by_graph(look, real=real)
+            return self._train_and_look_by_graph(oracle, real=real)
         rule = self._rule()
-        g, steps = self._train(look, real=real, rule=self._rule, keep=self._differentiated)
-        f = look.upper()
-        through, _ = adjoint(look, rule, steps, f.lower, self.product)
-        return self._directions(look, f, g, through)
+        g, steps = self._train(oracle, real=real, rule=self._rule, keep=self._differentiated)
+        f = oracle.upper()
+        through, _ = adjoint(oracle, rule, steps, f.lower, self.product)
+        return self._directions(oracle, f, g, through)
 
-    def _train_and_look_by_graph(self, look: Look, *, real: bool) -> Directions[HypergradientStats]:
+    def _train_and_look_by_graph(self, oracle: Oracle, *, real: bool) -> Directions[HypergradientStats]:
         """Values come from the lower optimizer, derivatives from its rule."""
         first: Evaluation | None = None
         walk: KeptGraph | None = None
@@ -202,23 +202,23 @@ class Unrolled(Sequential[HypergradientStats]):
             if index == self.inner_steps - self._differentiated:
                 rule = self._rule()
                 state = [{name: s.clone() for name, s in entry.items()} for entry in rule.start()]
-                walk = KeptGraph(look, rule, leaves(look.point()), state, chained=False)
+                walk = KeptGraph(oracle, rule, leaves(oracle.point()), state, chained=False)
             g = (
-                look.lower(index, wrt="lower", trains=True)
+                oracle.lower(index, wrt="lower", trains=True)
                 if walk is None
                 else walk.step(index, current=True, trains=True)
             )
             first = first or g
             self._train_along(g, real=real, kept=walk is not None)
             if walk is not None:
-                walk.follow(look.point(), self._rule().start())
+                walk.follow(oracle.point(), self._rule().start())
         assert first is not None  # at least one step is taken,
         assert walk is not None  # and one differentiated
-        return self._by_graph(look, first, *walk.finish(real=True))
+        return self._by_graph(oracle, first, *walk.finish(real=True))
 
-    def _by_graph(self, look: Look, g: Evaluation, f: Evaluation, total: Vector) -> Directions[HypergradientStats]:
+    def _by_graph(self, oracle: Oracle, g: Evaluation, f: Evaluation, total: Vector) -> Directions[HypergradientStats]:
         stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product="graph")
-        return self._directions(look, f, g, total, stats)
+        return self._directions(oracle, f, g, total, stats)
 
     @property
     def trains_first(self) -> bool:  # type: ignore[override]
@@ -247,10 +247,10 @@ class Unrolled(Sequential[HypergradientStats]):
     def _differentiated(self) -> int:
         return self.inner_steps if self.truncate is None else min(self.truncate, self.inner_steps)
 
-    def _correct_then_train(self, look: Look) -> HypergradientStats:
+    def _correct_then_train(self, oracle: Oracle) -> HypergradientStats:
         if self.start is None:
-            return super()._correct_then_train(look)
-        return self._move(self._look_ahead(look), look)  # w is computed from the upper variables: nothing to train
+            return super()._correct_then_train(oracle)
+        return self._move(self._look_ahead(oracle), oracle)  # w is computed from the upper variables: nothing to train
 
     @property
     def _graph_start(self) -> GraphStart:

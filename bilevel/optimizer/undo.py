@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .variables import Level
+from ..levels import Level
 
 
 class Saved:

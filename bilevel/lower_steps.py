@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import message
-from .variables import Level
+from .levels import Level
 from .vectors import Vector
 
 Point = Sequence[Tensor]

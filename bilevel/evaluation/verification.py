@@ -9,7 +9,7 @@ in two layers:
   comparison with plain autograd itself.
 
 A suspicion is decided in float64. Here is when looks are due, what was found, and how far numbers may be apart;
-``evaluator.py`` and ``routes.py`` do the comparing.
+``oracle.py`` and ``hypergradient/mode_choice.py`` do the comparing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .vectors import Vector, dot, squared_norm, subtract
+from ..vectors import Vector, dot, squared_norm, subtract
 
 Verify = Literal["auto", "always", "never"]
 LONGEST = 1024  # steps between two looks, at the most

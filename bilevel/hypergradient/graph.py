@@ -8,16 +8,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..closures import Loss, leaves_of
-from ..descent import Point, Rule, State
 from ..errors import ClosureError
-from ..evaluation import Evaluation
-from ..evaluator import Look
-from ..inspection import changed_in_place
-from ..routes import refuse_wrong_rules, two_derivatives
-from ..variables import Level
+from ..evaluation.evaluations import Evaluation
+from ..evaluation.inspection import changed_in_place
+from ..evaluation.losses import Loss, leaves_of
+from ..evaluation.oracle import Oracle
+from ..evaluation.verification import out_of_memory, rounding, value_gap, vector_gap
+from ..levels import Level
+from ..lower_steps import Point, Rule, State
 from ..vectors import Vector
-from ..verification import out_of_memory, rounding, value_gap, vector_gap
+from .modes import refuse_wrong_rules, two_derivatives
 
 FIRST_ORDER = 'Use mode="adjoint" with product="difference", or a first-order method such as BOME or FiniteDifference.'
 RECOMPUTED = (
@@ -34,41 +34,41 @@ class KeptGraph:
     """A walk of lower steps as one graph: its current point depends on the upper variables.
 
     Args:
-        look: Where the losses are evaluated.
+        oracle: Where the losses are evaluated.
         rule: The lower step.
         start: The first point; leaves, or a function of the upper variables.
         state: The state of ``rule`` before the first step.
         chained: Whether ``start`` depends on the upper variables.
     """
 
-    def __init__(self, look: Look, rule: Rule, start: Sequence[Tensor], state: State, *, chained: bool) -> None:
-        look.refuse_hooks()
-        self._look, self._rule, self._chained = look, rule, chained
+    def __init__(self, oracle: Oracle, rule: Rule, start: Sequence[Tensor], state: State, *, chained: bool) -> None:
+        oracle.refuse_hooks()
+        self._oracle, self._rule, self._chained = oracle, rule, chained
         self._point, self._state = list(start), state
         self._first = True
 
     def step(self, index: int, *, current: bool = False, trains: bool = False) -> Evaluation:
-        """Take a step on lower batch ``index``; return G before it. The flags are those of :meth:`Look.lower_graph`."""
+        """Take a step on lower batch ``index``; return G before it. Flags as in :meth:`Oracle.lower_graph`."""
         w = self._point
         versions = [x._version for x in w]
         with torch.enable_grad(), _hooks_refused():
             with (
-                self._look.lower_graph(index, substitute=w, current=current, trains=trains) as (value, aux),
+                self._oracle.lower_graph(index, substitute=w, current=current, trains=trains) as (value, aux),
                 two_derivatives(FIRST_ORDER),
             ):
-                inputs = [*w, *self._look.lower_level.tensors]
+                inputs = [*w, *self._oracle.lower_level.tensors]
                 found = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
             if versions != [x._version for x in w]:
                 name = next(
-                    n for n, x, v in zip(self._look.lower_level.names, w, versions, strict=True) if x._version != v
+                    n for n, x, v in zip(self._oracle.lower_level.names, w, versions, strict=True) if x._version != v
                 )
                 raise changed_in_place("lower_loss", f"lower variable {name}", "variable")
             gradient = found[: len(w)]
-            self._refuse_read(self._look.lower_loss, found[len(w) :])
-            if self._first and self._look.checking:  # where the graph begins; later steps hold the earlier ones
+            self._refuse_read(self._oracle.lower_loss, found[len(w) :])
+            if self._first and self._oracle.checking:  # where the graph begins; later steps hold the earlier ones
                 self._check(value, gradient)
             here = Evaluation(Loss.number(value), [], [None if g is None else g.detach() for g in gradient], aux)
-            if self._first and self._look.comparing:
+            if self._first and self._oracle.comparing:
                 self._compare(here, w, index, current=current)
             self._first = False
             self._point, self._state = self._rule.step(w, gradient, self._state)
@@ -88,41 +88,41 @@ class KeptGraph:
 
         ``real`` says that the end is the current point, so that F may move buffers.
         """
-        loss, upper = self._look.upper_loss, self._look.upper_level.tensors
+        loss, upper = self._oracle.upper_loss, self._oracle.upper_level.tensors
         with torch.enable_grad(), _hooks_refused():
-            graph = self._look.upper_graph(substitute=self._point, current=real)
+            graph = self._oracle.upper_graph(substitute=self._point, current=real)
             with graph as (value, aux), two_derivatives(FIRST_ORDER):
-                inputs = [*upper, *self._point, *self._look.lower_level.tensors]
+                inputs = [*upper, *self._point, *self._oracle.lower_level.tensors]
                 found = torch.autograd.grad(value, inputs, allow_unused=True)
         total, lower = found[: len(upper)], found[len(upper) : len(upper) + len(self._point)]
         self._refuse_read(loss, found[len(upper) + len(self._point) :])
         loss.check_use("lower", lower)
         here = Evaluation(Loss.number(value), [None] * len(upper), lower, aux)
-        if self._look.comparing:
+        if self._oracle.comparing:
             self._compare(here, self._point, None, current=real)
         return here, total
 
     def _check(self, value: Tensor, gradient: Vector) -> None:
         """Check what evaluations and products check in adjoint mode."""
-        loss = self._look.lower_loss
+        loss = self._oracle.lower_loss
         loss.check_use("lower", gradient)
-        if not self._chained and not leaves_of(value, _names(self._look.upper_level)):
+        if not self._chained and not leaves_of(value, _names(self._oracle.upper_level)):
             loss.check_use("upper", [])
         with two_derivatives(FIRST_ORDER):
             refuse_wrong_rules([value, *(g for g in gradient if g is not None)])
 
     def _compare(self, here: Evaluation, w: Sequence[Tensor], index: int | None, *, current: bool) -> None:
         """Compare a loss on substitutes with the closure as it stands: G on lower batch ``index``, or F."""
-        look, name = self._look, "lower_loss" if index is not None else "upper_loss"
-        look.substitutes = {id(x): n for n, x in zip(look.lower_level.names, w, strict=True)}
+        oracle, name = self._oracle, "lower_loss" if index is not None else "upper_loss"
+        oracle.substitutes = {id(x): n for n, x in zip(oracle.lower_level.names, w, strict=True)}
 
-        def gap(look: Look, point: Point, other: Evaluation | None) -> Tensor:
+        def gap(oracle: Oracle, point: Point, other: Evaluation | None) -> Tensor:
             at = None if current and other is not None else point
-            plain = look.upper(at, "lower") if index is None else look.lower(index, at, "lower")
+            plain = oracle.upper(at, "lower") if index is None else oracle.lower(index, at, "lower")
             if other is None:
                 with torch.enable_grad():
                     leaf = leaves(point)
-                    graph = look.upper_graph(leaf) if index is None else look.lower_graph(index, substitute=leaf)
+                    graph = oracle.upper_graph(leaf) if index is None else oracle.lower_graph(index, substitute=leaf)
                     with graph as (value, _):
                         other = Evaluation(value, [], torch.autograd.grad(value, leaf, allow_unused=True))
             values = value_gap(plain.value, other.value)
@@ -130,24 +130,24 @@ class KeptGraph:
 
         point = [x.detach() for x in w]
         try:
-            with look.replay.silently():
-                found = gap(look, [x.clone() for x in point], here)
+            with oracle.replay.silently():
+                found = gap(oracle, [x.clone() for x in point], here)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            look.verification.say(f"{name}, substituted: not verified, for want of memory. Nothing else is affected.")
+            oracle.verification.say(f"{name}, substituted: not verified, for want of memory. Nothing else is affected.")
             return
         shortcut = f"{name}, substituted"
-        if name in look.verification.unrepeatable:
+        if name in oracle.verification.unrepeatable:
             return
-        if not look.verification.suspects(shortcut, found, rounding(look.dtype)):
+        if not oracle.verification.suspects(shortcut, found, rounding(oracle.dtype)):
             return
 
         def in_float64() -> float:
-            with look.in_float64() as wide:
+            with oracle.in_float64() as wide:
                 return float(gap(wide, [x.double() for x in point], None))
 
-        if look.differs(shortcut, float(found), in_float64):
+        if oracle.differs(shortcut, float(found), in_float64):
             raise Unreached(
                 f"{name} is another function of tensors that take the parameters' places (by {float(found):.1e}). "
                 "Usual causes: a condition on the kind or identity of a parameter, or on requires_grad, or a gradient "
@@ -156,7 +156,7 @@ class KeptGraph:
 
     def _refuse_read(self, loss: Loss, past: Vector) -> None:
         """A variable that has a gradient beside its substitute was read past it."""
-        missed = [name for name, g in zip(self._look.lower_level.names, past, strict=True) if g is not None]
+        missed = [name for name, g in zip(self._oracle.lower_level.names, past, strict=True) if g is not None]
         if missed:
             raise Unreached(
                 f"{loss.name} reads {', '.join(missed)} other than from a module given as lower=, where no substitute "

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .closures import MISSING, Loss, captured, sequence_number
-from .errors import ClosureError
+from ..errors import ClosureError
+from ..levels import Level
+from ..vectors import Vector, exchange
 from .inspection import explained
+from .losses import MISSING, Loss, captured, sequence_number
 from .replay import Replay
 from .substitution import Places, plain_attention
-from .variables import Level
-from .vectors import Vector, exchange
 
 Wrt = Literal["both", "upper", "lower"]
 Point = Sequence[Tensor]

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .directions import Directions
-from .errors import NonFiniteError, message
-from .variables import Level
-from .vectors import Vector, all_finite, own_memory
+from ..directions import Directions
+from ..errors import NonFiniteError, message
+from ..levels import Level
+from ..vectors import Vector, all_finite, own_memory
 
 
 def match(owner: str, level: Level, named: Mapping[str, Tensor]) -> Vector:

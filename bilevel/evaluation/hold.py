@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .compiler import eager
-from .errors import ClosureError
+from ..compiler import eager
+from ..errors import ClosureError
 
 
 @dataclass

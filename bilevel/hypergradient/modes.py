@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils.checkpoint import CheckpointError
 
-from .errors import ClosureError
-from .evaluator import NO_GRAPH_INSIDE
+from ..errors import ClosureError
+from ..evaluation.oracle import NO_GRAPH_INSIDE
 
 Route = Literal["auto", "forward", "reverse", "difference"]
 ROUTES: tuple[str, ...] = ("auto", "forward", "reverse", "difference")

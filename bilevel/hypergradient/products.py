@@ -1,7 +1,7 @@
 """Products of the lower loss: ``d/de grad_(alpha, w) G(w + e v, alpha)`` at ``e = 0``, without a Hessian.
 
 *Mixed products* are both parts, ``(G_aw v, G_ww v)``; an *upper product* is ``G_aw v`` alone, which is cheaper.
-``routing.py`` says by which of three ways.
+``mode_choice.py`` says by which of three ways.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from .closures import leaves_of
-from .evaluation import Evaluation, Point
-from .evaluator import Look
-from .routes import NoForwardMode, Route, dual_numbers, refuse_wrong_rules, second_derivatives
-from .routing import Found, Ways, by_route
-from .vectors import Vector, add_scaled, squared_norm, subtract
+from ..evaluation.evaluations import Evaluation, Point
+from ..evaluation.losses import leaves_of
+from ..evaluation.oracle import Oracle
+from ..vectors import Vector, add_scaled, squared_norm, subtract
+from .mode_choice import Found, Ways, by_route
+from .modes import NoForwardMode, Route, dual_numbers, refuse_wrong_rules, second_derivatives
 
 Product = tuple[Vector, Vector]
 
 
-def mixed_product(look: Look, index: int, direction: Vector, at: Point | None, route: Route) -> Product:
+def mixed_product(oracle: Oracle, index: int, direction: Vector, at: Point | None, route: Route) -> Product:
     """Return ``(G_aw v, G_ww v)`` for lower batch ``index``, at the current lower point or ``at`` another.
 
     Cost: ``forward`` one dual gradient (forward over reverse), ``reverse`` one gradient with its graph and one pass
     back through it, ``difference`` two plain gradients.
     """
     ways = Ways("both", index, partial(_forward, index), partial(_reverse, index), partial(_difference, index))
-    found = by_route(look, ways, direction, at, route)
-    size = len(look.upper_level.tensors)
+    found = by_route(oracle, ways, direction, at, route)
+    size = len(oracle.upper_level.tensors)
     return found[:size], found[size:]
 
 
 def upper_product(
-    look: Look,
+    oracle: Oracle,
     index: int,
     direction: Vector,
     at: Point | None,
@@ -56,17 +56,17 @@ def upper_product(
     """
     difference = partial(_upper_difference, index, radius)
     ways = Ways("upper", index, partial(_forward_upper, index), partial(_reverse_upper, index), difference)
-    return by_route(look, ways, direction, at, route, gradient)
+    return by_route(oracle, ways, direction, at, route, gradient)
 
 
-def _forward(index: int, look: Look, direction: Vector, at: Point | None) -> Found:
+def _forward(index: int, oracle: Oracle, direction: Vector, at: Point | None) -> Found:
     """Forward over reverse: the gradient of dual tensors carries the product as its tangent."""
-    upper, lower = look.upper_level.tensors, look.lower_level.tensors
+    upper, lower = oracle.upper_level.tensors, oracle.lower_level.tensors
     with dual_numbers():
-        leaves = [value.detach().requires_grad_() for value in (at if at is not None else look.point())]
-        with look.lower_graph(index, substitute=_duals(leaves, direction)) as (value, _):
+        leaves = [value.detach().requires_grad_() for value in (at if at is not None else oracle.point())]
+        with oracle.lower_graph(index, substitute=_duals(leaves, direction)) as (value, _):
             gradients = torch.autograd.grad(value, [*upper, *leaves, *lower], allow_unused=True)
-        missed = zip(look.lower_level.names, gradients[len(upper) + len(leaves) :], strict=True)
+        missed = zip(oracle.lower_level.names, gradients[len(upper) + len(leaves) :], strict=True)
         _refuse_unreached([name for name, g in missed if g is not None])
         found = gradients[: len(upper) + len(leaves)]
         tangents = [None if g is None else _tangent(g) for g in found]
@@ -75,14 +75,14 @@ def _forward(index: int, look: Look, direction: Vector, at: Point | None) -> Fou
     return Found(tangents, slope, primals)
 
 
-def _forward_upper(index: int, look: Look, direction: Vector, at: Point | None) -> Found:
+def _forward_upper(index: int, oracle: Oracle, direction: Vector, at: Point | None) -> Found:
     """Reverse over forward: the tangent of G is ``<grad_w G, v>``, and its graph holds the upper variables alone."""
-    upper = look.upper_level.tensors
+    upper = oracle.upper_level.tensors
     with dual_numbers():
-        values = [value.detach() for value in (at if at is not None else look.point())]
-        with look.lower_graph(index, substitute=_duals(values, direction)) as (value, _):
-            if look.checking:
-                names = dict(zip(map(id, look.lower_level.tensors), look.lower_level.names, strict=True))
+        values = [value.detach() for value in (at if at is not None else oracle.point())]
+        with oracle.lower_graph(index, substitute=_duals(values, direction)) as (value, _):
+            if oracle.checking:
+                names = dict(zip(map(id, oracle.lower_level.tensors), oracle.lower_level.names, strict=True))
                 _refuse_unreached(leaves_of(value, names))
             tangent, slope = _tangent(value), _slope_of(value)
             if tangent is None or not tangent.requires_grad:
@@ -121,40 +121,42 @@ def _refuse_unreached(missed: list[str]) -> None:
         )
 
 
-def _reverse(index: int, look: Look, direction: Vector, at: Point | None) -> Found:
-    upper, lower = look.upper_level.tensors, look.lower_level.tensors
-    return Found(_double_backward(look, index, direction, at, [*upper, *lower]))
+def _reverse(index: int, oracle: Oracle, direction: Vector, at: Point | None) -> Found:
+    upper, lower = oracle.upper_level.tensors, oracle.lower_level.tensors
+    return Found(_double_backward(oracle, index, direction, at, [*upper, *lower]))
 
 
-def _reverse_upper(index: int, look: Look, direction: Vector, at: Point | None) -> Found:
-    return Found(_double_backward(look, index, direction, at, look.upper_level.tensors))
+def _reverse_upper(index: int, oracle: Oracle, direction: Vector, at: Point | None) -> Found:
+    return Found(_double_backward(oracle, index, direction, at, oracle.upper_level.tensors))
 
 
-def _double_backward(look: Look, index: int, direction: Vector, at: Point | None, inputs: Sequence[Tensor]) -> Vector:
-    with look.lower_graph(index, at) as (value, _), second_derivatives():
-        gradients = torch.autograd.grad(value, look.lower_level.tensors, create_graph=True, allow_unused=True)
+def _double_backward(
+    oracle: Oracle, index: int, direction: Vector, at: Point | None, inputs: Sequence[Tensor]
+) -> Vector:
+    with oracle.lower_graph(index, at) as (value, _), second_derivatives():
+        gradients = torch.autograd.grad(value, oracle.lower_level.tensors, create_graph=True, allow_unused=True)
         pairs = [(g, v) for g, v in zip(gradients, direction, strict=True) if g is not None and v is not None]
         pairs = [(g, v) for g, v in pairs if g.requires_grad]
         if not pairs:  # G is linear in w: no second derivatives at all
             return [None] * len(inputs)
-        if look.checking:
+        if oracle.checking:
             refuse_wrong_rules([value, *(g for g, _ in pairs)])
         outputs, cotangents = zip(*pairs, strict=True)
         return torch.autograd.grad(outputs, inputs, grad_outputs=cotangents, allow_unused=True)
 
 
-def _difference(index: int, look: Look, direction: Vector, at: Point | None) -> Found:
-    step, points = _around(at if at is not None else look.point(), direction)
-    ahead, behind = (look.lower(index, at=point) for point in points)
+def _difference(index: int, oracle: Oracle, direction: Vector, at: Point | None) -> Found:
+    step, points = _around(at if at is not None else oracle.point(), direction)
+    ahead, behind = (oracle.lower(index, at=point) for point in points)
     found = _scaled(0.5 / step, subtract([*ahead.upper, *ahead.lower], [*behind.upper, *behind.lower]))
     # The mean of the two gradients is the one in the middle, up to the square of the step.
     return Found(found, _slope(ahead, behind, step), _scaled(0.5, add_scaled(ahead.lower, 1.0, behind.lower)))
 
 
-def _upper_difference(index: int, radius: float | None, look: Look, direction: Vector, at: Point | None) -> Found:
+def _upper_difference(index: int, radius: float | None, oracle: Oracle, direction: Vector, at: Point | None) -> Found:
     """A central difference of two gradients in alpha alone."""
-    step, points = _around(at if at is not None else look.point(), direction, radius)
-    ahead, behind = (look.lower(index, at=point, wrt="upper") for point in points)
+    step, points = _around(at if at is not None else oracle.point(), direction, radius)
+    ahead, behind = (oracle.lower(index, at=point, wrt="upper") for point in points)
     return Found(_scaled(0.5 / step, subtract(ahead.upper, behind.upper)), _slope(ahead, behind, step))
 
 

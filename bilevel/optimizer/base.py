@@ -12,21 +12,21 @@ from typing import Any, ClassVar, Generic, Literal, Required, TypedDict, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .checking import Check, loss_claims
-from .claims import Claim, Unknown
-from .closures import MISSING
-from .compiler import eager
-from .directions import Directions, Reduction, S, T
-from .errors import choice, message
-from .evaluator import Evaluator, Look
-from .handover import are_finite, check_groups, check_state, checked, hand_over, match, place
+from ..checks.check_directions import Check, loss_claims
+from ..checks.claims import Claim, Unknown
+from ..compiler import eager
+from ..directions import Directions, Reduction, S, T
+from ..errors import choice, message
+from ..evaluation.losses import MISSING
+from ..evaluation.oracle import Evaluator, Oracle
+from ..evaluation.replay import Policy
+from ..evaluation.verification import Verify
+from ..levels import Level, Variables, check_disjoint
+from ..settings import Fixed, Setting, chosen
+from ..vectors import Vector, own_memory, squared_norm
+from ..wrappers import unwrapped, warn_of_processes
+from .apply import are_finite, check_groups, check_state, checked, hand_over, match, place
 from .method_state import LevelState, MethodState, Remembered, ScalarState
-from .replay import Policy
-from .settings import Fixed, Setting, chosen
-from .variables import Level, Variables, check_disjoint
-from .vectors import Vector, own_memory, squared_norm
-from .verification import Verify
-from .wrappers import unwrapped, warn_of_processes
 
 OnNonFinite = Literal["raise", "skip", "ignore"]
 Losses = Callable[..., Any]
@@ -150,8 +150,8 @@ class BilevelOptimizer(ABC, Generic[S]):
             ClosureError: A loss broke its contract; nothing changed.
             NonFiniteError: Under ``on_nonfinite="raise"``; nothing changed.
         """
-        with self._look(batches, upper, lower) as look:
-            return self._step(look)
+        with self._oracle(batches, upper, lower) as oracle:
+            return self._step(oracle)
 
     @eager
     def directions(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING) -> Directions[S]:
@@ -160,9 +160,9 @@ class BilevelOptimizer(ABC, Generic[S]):
         Parameters, buffers, ``.grad``, optimizer state, random state, ``requires_grad`` and training flags are as
         before, bit for bit.
         """
-        with self._look(batches, upper, lower) as look:
-            answer = self._answer(look)
-            look.replay.undo()
+        with self._oracle(batches, upper, lower) as oracle:
+            answer = self._answer(oracle)
+            oracle.replay.undo()
             return replace(answer, mark=self._state.mark())
 
     @eager
@@ -251,20 +251,20 @@ class BilevelOptimizer(ABC, Generic[S]):
             raise ValueError(message(owner, "state_dict", "...", advice)) from error
 
     @abstractmethod
-    def _answer(self, look: Look) -> Directions[S]:
+    def _answer(self, oracle: Oracle) -> Directions[S]:
         """Look at the two losses around the current point and answer with directions."""
 
-    def _step(self, look: Look) -> S:
+    def _step(self, oracle: Oracle) -> S:
         """Move both levels; methods that move them one after the other have an order of their own."""
-        return self._move(self._answer(look), look)
+        return self._move(self._answer(oracle), oracle)
 
     def _claims(self, check: Check) -> Generator[Claim, None, None]:
         """What ``check_directions`` compares, one by one; a method adds what its directions should be.
 
         Without that, the gradients of both losses are compared, and the directions are said to have no verdict.
         """
-        with check.look() as look:
-            directions, lower, upper = self._answer(look), look.lower(), look.upper()
+        with check.oracle() as oracle:
+            directions, lower, upper = self._answer(oracle), oracle.lower(), oracle.upper()
         with check.plain() as plain:
             plain.lower_value()  # the lower loss first, as in a step
             yield from loss_claims(check, plain, upper, lower)
@@ -305,18 +305,18 @@ class BilevelOptimizer(ABC, Generic[S]):
         return named_upper, named_lower
 
     @contextmanager
-    def _look(
+    def _oracle(
         self, batches: Sequence[Any], upper: Any = MISSING, lower: Any = MISSING, *, verifies: bool = True
-    ) -> Iterator[Look]:
+    ) -> Iterator[Oracle]:
         upper_batch, lower_batches = self._sort_batches(batches, upper, lower)
         self._refresh()
         if not self._warned_of_processes:
             self._warned_of_processes = True
             warn_of_processes(type(self).__name__)
         self._evaluator.verification.mode = self.verify
-        looking = self._evaluator.look(upper_batch, lower_batches, verifies=verifies)
-        with looking as look, unwrapped(type(self).__name__):
-            yield look
+        looking = self._evaluator.oracle(upper_batch, lower_batches, verifies=verifies)
+        with looking as oracle, unwrapped(type(self).__name__):
+            yield oracle
 
     def _sort_batches(self, batches: Sequence[Any], upper: Any, lower: Any) -> tuple[Any, list[Any]]:
         owner = f"{type(self).__name__}.step"
@@ -355,15 +355,15 @@ class BilevelOptimizer(ABC, Generic[S]):
             return True
         return are_finite(type(self).__name__, checks, self.on_nonfinite == "raise", self._after_failure)
 
-    def _move(self, directions: Directions[T], look: Look | None) -> T:
+    def _move(self, directions: Directions[T], oracle: Oracle | None) -> T:
         """Hand directions to the torch optimizers, if they are finite, and remember their state."""
         owner = type(self).__name__
         upper = match(owner, self._upper, directions.upper)
         lower = match(owner, self._lower, directions.lower)
         state = self._state.fitted(directions.state)
         if not self._are_finite(checked(directions)):
-            if look is not None:
-                look.replay.undo_buffers()
+            if oracle is not None:
+                oracle.replay.undo_buffers()
             return replace(directions.stats, upper_moved=False, skipped=True)
         if directions.start is not None:
             place(self._lower, directions.start)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .errors import ClosureError, message
+from ..errors import ClosureError, message
 from .verification import out_of_memory
 
 CURES = {

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..errors import count, number
+from ..evaluation.evaluations import Evaluation
+from ..evaluation.oracle import Evaluator, Oracle
+from ..evaluation.precision import float64, widened, widening
+from ..levels import Level
+from ..optimizer.method_state import MethodState
+from ..vectors import Vector, dot
 from .claims import Claim, Slope
-from .errors import count, number
-from .evaluation import Evaluation
-from .evaluator import Evaluator, Look
-from .method_state import MethodState
 from .plain import Plain, Precision
-from .precision import float64, widened, widening
 from .report import Comparison, Report, worse
-from .variables import Level
-from .vectors import Vector, dot
 
 # A central difference in float64 with a step of about 1e-5 is good to some 1e-10 where third derivatives are of order
 # one.
@@ -50,14 +50,14 @@ class Check:
         self.probes = [(probe(upper), probe(lower)) for _ in range(samples)]
 
     @contextmanager
-    def look(self, *, verifies: bool = True) -> Iterator[Look]:
+    def oracle(self, *, verifies: bool = True) -> Iterator[Oracle]:
         """Look at the losses as a step would, and take everything back; each look sees the same random numbers.
 
         ``verifies``: with its shortcuts verified, and replaced where they are wrong, as in a look of a step.
         """
-        with self._rehearsed(), self._optimizer._look(self._batches, verifies=verifies) as look:
-            yield look
-            look.replay.undo()
+        with self._rehearsed(), self._optimizer._oracle(self._batches, verifies=verifies) as oracle:
+            yield oracle
+            oracle.replay.undo()
 
     @contextmanager
     def _rehearsed(self) -> Iterator[None]:
@@ -79,16 +79,16 @@ class Check:
     @contextmanager
     def plain(self) -> Iterator[Plain]:
         """The same by plain autograd."""
-        with self.look(verifies=False) as look:
-            yield Plain(look, self.precision)
+        with self.oracle(verifies=False) as oracle:
+            yield Plain(oracle, self.precision)
 
 
 class Checkable(Protocol):
     """What :func:`check_directions` needs of an optimizer; every :class:`bilevel.BilevelOptimizer` has it."""
 
-    def _look(
+    def _oracle(
         self, batches: Sequence[Any], upper: Any = ..., lower: Any = ..., *, verifies: bool = ...
-    ) -> AbstractContextManager[Look]: ...
+    ) -> AbstractContextManager[Oracle]: ...
 
     _evaluator: Evaluator
 

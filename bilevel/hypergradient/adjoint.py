@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..descent import Point, Rule, State
-from ..evaluation import Evaluation
-from ..evaluator import Look
-from ..products import mixed_product, upper_product
-from ..routes import Route
+from ..evaluation.evaluations import Evaluation
+from ..evaluation.oracle import Oracle
+from ..lower_steps import Point, Rule, State
 from ..vectors import Vector, add_scaled
+from .modes import Route
+from .products import mixed_product, upper_product
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Trajectory:
 
 
 def descend(
-    look: Look, rule: Rule, first: Evaluation, count: int, *, start: Point | None = None, keep: int = 0
+    oracle: Oracle, rule: Rule, first: Evaluation, count: int, *, start: Point | None = None, keep: int = 0
 ) -> Trajectory:
     """Take ``count`` steps of ``rule`` on G from the current point or from ``start``, moving nothing.
 
@@ -44,21 +44,21 @@ def descend(
     the walk costs ``count - 1`` calls of the loss, and one copy of the lower variables, or one for each of the last
     ``keep`` steps, which are recorded.
     """
-    point, state, gradient = look.point() if start is None else start, rule.start(), first.lower
+    point, state, gradient = oracle.point() if start is None else start, rule.start(), first.lower
     steps: list[Step] = []
     for index in range(count):
         if index > 0:
-            gradient = look.lower(index, at=point, wrt="lower").lower
+            gradient = oracle.lower(index, at=point, wrt="lower").lower
         if index >= count - keep:
             steps.append(Step(index, start if index == 0 else point, gradient, state))
         point, state = rule.step(point, gradient, state)
     # A variable that no gradient moved is still the parameter's own memory; the end point must survive an exchange.
-    own = {tensor.data_ptr() for tensor in look.lower_level.tensors}
+    own = {tensor.data_ptr() for tensor in oracle.lower_level.tensors}
     return Trajectory([x.clone() if x.data_ptr() in own else x for x in point], state, steps)
 
 
 def adjoint(
-    look: Look,
+    oracle: Oracle,
     rule: Rule,
     steps: Sequence[Step],
     cotangent: Vector,
@@ -74,7 +74,7 @@ def adjoint(
         alpha_bar += G_aw g_bar,    w_bar <- w_bar + G_ww g_bar
 
     Args:
-        look: Where G is evaluated.
+        oracle: Where G is evaluated.
         rule: The step that was taken.
         steps: The trajectory's steps, first to last.
         cotangent: ``dh/dw_k``.
@@ -83,16 +83,16 @@ def adjoint(
 
     Cost: one product per step; memory of one step beside the trajectory.
     """
-    upper: Vector = [None] * len(look.upper_level.tensors)
+    upper: Vector = [None] * len(oracle.upper_level.tensors)
     point_bar: Vector = list(cotangent)
     state_bar: list[dict[str, Tensor]] = [{} for _ in cotangent]
     for step in reversed(steps):
-        point = look.point() if step.point is None else step.point
+        point = oracle.point() if step.point is None else step.point
         through_point, gradient_bar, state_bar = pull_back(rule, step, point, point_bar, state_bar)
         if step is steps[0] and not to_start:
-            product = upper_product(look, step.index, gradient_bar, step.point, route, gradient=step.gradient)
+            product = upper_product(oracle, step.index, gradient_bar, step.point, route, gradient=step.gradient)
         else:
-            product, through_gradient = mixed_product(look, step.index, gradient_bar, step.point, route)
+            product, through_gradient = mixed_product(oracle, step.index, gradient_bar, step.point, route)
             point_bar = add_scaled(through_point, 1.0, through_gradient)
         upper = add_scaled(upper, 1.0, product)
     return upper, point_bar

@@ -9,11 +9,11 @@ from math import inf, isfinite, nan
 import torch
 from torch import Tensor
 
+from ..vectors import Vector, dot, squared_norm, subtract
 from .constants import holding, recording
 from .differences import BESIDE, REPEATS, Finding, Function, differentiated
 from .plain import Precision
 from .report import Comparison
-from .vectors import Vector, dot, squared_norm, subtract
 
 # What a central difference may be off by where ``product="difference"`` chose its step.
 DIFFERENCE = 1e-4

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .errors import ClosureError
+from ..errors import ClosureError
 
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "no batch"})()
 

@@ -20,7 +20,7 @@ class Comparison:
         measured: Whether it is a distance that is only told, and no verdict was to be expected.
 
     Example:
-        >>> from bilevel.report import Comparison
+        >>> from bilevel.checks.report import Comparison
         >>> Comparison("Q", 1.0, 1.0, 0.0, True).note
         ''
     """
@@ -43,7 +43,7 @@ class Report:
         comparisons: One line for each number that was compared.
 
     Example:
-        >>> from bilevel.report import Comparison, Report
+        >>> from bilevel.checks.report import Comparison, Report
         >>> Report("BOME", (Comparison("Q", 1.0, 1.0, 0.0, True),)).passed
         True
     """

@@ -6,8 +6,8 @@ products it is ``reverse``: 4.3 against 4.6, and half the memory. Where a loss d
 after one warning that says why.
 
 ``forward`` and ``difference`` do to a closure what plain autograd never does, so that both are verified
-(``verification.py``): at every step the slope of G that they see must be ``<grad_w G, v>``, and in looks the product is
-compared with double backward. Where they differ, double backward serves from then on, after one warning.
+(``evaluation/verification.py``): at every step the slope of G that they see must be ``<grad_w G, v>``, and in looks the
+product is compared with double backward. Where they differ, double backward serves from then on, after one warning.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .errors import ClosureError
-from .evaluation import Evaluation, Point
-from .evaluator import Look
-from .routes import NoDoubleBackward, Route, Unserved, refusal
-from .vectors import Vector, add_scaled, dot, squared_norm
-from .verification import DECIDED, out_of_memory, rounding, slope_gap, slopes_agree, truncation, vector_gap
+from ..errors import ClosureError
+from ..evaluation.evaluations import Evaluation, Point
+from ..evaluation.oracle import Oracle
+from ..evaluation.verification import DECIDED, out_of_memory, rounding, slope_gap, slopes_agree, truncation, vector_gap
+from ..vectors import Vector, add_scaled, dot, squared_norm
+from .modes import NoDoubleBackward, Route, Unserved, refusal
 
 Kind = Literal["both", "upper"]
 # What the slope of a difference must agree to in float64, and the noise in a difference that is worth a warning.
@@ -60,7 +60,7 @@ class Found:
     gradient: Vector | None = None
 
 
-Way = Callable[[Look, Vector, Point | None], Found]
+Way = Callable[[Oracle, Vector, Point | None], Found]
 
 
 @dataclass(frozen=True)
@@ -74,44 +74,44 @@ class Ways:
     difference: Way
 
 
-def route_taken(look: Look, kind: Kind, route: Route) -> str:
+def route_taken(oracle: Oracle, kind: Kind, route: Route) -> str:
     """Name the route that serves products of this kind, for ``stats``."""
     # Bare tensors are read from the closure's surroundings, where no substitute reaches them: no use in trying.
-    first = "reverse" if kind == "both" or look.lower_level.has_bare_tensors else "forward"
-    return look.verification.routes.get(f"{kind} product, {route}", first if route == "auto" else route)
+    first = "reverse" if kind == "both" or oracle.lower_level.has_bare_tensors else "forward"
+    return oracle.verification.routes.get(f"{kind} product, {route}", first if route == "auto" else route)
 
 
 def by_route(
-    look: Look, ways: Ways, direction: Vector, at: Point | None, route: Route, gradient: Vector | None = None
+    oracle: Oracle, ways: Ways, direction: Vector, at: Point | None, route: Route, gradient: Vector | None = None
 ) -> Vector:
     """Compute a product by its route. If ``auto`` cannot be served, the other exact one serves from then on; what
     disagrees with plain autograd is replaced by double backward.
 
     ``gradient``: ``grad_w G`` at the point, where the caller has it.
     """
-    look.refuse_hooks()
-    chosen = route_taken(look, ways.kind, route)
+    oracle.refuse_hooks()
+    chosen = route_taken(oracle, ways.kind, route)
     if chosen == "difference":
-        return _verified(look, ways, direction, at, route, chosen, ways.difference(look, direction, at), gradient)
+        return _verified(oracle, ways, direction, at, route, chosen, ways.difference(oracle, direction, at), gradient)
     way, otherwise = (ways.forward, ways.reverse) if chosen == "forward" else (ways.reverse, ways.forward)
     try:
-        found = way(look, direction, at)
+        found = way(oracle, direction, at)
     except Unserved as problem:
         if route != "auto":
             raise refusal(problem) from problem.__cause__
         try:
-            found = otherwise(look, direction, at)
+            found = otherwise(oracle, direction, at)
         except Unserved as second:
             no_route = problem if isinstance(problem, NoDoubleBackward) else second
             raise refusal(no_route) from no_route.__cause__
         chosen, name = ("reverse", "double backward") if chosen == "forward" else ("forward", "forward mode")
-        look.verification.routes[f"{ways.kind} product, {route}"] = chosen
-        look.verification.say(f"{problem} Falling back to {name} for this optimizer.")
-    return _verified(look, ways, direction, at, route, chosen, found, gradient)
+        oracle.verification.routes[f"{ways.kind} product, {route}"] = chosen
+        oracle.verification.say(f"{problem} Falling back to {name} for this optimizer.")
+    return _verified(oracle, ways, direction, at, route, chosen, found, gradient)
 
 
 def _verified(
-    look: Look,
+    oracle: Oracle,
     ways: Ways,
     direction: Vector,
     at: Point | None,
@@ -121,70 +121,78 @@ def _verified(
     gradient: Vector | None,
 ) -> Vector:
     """Return the product that was found, or double backward's if they disagree."""
-    if chosen == "reverse" or not look.watching or look.lower_loss.name in look.verification.unrepeatable:
+    if chosen == "reverse" or not oracle.watching or oracle.lower_loss.name in oracle.verification.unrepeatable:
         return found.product
     name = f"{ways.kind} product by {chosen} mode" if chosen == "forward" else f"{ways.kind} product by {chosen}"
     known = found.gradient if found.gradient is not None else gradient
     gap = math.nan
     suspicious = False
     if known is not None and found.slope is not None:
-        slack = (rounding if chosen == "forward" else truncation)(look.dtype)
+        slack = (rounding if chosen == "forward" else truncation)(oracle.dtype)
         slope, value = found.slope
         if not slopes_agree(slope, known, direction, slack):
             measured = slope_gap(slope, known, direction, value)
-            suspicious = look.verification.suspects(name, measured, slack)
+            suspicious = oracle.verification.suspects(name, measured, slack)
             gap = float(measured) if suspicious else gap
     plain: Found | None = None
-    if look.comparing and not suspicious:
+    if oracle.comparing and not suspicious:
         try:
-            with look.replay.silently():
-                plain = ways.reverse(look, direction, at)
+            with oracle.replay.silently():
+                plain = ways.reverse(oracle, direction, at)
         except Unserved:
             suspicious = chosen == "difference"  # nothing to compare with but float64
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            look.verification.say(f"{name}: not verified, for want of memory. Nothing else is affected.")
+            oracle.verification.say(f"{name}: not verified, for want of memory. Nothing else is affected.")
             return found.product
         else:
-            measured = vector_gap(found.product, plain.product, _floor(look, known, direction))
-            suspicious = look.verification.suspects(name, measured, 10 * rounding(look.dtype))
+            measured = vector_gap(found.product, plain.product, _floor(oracle, known, direction))
+            suspicious = oracle.verification.suspects(name, measured, 10 * rounding(oracle.dtype))
             gap = float(measured)
     if not suspicious:
         return found.product
     decided: list[_Decision] = []
 
     def in_float64() -> float:
-        decided.append(_decide(look, ways, direction, at, chosen))
+        decided.append(_decide(oracle, ways, direction, at, chosen))
         return decided[-1].gap
 
-    if not look.differs(name, gap if gap == gap else 0.0, in_float64, STRAIGHT if chosen == "difference" else DECIDED):
-        if chosen == "difference" and decided and look.dtype != torch.float64:
-            _tell_noise(look, ways, direction, at, found, plain, decided[-1].truncation)
+    if not oracle.differs(
+        name, gap if gap == gap else 0.0, in_float64, STRAIGHT if chosen == "difference" else DECIDED
+    ):
+        if chosen == "difference" and decided and oracle.dtype != torch.float64:
+            _tell_noise(oracle, ways, direction, at, found, plain, decided[-1].truncation)
         return found.product
     told = DISAGREEMENTS[chosen].format(gap=decided[-1].gap if decided else gap)
     try:
-        plain = plain or ways.reverse(look, direction, at)
+        plain = plain or ways.reverse(oracle, direction, at)
     except Unserved as problem:
         raise ClosureError(f"{told} Nothing else can serve this loss: {problem}") from problem.__cause__
-    look.verification.routes[f"{ways.kind} product, {route}"] = "reverse"
-    look.verification.say(f"{told} Falling back to double backward for this optimizer.")
+    oracle.verification.routes[f"{ways.kind} product, {route}"] = "reverse"
+    oracle.verification.say(f"{told} Falling back to double backward for this optimizer.")
     return plain.product
 
 
 def _tell_noise(
-    look: Look, ways: Ways, direction: Vector, at: Point | None, found: Found, plain: Found | None, truncation: float
+    oracle: Oracle,
+    ways: Ways,
+    direction: Vector,
+    at: Point | None,
+    found: Found,
+    plain: Found | None,
+    truncation: float,
 ) -> None:
     """Warn where a difference that is right in float64 is hardly a number in the precision of the loss."""
     try:
-        with look.replay.silently():
-            plain = plain or ways.reverse(look, direction, at)
+        with oracle.replay.silently():
+            plain = plain or ways.reverse(oracle, direction, at)
     except Unserved:
         return
     apart = float(vector_gap(found.product, plain.product))
     if apart > max(NOISY, 3 * truncation):
         name = f"{ways.kind} product by difference"
-        look.verification.say_of(
+        oracle.verification.say_of(
             name,
             f"{name}: {apart:.0%} of it is error of the precision that lower_loss computes in; in float64 it is right. "
             'Usual causes: autocast, or a loss that is large beside its slopes. Use product="reverse" or a larger '
@@ -200,9 +208,9 @@ class _Decision:
     truncation: float = math.inf
 
 
-def _decide(look: Look, ways: Ways, direction: Vector, at: Point | None, chosen: str) -> _Decision:
+def _decide(oracle: Oracle, ways: Ways, direction: Vector, at: Point | None, chosen: str) -> _Decision:
     """Compare a route with plain autograd in float64: of differences the slope, as their product may sit on a kink."""
-    with look.in_float64() as wide:
+    with oracle.in_float64() as wide:
         v = [None if x is None else x.double() for x in direction]
         point = None if at is None else [x.double() for x in at]
         here = wide.lower(ways.index, point, "lower")
@@ -221,7 +229,9 @@ def _decide(look: Look, ways: Ways, direction: Vector, at: Point | None, chosen:
         return _Decision(float(slope_gap(again.slope[0], gradient, v, here.value)))
 
 
-def _slope_gap_of_differences(wide: Look, index: int, here: Evaluation, direction: Vector, at: Point | None) -> Tensor:
+def _slope_gap_of_differences(
+    wide: Oracle, index: int, here: Evaluation, direction: Vector, at: Point | None
+) -> Tensor:
     """How far the slope of G between two points is from the mean of ``<grad_w G, v>`` at the two.
 
     At the two points and not between them, where a kink may lie: autograd takes one side of it, a difference both.
@@ -242,9 +252,9 @@ def _slope_gap_of_differences(wide: Look, index: int, here: Evaluation, directio
     return torch.stack(gaps).min()
 
 
-def _floor(look: Look, gradient: Vector | None, direction: Vector) -> Tensor:
+def _floor(oracle: Oracle, gradient: Vector | None, direction: Vector) -> Tensor:
     """Return a length below which a product is taken for 0: of rounding, where large terms cancel."""
-    unit = torch.finfo(look.dtype).eps
-    size = squared_norm(look.point()).sqrt().clamp(min=1.0)
+    unit = torch.finfo(oracle.dtype).eps
+    size = squared_norm(oracle.point()).sqrt().clamp(min=1.0)
     scale = squared_norm(direction).sqrt() / size
     return unit * scale if gradient is None else unit * scale * squared_norm(gradient).sqrt().clamp(min=1.0)

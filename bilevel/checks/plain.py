@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .closures import Loss
+from ..evaluation.evaluations import Evaluation
+from ..evaluation.losses import Loss
+from ..evaluation.oracle import Oracle
+from ..evaluation.substitution import plain_attention
+from ..hypergradient import Step, pull_back
+from ..hypergradient.modes import NoDoubleBackward, refuse_wrong_rules
+from ..lower_steps import Point, Rule
+from ..optimizer.apply import hand_over
+from ..vectors import Vector, add_scaled, exchange
 from .constants import constants_of_a_loss
-from .descent import Point, Rule
-from .evaluation import Evaluation
-from .evaluator import Look
-from .handover import hand_over
-from .hypergradient import Step, pull_back
-from .routes import NoDoubleBackward, refuse_wrong_rules
-from .substitution import plain_attention
-from .vectors import Vector, add_scaled, exchange
 
 Product = tuple[Vector, Vector]
 Buffers = list[tuple[Tensor, Tensor]]
@@ -67,13 +67,13 @@ class Precision:
 class Plain:
     """F and G around a look, with the random states, buffers and held values that the look replays."""
 
-    def __init__(self, look: Look, precision: Precision | None = None) -> None:
-        self._look = look
+    def __init__(self, oracle: Oracle, precision: Precision | None = None) -> None:
+        self._oracle = oracle
         self._precision = precision
         self._noted: set[str] = set()
         self._before: dict[int, Buffers] = {}  # by real step: the buffers it was taken with
-        self.upper_level = look.upper_level
-        self.lower_level = look.lower_level
+        self.upper_level = oracle.upper_level
+        self.lower_level = oracle.lower_level
 
     def point(self) -> list[Tensor]:
         """Return copies of the current lower variables."""
@@ -85,7 +85,7 @@ class Plain:
             return self._differentiated(value)
 
     def lower(self, index: int = 0, at: Point | None = None, *, trains: bool = False) -> Evaluation:
-        """G on lower batch ``index``, and both its gradients; ``trains`` as in :meth:`Look.lower`."""
+        """G on lower batch ``index``, and both its gradients; ``trains`` as in :meth:`Oracle.lower`."""
         with self._lower(index, at, trains) as value:
             return self._differentiated(value)
 
@@ -176,16 +176,16 @@ class Plain:
 
     @contextmanager
     def _upper(self, at: Point | None) -> Iterator[Tensor]:
-        look = self._look
-        with self._called(look.upper_loss, "upper", look._upper_batch, at) as value:
+        oracle = self._oracle
+        with self._called(oracle.upper_loss, "upper", oracle._upper_batch, at) as value:
             yield value
 
     @contextmanager
     def _lower(
         self, index: int, at: Point | None, trains: bool = False, buffers: Buffers | None = None
     ) -> Iterator[Tensor]:
-        index, batch = self._look._lower_batch(index)
-        with self._called(self._look.lower_loss, ("lower", index), batch, at, trains, buffers) as value:
+        index, batch = self._oracle._lower_batch(index)
+        with self._called(self._oracle.lower_loss, ("lower", index), batch, at, trains, buffers) as value:
             yield value
 
     @contextmanager
@@ -200,7 +200,7 @@ class Plain:
     ) -> Iterator[Tensor]:
         own = self.lower_level.tensors
         values = None if at is None else [x.detach().clone() for x in at]  # the exchange must not reach the caller's
-        replayed = self._look.replay.evaluation(key, current=at is None, trains=trains)
+        replayed = self._oracle.replay.evaluation(key, current=at is None, trains=trains)
         with replayed, torch.enable_grad():
             torch.clear_autocast_cache()
             for buffer, value in buffers or ():
@@ -209,7 +209,7 @@ class Plain:
                 exchange(own, values)
             try:
                 with constants_of_a_loss():
-                    value, _ = loss(batch, self._look._devices)
+                    value, _ = loss(batch, self._oracle._devices)
                 if self._precision is not None and loss.name not in self._noted:
                     self._noted.add(loss.name)
                     self._precision.note(value)
@@ -220,7 +220,7 @@ class Plain:
                 torch.clear_autocast_cache()
 
     def _modules(self) -> list[nn.Module]:
-        return [module for module, _ in self._look._evaluator.modules]
+        return [module for module, _ in self._oracle._evaluator.modules]
 
     def _differentiated(self, value: Tensor) -> Evaluation:
         upper = self.upper_level.tensors

@@ -13,9 +13,9 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from .directions import Directions, Mark, NamedTensors, Reduction, StateValue
-from .variables import Level
-from .vectors import Vector
+from ..directions import Directions, Mark, NamedTensors, Reduction, StateValue
+from ..levels import Level
+from ..vectors import Vector
 
 V = TypeVar("V", bound=StateValue)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .buffers import Buffers, Snapshot
-from .held import Held, holding
+from .hold import Held, holding
 
 Policy = Literal["once", "every", "never"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .errors import ClosureError
+from ..errors import ClosureError
 
 Kind = tuple[torch.device, torch.dtype]
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .closures import Loss, sequence_number
-from .errors import ClosureError
-from .evaluation import Evaluation, Evaluations, Graph, Point, Subject, Wrt
+from ..errors import ClosureError
+from ..levels import Level
+from .evaluations import Evaluation, Evaluations, Graph, Point, Subject, Wrt
 from .inspection import inspected, refuse_accumulation_hooks, refuse_one_shot, refuse_shared_memory
+from .losses import Loss, sequence_number
 from .precision import float64, widened, widening
 from .replay import Policy, Replay
-from .variables import Level
 from .verification import (
     BLATANT,
     DECIDED,
@@ -37,7 +37,7 @@ NO_GRAPH_INSIDE = ("does not require grad", "not have been used in the graph")
 
 
 class Evaluator:
-    """Two losses over two levels; :meth:`look` opens the look around the current point that one step takes."""
+    """Two losses over two levels; :meth:`oracle` opens the look around the current point that one step takes."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Evaluator:
         self.verification.forget()
 
     @contextmanager
-    def look(self, upper_batch: Any, lower_batches: Sequence[Any], *, verifies: bool = True) -> Iterator[Look]:
+    def oracle(self, upper_batch: Any, lower_batches: Sequence[Any], *, verifies: bool = True) -> Iterator[Oracle]:
         """Look around the current point; whatever goes wrong inside, everything is as before afterwards.
 
         ``verifies``: whether this is a step that counts for :class:`Verification`.
@@ -83,7 +83,7 @@ class Evaluator:
         if verifies:
             self.verification.begin((replay.training, *(torch.is_autocast_enabled(kind) for kind in kinds)))
         try:
-            yield Look(self, replay, upper_batch, lower_batches, verifies=verifies)
+            yield Oracle(self, replay, upper_batch, lower_batches, verifies=verifies)
         except BaseException:
             replay.undo()
             raise
@@ -91,7 +91,7 @@ class Evaluator:
             self.verification.end()
 
 
-class Look(Evaluations):
+class Oracle(Evaluations):
     """The evaluations of one step, with verification."""
 
     def __init__(
@@ -136,14 +136,14 @@ class Look(Evaluations):
         return coarsest(self._subject.variables)
 
     @contextmanager
-    def in_float64(self) -> Iterator[Look]:
+    def in_float64(self) -> Iterator[Oracle]:
         """Look at the same losses and batches in float64, for a decision; nothing stays changed."""
         with float64(self._subject.modules, self._subject.variables), widening():
             replay = Replay(self._devices, self._evaluator.modules, self._subject.variables)
             replay.follow(self.replay)
             batches = [widened(batch) for batch in self._lower_batches]
             try:
-                yield Look(self._evaluator, replay, widened(self._upper_batch), batches, verifies=False)
+                yield Oracle(self._evaluator, replay, widened(self._upper_batch), batches, verifies=False)
             finally:
                 replay.undo()
 

@@ -1,0 +1,1 @@
+"""``check_directions``: what a method computed, against plain autograd and finite differences."""

@@ -1,0 +1,1 @@
+"""What stands around a method: checks, torch optimizers, state, and taking steps back."""
