@@ -41,6 +41,7 @@ LAYERS = [
     "directions",
     "method_state",
     "handover",
+    "hooks",
     "rollback",
     "widening",
     "constants",

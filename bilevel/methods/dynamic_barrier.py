@@ -18,6 +18,7 @@ from ..directions import Directions, Stats
 from ..errors import choice, message
 from ..evaluation import Evaluation
 from ..evaluator import Look
+from ..hooks import VIRTUAL
 from ..hypergradient import adjoint, descend
 from ..optimizer import BilevelOptimizer, Common
 from ..plain import NoReference
@@ -119,6 +120,10 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
         super().__init__(*losses, **common)
         self.inner_step = inner_step
         self._rule()  # refuses an optimizer that no preview can follow
+
+    @property
+    def _ignores_clipping(self) -> str | None:  # type: ignore[override]
+        return VIRTUAL if self.inner_lr is None else None  # a rate of its own was chosen for what it is
 
     @property
     def lower_batches(self) -> int:

@@ -14,6 +14,7 @@ from ..directions import Directions
 from ..evaluation import Evaluation
 from ..evaluator import Look
 from ..handover import hand_over
+from ..hooks import ONLY_REAL
 from ..optimizer import Common
 from ..plain import Plain
 from ..products import upper_product
@@ -82,6 +83,7 @@ class EMLC(Sequential[HypergradientStats]):
     """
 
     trains_first = True
+    _ignores_clipping = ONLY_REAL
     memory = Setting[Literal["store", "replay"]](chosen("store", "replay"))
     discount = Setting[float | None](numeric(0.0, 1.0, optional=True))
 

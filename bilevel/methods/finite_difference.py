@@ -13,6 +13,7 @@ from ..descent import InnerStep
 from ..directions import Directions
 from ..evaluation import Evaluation
 from ..evaluator import Look
+from ..hooks import VIRTUAL
 from ..hypergradient import Step, pull_back
 from ..optimizer import Common
 from ..plain import Plain
@@ -91,6 +92,10 @@ class FiniteDifference(Sequential[HypergradientStats]):
             upper_loss, lower_loss, common, inner_steps=1, inner_lr=inner_lr, inner_step=inner_step, atomic=atomic
         )
         self._check_rule()
+
+    @property
+    def _ignores_clipping(self) -> str | None:  # type: ignore[override]
+        return VIRTUAL if self.inner_lr is None else None  # a rate of its own was chosen for what it is
 
     def _look_ahead(self, look: Look) -> Directions[HypergradientStats]:
         g = look.lower(wrt="lower")

@@ -13,6 +13,7 @@ from ..claims import DIFFERENCE, Claim, Same, Unknown
 from ..descent import Preview, check_preview
 from ..directions import Directions, StateValue
 from ..evaluator import Look
+from ..hooks import VIRTUAL
 from ..hypergradient import Step, pull_back
 from ..optimizer import BilevelOptimizer, Common
 from ..plain import NoReference, Plain
@@ -72,6 +73,7 @@ class MLC(BilevelOptimizer[HypergradientStats]):
     """
 
     follows_maximize = True
+    _ignores_clipping = VIRTUAL
     inner_steps = Setting[int](counted(1))
     product = Setting[Route](chosen(*ROUTES))
 

@@ -14,6 +14,7 @@ from ..descent import GradientDescent, Preview, Rule, check_preview, current_rat
 from ..directions import Directions
 from ..evaluation import Evaluation
 from ..evaluator import Look
+from ..hooks import ONLY_REAL
 from ..hypergradient import Step
 from ..optimizer import Common
 from ..plain import Plain
@@ -76,6 +77,7 @@ class SAMA(Sequential[HypergradientStats]):
     """
 
     trains_first = True
+    _ignores_clipping = ONLY_REAL
     radius = Setting[float](numeric(0.0, exclusive=True))
 
     def __init__(

@@ -21,7 +21,6 @@ from ..descent import GradientDescent, InnerStep, Preview, Rule, check_preview, 
 from ..directions import Directions, Stats
 from ..evaluation import Evaluation
 from ..evaluator import Look
-from ..handover import hand_over
 from ..hypergradient import Step
 from ..optimizer import BilevelOptimizer, Common
 from ..plain import NoReference, Plain
@@ -153,7 +152,7 @@ class Sequential(BilevelOptimizer[H], ABC):
                 return replace(stats, upper_moved=saved is None, skipped=True)
             if saved is not None:
                 saved.add(self._lower)
-            hand_over(self._lower, g.lower)
+            self._hand_to_lower(g.lower)
         return stats
 
     def _train_then_correct(self, look: Look) -> H:
@@ -207,7 +206,7 @@ class Sequential(BilevelOptimizer[H], ABC):
         """Take a real lower step; a gradient that is ``kept`` for later stays as it is if hooks clip in place."""
         if real and not self._may_train(g):
             raise _SkippedError(g.value)
-        hand_over(self._lower, [x if x is None else x.clone() for x in g.lower] if kept else g.lower)
+        self._hand_to_lower([x if x is None else x.clone() for x in g.lower] if kept else g.lower)
 
     def _rule(self) -> Rule:
         """The lower step that is differentiated."""

@@ -12,6 +12,7 @@ from ..directions import Directions
 from ..errors import choice, count, message
 from ..evaluation import Evaluation
 from ..evaluator import Look
+from ..hooks import ONLY_REAL, VIRTUAL
 from ..hypergradient import KeptGraph, Start, Unreached, adjoint, descend, leaves, start_of, through_start
 from ..optimizer import Common
 from ..plain import Plain
@@ -143,6 +144,12 @@ class Unrolled(Sequential[HypergradientStats]):
         )
         self._check_rule('inner_step="plain" for gradient descent' if restore else "EMLC, which follows none")
         self.__dict__.update(truncate=truncate, start=start, restore=restore)
+
+    @property
+    def _ignores_clipping(self) -> str | None:  # type: ignore[override]
+        if not self.restore:
+            return ONLY_REAL
+        return VIRTUAL if self.inner_lr is None else None  # a rate of its own was chosen for what it is
 
     def _look_ahead(self, look: Look) -> Directions[HypergradientStats]:
         start = None if self.start is None else start_of("Unrolled", self.start, self._lower)
