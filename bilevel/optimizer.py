@@ -354,6 +354,9 @@ class BilevelOptimizer(ABC, Generic[S]):
 
     def _hand_to_lower(self, direction: Vector) -> None:
         """Take a real lower step, and say once if hooks make it another one than this method thinks."""
+        if self.on_nonfinite == "ignore":  # nothing may be read back from the device
+            hand_over(self._lower, direction)
+            return
         with self._hooks(direction, self._ignores_clipping):
             hand_over(self._lower, direction)
 
