@@ -92,6 +92,7 @@ def assert_same_state(found: torch.optim.Optimizer, expected: torch.optim.Optimi
     assert bits(dict(leaves(found.state_dict(), ""))) == bits(dict(leaves(expected.state_dict(), "")))
 
 
+@pytest.mark.filterwarnings("ignore:.*hook of the lower optimizer (changed|moved):UserWarning")  # right here
 @every_case
 def test_apply_leaves_the_directions_as_they_are(case: Case) -> None:
     problem = Problem()

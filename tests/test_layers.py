@@ -49,6 +49,7 @@ LAYERS = [
     "checks.claims",
     "checks.check_directions",
     "optimizer.base",
+    "optimizer.hooks",
     "methods.barrier_terms",
     "methods.dynamic_barrier",
     "methods.formulas",

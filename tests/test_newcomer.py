@@ -312,6 +312,7 @@ def test_projection_by_a_hook_after_the_step() -> None:
     assert max(float(p.detach().abs().max()) for p in problem.corrector.parameters()) <= 0.1 + 1e-7
 
 
+@pytest.mark.filterwarnings("ignore:.*hook of the lower optimizer (changed|moved):UserWarning")  # right here
 @every_case
 def test_clipping_by_a_hook_before_the_step(case: Case) -> None:
     problem = Problem()
@@ -331,6 +332,7 @@ def test_clipping_by_a_hook_before_the_step(case: Case) -> None:
     assert 0.5e-2 * steps < nn.utils.get_total_norm(moved) < 1.001e-2 * steps
 
 
+@pytest.mark.filterwarnings("ignore:.*hook of the lower optimizer (changed|moved):UserWarning")  # right here
 @pytest.mark.parametrize("scale", [torch.ones(()), torch.ones(3)], ids=["expanded", "shared"])
 def test_clipping_works_on_gradients_that_autograd_shares_or_expands(scale: Tensor) -> None:
     # Only F uses a and b, through their sum: autograd then gives both the same tensor, without a barrier to add to it.

@@ -253,3 +253,17 @@ def test_no_optimizer_hook_sees_a_skipped_step() -> None:
     problem.after_call = None
     optimizer.step(*problem.batches())
     assert calls == ["upper", "lower"]
+
+
+def test_the_error_names_an_empty_batch_as_a_usual_cause() -> None:
+    w, a = (torch.ones(2, requires_grad=True) for _ in range(2))
+    optimizer = bilevel.BOME(
+        lambda x: (w * x).mean() + a.sum(),
+        lambda x: (w - a).square().sum(),
+        upper=a,
+        lower=w,
+        upper_optimizer=torch.optim.SGD([a], lr=0.1),
+        lower_optimizer=torch.optim.SGD([w], lr=0.1),
+    )
+    with pytest.raises(bilevel.NonFiniteError, match="Usual causes: an empty batch"):
+        optimizer.step(torch.ones(0, 2), torch.ones(1, 2))

@@ -426,6 +426,7 @@ def test_with_restore_w_takes_its_ordinary_step_with_the_new_upper_variables(
     assert stats.upper_moved
 
 
+@pytest.mark.filterwarnings("ignore:.*hook of the lower optimizer (changed|moved):UserWarning")  # right here
 @pytest.mark.parametrize("kind", ["momentum", "adam"])
 def test_hooks_on_real_steps_are_followed_and_not_differentiated(kind: str) -> None:
     """A projection after each step: both modes go on from where it led, with the derivative of the step alone."""

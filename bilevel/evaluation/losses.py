@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ class Loss:
             )
         self.name = name
         self._function = function
+        self._calls = 0
 
     def __call__(self, batch: Any, devices: Iterable[torch.device], *, frozen: bool = False) -> tuple[Tensor, Any]:
         """Evaluate on ``batch`` and return the scalar and the detached ``aux``.
@@ -34,6 +36,9 @@ class Loss:
         returned = self._function() if batch is MISSING else self._function(batch)
         value, aux = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
         self._check(value, set(devices), frozen)
+        self._calls += 1
+        if self._calls & (self._calls - 1) == 0:  # calls 1, 2, 4, ...: a scaler does not come and go
+            refuse_scaled(self.name, value)
         return value, tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, aux)
 
     @staticmethod
@@ -79,6 +84,30 @@ class Loss:
                 f"{self.name} does not depend on any {side} variable, so there is nothing to differentiate. {cause} "
                 f"Compute the loss from the tensors given as {side}=."
             )
+
+
+def refuse_scaled(loss: str, value: Tensor) -> None:
+    """Refuse what ``GradScaler.scale`` returned: its factor would be in every direction, product and multiplier.
+
+    Looks at the last few operations only; and for live scalers only if one of them multiplied by a tensor like theirs.
+    """
+    node, factors = value.grad_fn, []
+    for _ in range(4):
+        if node is None or node.name() not in ("MulBackward0", "DivBackward0"):
+            break
+        found = [getattr(node, name, None) for name in ("_saved_self", "_saved_other")]
+        factors += [x for x in found if isinstance(x, Tensor) and x.shape == () and x.dtype == torch.float32]
+        node = next((parent for parent, _ in node.next_functions if parent is not None), None)
+    factors = [x for x in factors if not x.requires_grad]
+    if not factors:
+        return
+    scalers = [x for x in gc.get_objects() if issubclass(type(x), torch.amp.GradScaler)]  # isinstance asks proxies
+    scales = [x._scale.data_ptr() for x in scalers if isinstance(x._scale, Tensor)]
+    if any(x.data_ptr() in scales for x in factors):
+        raise ClosureError(
+            f"{loss} returned GradScaler.scale(loss), whose factor would be in every direction, inner product and "
+            "multiplier: nothing here unscales. Return the loss itself; bf16 autocast needs no scaler."
+        )
 
 
 def sequence_number() -> int:

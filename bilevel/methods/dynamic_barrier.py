@@ -23,6 +23,7 @@ from ..hypergradient.mode_choice import route_taken
 from ..hypergradient.modes import ROUTES, Route
 from ..lower_steps import GradientDescent, InnerStep, Preview, Rule, check_preview, current_rates
 from ..optimizer.base import BilevelOptimizer, Common
+from ..optimizer.hooks import VIRTUAL
 from ..settings import Setting, chosen, counted, numeric
 from ..vectors import Vector, accumulation_dtype, add_scaled, dot, squared_norm, subtract
 from .barrier_terms import Terms, ValueGradient, plain_products, plain_terms, value_claims
@@ -119,6 +120,10 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
         super().__init__(*losses, **common)
         self.inner_step = inner_step
         self._rule()  # refuses an optimizer that no preview can follow
+
+    @property
+    def _ignores_clipping(self) -> str | None:  # type: ignore[override]
+        return VIRTUAL if self.inner_lr is None else None  # a rate of its own was chosen for what it is
 
     @property
     def lower_batches(self) -> int:

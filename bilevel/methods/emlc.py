@@ -18,6 +18,7 @@ from ..hypergradient.products import upper_product
 from ..lower_steps import GradientDescent, Rule, current_rates
 from ..optimizer.apply import hand_over
 from ..optimizer.base import Common
+from ..optimizer.hooks import ONLY_REAL
 from ..optimizer.undo import Groups, Saved
 from ..settings import Setting, chosen, numeric
 from ..vectors import Vector, add_scaled
@@ -82,6 +83,7 @@ class EMLC(Sequential[HypergradientStats]):
     """
 
     trains_first = True
+    _ignores_clipping = ONLY_REAL
     memory = Setting[Literal["store", "replay"]](chosen("store", "replay"))
     discount = Setting[float | None](numeric(0.0, 1.0, optional=True))
 

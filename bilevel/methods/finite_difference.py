@@ -18,6 +18,7 @@ from ..hypergradient.mode_choice import route_taken
 from ..hypergradient.products import upper_product
 from ..lower_steps import InnerStep
 from ..optimizer.base import Common
+from ..optimizer.hooks import VIRTUAL
 from ..settings import Setting, numeric
 from ..vectors import Vector
 from .formulas import Formula, central_difference, difference_claims, summed
@@ -91,6 +92,10 @@ class FiniteDifference(Sequential[HypergradientStats]):
             upper_loss, lower_loss, common, inner_steps=1, inner_lr=inner_lr, inner_step=inner_step, atomic=atomic
         )
         self._check_rule()
+
+    @property
+    def _ignores_clipping(self) -> str | None:  # type: ignore[override]
+        return VIRTUAL if self.inner_lr is None else None  # a rate of its own was chosen for what it is
 
     def _look_ahead(self, oracle: Oracle) -> Directions[HypergradientStats]:
         g = oracle.lower(wrt="lower")

@@ -19,6 +19,7 @@ from ..hypergradient.modes import ROUTES, Route
 from ..hypergradient.products import upper_product
 from ..lower_steps import Preview, check_preview
 from ..optimizer.base import BilevelOptimizer, Common
+from ..optimizer.hooks import VIRTUAL
 from ..settings import Setting, chosen, counted
 from ..vectors import Vector, add_scaled, dot, squared_norm
 from .formulas import Formula, derivative_claims, summed
@@ -72,6 +73,7 @@ class MLC(BilevelOptimizer[HypergradientStats]):
     """
 
     follows_maximize = True
+    _ignores_clipping = VIRTUAL
     inner_steps = Setting[int](counted(1))
     product = Setting[Route](chosen(*ROUTES))
 

@@ -19,6 +19,7 @@ from ..hypergradient.mode_choice import route_taken
 from ..hypergradient.products import upper_product
 from ..lower_steps import GradientDescent, Preview, Rule, check_preview, current_rates
 from ..optimizer.base import Common
+from ..optimizer.hooks import ONLY_REAL
 from ..optimizer.undo import Saved
 from ..settings import Setting, numeric
 from ..vectors import Vector, subtract
@@ -76,6 +77,7 @@ class SAMA(Sequential[HypergradientStats]):
     """
 
     trains_first = True
+    _ignores_clipping = ONLY_REAL
     radius = Setting[float](numeric(0.0, exclusive=True))
 
     def __init__(

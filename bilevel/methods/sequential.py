@@ -26,7 +26,6 @@ from ..hypergradient.mode_choice import Kind, route_taken
 from ..hypergradient.modes import ROUTES, Route
 from ..levels import Level
 from ..lower_steps import GradientDescent, InnerStep, Preview, Rule, check_preview, current_rates
-from ..optimizer.apply import hand_over
 from ..optimizer.base import BilevelOptimizer, Common
 from ..optimizer.undo import Saved
 from ..settings import Setting, chosen, counted, numeric
@@ -153,7 +152,7 @@ class Sequential(BilevelOptimizer[H], ABC):
                 return replace(stats, upper_moved=saved is None, skipped=True)
             if saved is not None:
                 saved.add(self._lower)
-            hand_over(self._lower, g.lower)
+            self._hand_to_lower(g.lower)
         return stats
 
     def _train_then_correct(self, oracle: Oracle) -> H:
@@ -207,7 +206,7 @@ class Sequential(BilevelOptimizer[H], ABC):
         """Take a real lower step; a gradient that is ``kept`` for later stays as it is if hooks clip in place."""
         if real and not self._may_train(g):
             raise _SkippedError(g.value)
-        hand_over(self._lower, [x if x is None else x.clone() for x in g.lower] if kept else g.lower)
+        self._hand_to_lower([x if x is None else x.clone() for x in g.lower] if kept else g.lower)
 
     def _rule(self) -> Rule:
         """The lower step that is differentiated."""

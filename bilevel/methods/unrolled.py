@@ -17,6 +17,7 @@ from ..hypergradient.mode_choice import Kind
 from ..hypergradient.modes import Route
 from ..lower_steps import InnerStep
 from ..optimizer.base import Common
+from ..optimizer.hooks import ONLY_REAL, VIRTUAL
 from ..settings import Fixed, Setting, chosen
 from ..vectors import Vector, add_scaled
 from .formulas import Formula, GraphStart, derivative, summed
@@ -143,6 +144,12 @@ class Unrolled(Sequential[HypergradientStats]):
         )
         self._check_rule('inner_step="plain" for gradient descent' if restore else "EMLC, which follows none")
         self.__dict__.update(truncate=truncate, start=start, restore=restore)
+
+    @property
+    def _ignores_clipping(self) -> str | None:  # type: ignore[override]
+        if not self.restore:
+            return ONLY_REAL
+        return VIRTUAL if self.inner_lr is None else None  # a rate of its own was chosen for what it is
 
     def _look_ahead(self, oracle: Oracle) -> Directions[HypergradientStats]:
         start = None if self.start is None else start_of("Unrolled", self.start, self._lower)

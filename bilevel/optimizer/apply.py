@@ -60,6 +60,7 @@ def are_finite(owner: str, checks: Mapping[str, Vector], must_be: bool, moved: s
         bad = [name for name, verdict in verdicts.items() if verdict is not None and not verdict]
         raise NonFiniteError(
             f"{owner}.step: {' and '.join(bad)} held NaN or infinity; {moved}. "
+            "Usual causes: an empty batch, log(0), or rates that are too large. "
             'Lower the learning rates, or pass on_nonfinite="skip" to drop such steps.'
         )
     return False

@@ -26,6 +26,7 @@ from ..settings import Fixed, Setting, chosen
 from ..vectors import Vector, own_memory, squared_norm
 from ..wrappers import unwrapped, warn_of_processes
 from .apply import are_finite, check_groups, check_state, checked, hand_over, match, place
+from .hooks import HookWatch
 from .method_state import LevelState, MethodState, Remembered, ScalarState
 
 OnNonFinite = Literal["raise", "skip", "ignore"]
@@ -81,6 +82,7 @@ class BilevelOptimizer(ABC, Generic[S]):
     upper_buffers, lower_buffers = Fixed[Any](), Fixed[Any]()
     verify = Setting[Verify](chosen("auto", "always", "never"))
     _after_failure = "nothing was moved"
+    _ignores_clipping: str | None = None  # what a clip on the lower optimizer makes wrong, said once it acts
 
     def __init__(
         self,
@@ -116,6 +118,7 @@ class BilevelOptimizer(ABC, Generic[S]):
         self._evaluator = Evaluator(owner, upper_loss, lower_loss, self._upper, self._lower, modules, verify)
         self._state = MethodState()
         self._warned_of_processes = False
+        self._hooks = HookWatch(owner, self._lower)
 
     @property
     def upper_optimizer(self) -> torch.optim.Optimizer:
@@ -349,6 +352,14 @@ class BilevelOptimizer(ABC, Generic[S]):
         # Each time: what was refused once must not pass the next time, when it is no longer a change.
         check_disjoint(self._upper, self._lower)
 
+    def _hand_to_lower(self, direction: Vector) -> None:
+        """Take a real lower step, and say once if hooks make it another one than this method thinks."""
+        if self.on_nonfinite == "ignore":  # nothing may be read back from the device
+            hand_over(self._lower, direction)
+            return
+        with self._hooks(direction, self._ignores_clipping):
+            hand_over(self._lower, direction)
+
     def _are_finite(self, checks: Mapping[str, Vector]) -> bool:
         """Apply ``on_nonfinite`` to the named vectors; False means that the step is to be skipped."""
         if self.on_nonfinite == "ignore":
@@ -370,6 +381,6 @@ class BilevelOptimizer(ABC, Generic[S]):
         if directions.upper:
             hand_over(self._upper, upper)
         if directions.lower:
-            hand_over(self._lower, lower)
+            self._hand_to_lower(lower)
         self._state.commit(state)
         return replace(directions.stats, upper_moved=bool(directions.upper))
