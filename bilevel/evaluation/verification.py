@@ -37,7 +37,11 @@ TRUNCATION_BELOW = 1e-1
 # What float64 must agree to; and what is believed where float64 cannot be asked.
 DECIDED = 1e-5
 BLATANT = 5e-2
-READERS = {torch.float64: ctypes.c_double, torch.float32: ctypes.c_float}
+READERS: dict[torch.dtype, Any] = {
+    torch.float64: ctypes.c_double,
+    torch.float32: ctypes.c_float,
+    torch.bool: ctypes.c_bool,
+}
 
 
 class Verification:

@@ -354,7 +354,8 @@ class BilevelOptimizer(ABC, Generic[S]):
 
     def _hand_to_lower(self, direction: Vector) -> None:
         """Take a real lower step, and say once if hooks make it another one than this method thinks."""
-        if self.on_nonfinite == "ignore":  # nothing may be read back from the device
+        if self.on_nonfinite == "ignore" and any(x.device.type != "cpu" for x in self._lower.tensors):
+            # Nothing may be read back from the device.
             hand_over(self._lower, direction)
             return
         with self._hooks(direction, self._ignores_clipping):

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..evaluation.verification import on_host
 from ..levels import Level
 from ..vectors import Vector
 
@@ -91,7 +92,7 @@ class HookWatch:
         self._steps += 1
         reads = self._steps & (self._steps - 1) == 0 or self._steps % READ_EVERY == 0
         for kind, found in list(self._found.items()):
-            if (reads or found.device.type == "cpu") and bool(found):
+            if on_host(found) if found.device.type == "cpu" else reads and bool(found):
                 del self._found[kind]
                 self._said.add(kind)
                 warnings.warn(f"{self._owner}: {advice[kind]}", stacklevel=6)
