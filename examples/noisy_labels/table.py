@@ -33,7 +33,6 @@ from examples.noisy_labels.grid.workers import FAILURES, Workers
 from examples.noisy_labels.interruption import Interruption
 from examples.noisy_labels.settings import DATASETS, METHODS, PRESETS
 
-DEFAULT_METHODS = ("ce", "clean", "ce-mixed", "ce-clean", "glc", "em", "ebomlc")
 REFERENCE = "ebomlc"
 OPTIONS_OF_ALL = ("preset", "data", "device")
 
@@ -131,9 +130,9 @@ def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="table.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    methods, datasets = ",".join(DEFAULT_METHODS), ",".join(DATASETS[:1])
-    parser.add_argument("--methods", type=_words, default=DEFAULT_METHODS, metavar="NAME,...", help=f"[{methods}]")
-    parser.add_argument("--datasets", type=_words, default=DATASETS[:1], metavar="NAME,...", help=f"[{datasets}]")
+    methods = ",".join(METHODS)
+    parser.add_argument("--methods", type=_words, default=METHODS, metavar="NAME,...", help=f"[{methods}]")
+    parser.add_argument("--datasets", type=_words, default=("cifar10",), metavar="NAME,...", help="[cifar10]")
     parser.add_argument(
         "--noise",
         type=_words,

@@ -94,11 +94,15 @@ def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> No
 # --- workers ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_finished_is_not_trained_again(tmp_path: Path) -> None:
+def test_what_is_finished_is_not_trained_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = digits(tmp_path)
     pool = Workers(tmp_path, number=3, command=fake(), poll=0.01)
     assert pool.train(found, Interruption()) == []
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split(":")[0] for line in lines} == {cell.name for cell in found}
+    assert lines[-1].endswith("finished, 6 of 6; 0:00:00 left for all")
     assert pool.train(found, Interruption()) == []
+    assert capsys.readouterr().out == ""
     assert [starts(cell) for cell in found] == [1] * 6
     assert all(cell.seconds() == [2.0] * 4 for cell in found)
 

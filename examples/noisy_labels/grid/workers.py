@@ -67,19 +67,43 @@ class Workers:
         threads = [threading.Thread(target=self._work, args=(waiting, failed, stop)) for _ in range(self.number)]
         for thread in threads:
             thread.start()
+        try:
+            self._watch(cells, threads, failed, stop, interruption)
+        finally:  # whatever happens here, no run is left behind
+            stop.set()
+            for thread in threads:
+                thread.join()
+        return failed
+
+    def _watch(
+        self,
+        cells: Sequence[Cell],
+        threads: Sequence[threading.Thread],
+        failed: Sequence[Cell],
+        stop: threading.Event,
+        interruption: Interruption,
+    ) -> None:
+        """Show how far all cells are, a line for each that is finished, and pass on a request to stop."""
         seconds: dict[Cell, list[float]] = {cell: [] for cell in cells}
+        finished = {cell for cell in cells if cell.result() is not None}
         with tqdm(total=sum(cell.epochs for cell in cells), unit="epoch", disable=None) as bar:
-            while any(thread.is_alive() for thread in threads):
-                time.sleep(self.poll)
+            working = True
+            while working:
+                working = any(thread.is_alive() for thread in threads)
+                time.sleep(self.poll if working else 0)
                 if interruption.requested:
                     stop.set()
+                new = [cell for cell in cells if cell not in finished and cell.result() is not None]
                 for cell in cells:
                     if len(seconds[cell]) < cell.epochs:  # logs of finished runs are not read again and again
                         seconds[cell] = cell.seconds()
                 bar.update(sum(map(len, seconds.values())) - bar.n)
                 left = time_left(seconds, self.number, failed)
-                bar.set_postfix_str("" if left is None else f"{timedelta(seconds=round(left))} left for all")
-        return failed
+                words = "" if left is None else f"{timedelta(seconds=round(left))} left for all"
+                bar.set_postfix_str(words)
+                for cell in new:
+                    finished.add(cell)
+                    tqdm.write(f"{cell.name}: finished, {len(finished)} of {len(cells)}; {words}")
 
     def _work(self, waiting: queue.SimpleQueue[tuple[Cell, int]], failed: list[Cell], stop: threading.Event) -> None:
         while not stop.is_set():
