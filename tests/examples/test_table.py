@@ -42,7 +42,8 @@ while not log.exists() or log.read_text().count("\\n") < epochs:
         stream.write(json.dumps({"event": "epoch", "seconds": 2.0}) + "\\n")
     if asked:
         sys.exit(75)
-(folder / "result.json").write_text(json.dumps({"epochs": epochs}))
+(folder / "result").write_text(json.dumps({"epochs": epochs}))
+(folder / "result").replace(folder / "result.json")  # at once, as the real one
 """
 
 
