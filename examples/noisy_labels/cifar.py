@@ -1,8 +1,9 @@
 """Train one method on one noisy data set: ``python examples/noisy_labels/cifar.py --help``.
 
 Writes into its folder: ``config.json`` (the resolved configuration), ``log.jsonl``, ``checkpoint.pt``, ``curves.png``,
-``labels.png`` (which labels each class was given, and has now), ``corrected_labels.csv``, ``suspicious.png``; prints a
-line per epoch and a last one with method, setting, test accuracy, label recovery and time per epoch.
+``labels.png`` (which labels each class was given, and has now), ``corrected_labels.csv``, ``suspicious.png``,
+``transition.csv`` (of Bayes' rule), and last ``result.json``; prints a line per epoch and a last one with method,
+setting, test accuracy, label recovery by the method's own and by Bayes' rule, and time per epoch.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ def _resume(command: Command, run: Run, listener: Callable[[Record], None] | Non
 def _start(command: Command, run: Run, listener: Callable[[Record], None] | None) -> Log:
     """Write the configuration and the first record of the log."""
     settings, task, folder = command.settings, run.task, command.out
+    (folder / results.RESULT).unlink(missing_ok=True)
     (folder / checkpoint.NAME).unlink(missing_ok=True)  # first, so that no checkpoint stands beside another's settings
     settings.save(folder / CONFIGURATION)
     log = Log(folder / LOG, listener=listener)
@@ -120,9 +122,12 @@ def _present(run: Run, log: Log, folder: Path, interruption: Interruption) -> No
 
     title = f"{run.settings.method} on {run.settings.title}, seed {run.settings.seed}"
     task, probabilities = run.task, evaluation.corrected_labels(run.recipe, run.task)
-    wrong = noise.realised_rate(task.true, task.given)
+    bayes, transition = evaluation.labels_by_bayes(run.recipe, task)
+    numbers = results.summary(run.settings, task, run.recipe, log, transition, bayes)
+    wrong = numbers["wrong"]
     writers: list[Callable[[], None]] = [
         lambda: results.write_corrected_labels(folder / "corrected_labels.csv", task, probabilities),
+        lambda: results.write_transition(folder / results.TRANSITION, transition),
         lambda: pictures.curves(folder / "curves.png", log.epochs(), title, wrong),
         lambda: pictures.label_heatmap(folder / "labels.png", task, probabilities, title),
         lambda: pictures.suspicious(folder / "suspicious.png", task, probabilities, title),
@@ -131,8 +136,9 @@ def _present(run: Run, log: Log, folder: Path, interruption: Interruption) -> No
         if interruption.requested:  # the last checkpoint holds the finished training; whoever goes on writes all again
             raise Interrupted("stopped after the last epoch, before all results were written")
         write()
-    line = results.end_line(run.settings, log)
+    line = results.end_line(run.settings, numbers)
     log.write("end", line=line)
+    results.write_summary(folder / results.RESULT, numbers)
     print(f"log, pictures and corrected labels: {folder}")
     print(line)
 

@@ -80,7 +80,7 @@ def train_once(settings: Settings) -> tuple[Outcome, data.Task, Tensor]:
     task = data.load(settings, device)
     with accelerator.prepared(settings, device):
         run = Run(settings, task)
-        while run.epoch < settings.epochs:
+        while run.epoch < run.epochs:
             while run.step < len(run.noisy):
                 run.advance()
             run.end_epoch()

@@ -9,14 +9,15 @@ Label recovery is measured on all noisy images, against true labels that no meth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from examples.noisy_labels.data import Task
-from examples.noisy_labels.recipes import Recipe
+from examples.noisy_labels.decoding import bayes, likeliest_transition, transition_on_trusted
+from examples.noisy_labels.recipe import Recipe
 
 CHUNK = 500  # images per forward pass; only speed and memory depend on it
 
@@ -35,12 +36,23 @@ def accuracy(recipe: Recipe, task: Task) -> float:
 @torch.no_grad()
 def corrected_labels(recipe: Recipe, task: Task) -> Tensor:
     """Return the probabilities (noisy images, classes) that each class is the true one."""
-    with evaluating(recipe):
-        parts = [
-            recipe.correct(task.inputs(task.pixels[index]), given)
-            for index, given in zip(task.noisy.split(CHUNK), task.given.split(CHUNK), strict=True)
-        ]
-    return torch.cat(parts)
+    return _over(recipe, task, task.noisy, task.given, recipe.correct)
+
+
+@torch.no_grad()
+def labels_by_bayes(recipe: Recipe, task: Task) -> tuple[Tensor, Tensor]:
+    """Return the labels by Bayes' rule, as `corrected_labels` does, and the transition matrix; see `decoding.py`."""
+
+    def predict(inputs: Tensor, _: Tensor) -> Tensor:
+        return recipe.predict(inputs)
+
+    predicted, transition = _over(recipe, task, task.noisy, task.given, predict), recipe.transition
+    if transition is None and recipe.transition_from == "trusted":
+        labels = task.labels[task.clean]
+        transition = transition_on_trusted(_over(recipe, task, task.clean, labels, predict), labels)
+    elif transition is None:
+        transition = likeliest_transition(predicted, task.given)
+    return bayes(predicted, transition, task.given), transition
 
 
 def recovery(probabilities: Tensor, task: Task) -> dict[str, float]:
@@ -52,6 +64,15 @@ def recovery(probabilities: Tensor, task: Task) -> dict[str, float]:
         "recovered": _share(right, wrong_given),
         "broken": _share(~right, ~wrong_given),
     }
+
+
+def _over(
+    recipe: Recipe, task: Task, index: Tensor, labels: Tensor, answer: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Evaluate images without augmentation, part by part."""
+    with evaluating(recipe):
+        parts = zip(index.split(CHUNK), labels.split(CHUNK), strict=True)
+        return torch.cat([answer(task.inputs(task.pixels[one]), given) for one, given in parts])
 
 
 @contextmanager

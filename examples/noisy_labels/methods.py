@@ -5,6 +5,9 @@ Without a corrector:
 - ``ce``: cross-entropy on the noisy labels as given.
 - ``clean``: cross-entropy on the trusted images alone.
 - ``ce-clean``: the sum of both: EBOMLC with rho = 1, a corrector that copies, and a multiplier of 1.
+- ``ce-mixed``: cross-entropy on all images, of which each counts about once; see mixed.py.
+- ``glc``: Gold Loss Correction: a transition matrix estimated on the trusted images; see gold_loss_correction.py.
+- ``em``: online EM for the true labels and a transition matrix; see expectation_maximization.py.
 
 With one:
 
@@ -33,12 +36,17 @@ PRINTED: dict[str, Any] = {
     "mix_clean": 0.0,
     "corrector": "mlc",
     "buffers": "once",
+    "clean_weight": 1.0,
 }
+EACH_COUNTS_ONCE = PRINTED | {"clean_weight": 0.03}  # about the trusted images' share
 
 RECIPES: dict[str, dict[str, Any]] = {
     "ce": PRINTED,
     "clean": PRINTED,
     "ce-clean": PRINTED,
+    "ce-mixed": EACH_COUNTS_ONCE,
+    "glc": EACH_COUNTS_ONCE,
+    "em": EACH_COUNTS_ONCE,
     "ebomlc": PRINTED,
     "ebomlc-difference": PRINTED | {"value_gradient": "difference"},
     "ebomlc-released": PRINTED
@@ -51,6 +59,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "mix_clean": 0.5,
         "corrector": "released",
         "buffers": "every",
+        "clean_weight": 1.0,
     },
     "mlc-d": PRINTED | {"delta": 0.5, "rho": 1.0},  # delta is not printed for it; the released code has 0.5
 }

@@ -6,79 +6,33 @@ options there, or a class or a case in `build`.
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.lr_scheduler import MultiStepLR
 
 import bilevel
 from examples.noisy_labels import models
 from examples.noisy_labels.batches import Batch
+from examples.noisy_labels.data import Task
+from examples.noisy_labels.expectation_maximization import ExpectationMaximization
+from examples.noisy_labels.gold_loss_correction import GoldLossCorrection
 from examples.noisy_labels.label_correction import LabelCorrection, split
+from examples.noisy_labels.mixed import Mixed
 from examples.noisy_labels.precision import mixed_precision
+from examples.noisy_labels.recipe import Recipe, Scalars, decay, descent
 from examples.noisy_labels.released_sign import UpdateForGradient
 from examples.noisy_labels.settings import Settings
 
-Scalars = dict[str, Tensor]
-
-
-class Recipe(abc.ABC):
-    """What the training loop asks of a method, and what all methods share.
-
-    Args:
-        networks: The networks that are trained, by name; one of them is the ``classifier``.
-        optimizer: What moves them and can be saved.
-        schedules: Learning-rate schedules, moved on after each epoch; that of the classifier is the ``schedule``.
-        amp: Precision inside the networks' forward passes; see `precision.py`.
-    """
-
-    def __init__(
-        self,
-        networks: dict[str, nn.Module],
-        optimizer: torch.optim.Optimizer | bilevel.BilevelOptimizer,
-        schedules: dict[str, MultiStepLR],
-        amp: str,
-    ) -> None:
-        self.networks, self.optimizer, self.schedules = networks, optimizer, schedules
-        self.classifier = networks["classifier"]
-        self.schedule = schedules["schedule"]
-        self.classify = mixed_precision(self.classifier, amp)
-
-    @abc.abstractmethod
-    def step(self, noisy: Batch, clean: Batch) -> Scalars:
-        """Take one training step; return numbers to log, still on the device."""
-
-    @abc.abstractmethod
-    def correct(self, inputs: Tensor, given: Tensor) -> Tensor:
-        """Return the probability of each class to be the true one, given the image and its noisy label."""
-
-    def end_epoch(self) -> None:
-        """Move the learning-rate schedules on."""
-        for schedule in self.schedules.values():
-            schedule.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that training changes."""
-        return {name: part.state_dict() for name, part in self._parts().items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
-
-    def _parts(self) -> dict[str, Any]:
-        return {**self.networks, "optimizer": self.optimizer, **self.schedules}
-
 
 class Supervised(Recipe):
-    """Ordinary training of the classifier on the noisy images, on the clean ones, or on both with equal weight."""
+    """Ordinary training of the classifier on the noisy images, on the clean ones, or on both."""
 
     def __init__(self, settings: Settings, network: nn.Module, *, noisy: bool, clean: bool) -> None:
-        self.noisy, self.clean = noisy, clean
+        self.noisy, self.clean, self.clean_weight = noisy, clean, settings.clean_weight
+        self.transition_from = "likelihood" if clean else "trusted"
         self.descent = descent(settings, network)
         super().__init__(
             {"classifier": network}, self.descent, {"schedule": decay(settings, self.descent)}, settings.amp
@@ -90,14 +44,15 @@ class Supervised(Recipe):
             losses["upper_loss"] = functional.cross_entropy(self.classify(clean.inputs)[0], clean.labels)
         if self.noisy:
             losses["lower_loss"] = functional.cross_entropy(self.classify(noisy.inputs)[0], noisy.labels)
+        weights = {"upper_loss": self.clean_weight if self.noisy else 1.0, "lower_loss": 1.0}
         self.descent.zero_grad()
-        torch.stack(list(losses.values())).sum().backward()
+        torch.stack([weights[name] * loss for name, loss in losses.items()]).sum().backward()
         self.descent.step()
         return {name: loss.detach() for name, loss in losses.items()}
 
     def correct(self, inputs: Tensor, given: Tensor) -> Tensor:
         """Return the classifier's own opinion: these methods have no corrector and forget the given label."""
-        return functional.softmax(self.classify(inputs)[0], dim=1)
+        return self.predict(inputs)
 
 
 class MetaLabelCorrection(Recipe):
@@ -125,8 +80,15 @@ class MetaLabelCorrection(Recipe):
         return probabilities
 
 
-def build(settings: Settings, classes: int, device: torch.device) -> Recipe:
-    """Build the networks with first weights that depend on the seed alone, and the recipe around them."""
+def build(settings: Settings, classes: int, device: torch.device, task: Task | None = None) -> Recipe:
+    """Build the networks with first weights that depend on the seed alone, and the recipe around them.
+
+    Args:
+        settings: Options.
+        classes: Number of labels.
+        device: Where the networks shall be.
+        task: The images; only ``em`` and ``glc`` ask for them.
+    """
     torch.manual_seed(settings.seed)  # first weights are drawn on the CPU, so they are the same on every device
     network = models.classifier(settings.network, classes)
     corrector = models.corrector(settings.corrector, network.features, classes)
@@ -138,6 +100,14 @@ def build(settings: Settings, classes: int, device: torch.device) -> Recipe:
             return Supervised(settings, network, noisy=False, clean=True)
         case "ce-clean":
             return Supervised(settings, network, noisy=True, clean=True)
+        case "ce-mixed":
+            return Mixed(settings, network)
+        case "em" | "glc":
+            if task is None:
+                raise ValueError(f"build(task=None): {settings.method} estimates T on the images. Hand it the task.")
+            if settings.method == "em":
+                return ExpectationMaximization(settings, network, classes, len(task.noisy))
+            return GoldLossCorrection(settings, network, task)
     return MetaLabelCorrection(settings, network, corrector)
 
 
@@ -181,15 +151,3 @@ def bilevel_optimizer(
         barrier = bilevel.barrier.GradientNorm(settings.delta)
         return bilevel.BOME(upper_loss, lower_loss, inner_steps=settings.inner_steps, barrier=barrier, **options)
     return bilevel.EBOMLC(upper_loss, lower_loss, delta=settings.delta, xi=settings.xi, **options)
-
-
-def descent(settings: Settings, network: nn.Module) -> torch.optim.SGD:
-    """Return the classifier's SGD."""
-    return torch.optim.SGD(
-        network.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
-
-
-def decay(settings: Settings, optimizer: torch.optim.Optimizer) -> MultiStepLR:
-    """Return the published schedule: the learning rate falls tenfold twice."""
-    return MultiStepLR(optimizer, settings.drops, gamma=0.1)

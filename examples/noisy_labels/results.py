@@ -1,31 +1,85 @@
-"""What a finished run leaves behind for people: the end line and the table of corrected labels."""
+"""What a finished run leaves behind: the end line, its numbers as JSON, and the table of corrected labels."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
 
+from examples.noisy_labels import evaluation, noise
 from examples.noisy_labels.data import Task
 from examples.noisy_labels.files import replacing
-from examples.noisy_labels.log import Log
+from examples.noisy_labels.log import Log, Record
+from examples.noisy_labels.recipe import Recipe
 from examples.noisy_labels.settings import Settings
 
+RESULT = "result.json"  # written last: where it is, the run is finished
+TRANSITION = "transition.csv"
+RECOVERY = ("right", "recovered", "broken")
 
-def end_line(settings: Settings, log: Log) -> str:
-    """Return one line: method, setting, test accuracy, label recovery, time per epoch."""
+
+def summary(settings: Settings, task: Task, recipe: Recipe, log: Log, transition: Tensor, bayes: Tensor) -> Record:
+    """Return the numbers of a finished run.
+
+    ``own`` is label recovery by the method's own rule, ``bayes`` by Bayes' rule, with a transition matrix that was
+    ``counted`` by the method, estimated on ``trusted`` images, or the one of largest ``likelihood``; see `decoding.py`.
+
+    Args:
+        settings, task, recipe, log: The run.
+        transition: The matrix of Bayes' rule.
+        bayes: Its labels, as probabilities.
+    """
     epochs = log.epochs()
-    last = epochs[-1]
-    seconds = sum(record["seconds"] for record in epochs) / len(epochs)
+    last, seconds = epochs[-1], [record["seconds"] for record in epochs]
+    return {
+        "method": settings.method,
+        "setting": settings.title,
+        "seed": settings.seed,
+        "noisy": len(task.noisy),
+        "clean": len(task.clean),
+        "test": len(task.test),
+        "wrong": noise.realised_rate(task.true, task.given),
+        "epochs": len(epochs),
+        "test_accuracy": last["test_accuracy"],
+        "own": {name: last[name] for name in RECOVERY},
+        "bayes": evaluation.recovery(bayes, task),
+        "transition_from": recipe.transition_from,
+        "transition_diagonal": transition.diagonal().mean().item(),
+        "seconds": sum(seconds),
+        "seconds_per_epoch": median(seconds),
+    }
+
+
+def end_line(settings: Settings, numbers: Record) -> str:
+    """Return one line: method, setting, test accuracy, label recovery by both rules, time per epoch."""
     return (
         f"{settings.method} on {settings.title}, seed {settings.seed}: "
-        f"test accuracy {100 * last['test_accuracy']:.1f} %, labels right {100 * last['right']:.1f} % "
-        f"(wrong ones recovered {100 * last['recovered']:.1f} %, right ones broken {100 * last['broken']:.1f} %), "
-        f"{seconds:.1f} s per epoch"
+        f"test accuracy {100 * numbers['test_accuracy']:.1f} %, {_recovery(numbers['own'])}, "
+        f"by Bayes' rule {_recovery(numbers['bayes'])}, {numbers['seconds'] / numbers['epochs']:.1f} s per epoch"
     )
+
+
+def _recovery(shares: dict[str, float]) -> str:
+    right, recovered, broken = (100 * shares[name] for name in RECOVERY)
+    return f"labels right {right:.1f} % (wrong ones recovered {recovered:.1f} %, right ones broken {broken:.1f} %)"
+
+
+def write_summary(file: Path, numbers: Record) -> None:
+    """Write the numbers as JSON."""
+    with replacing(file) as stream:
+        stream.write((json.dumps(numbers, indent=1) + "\n").encode())
+
+
+def write_transition(file: Path, transition: Tensor) -> None:
+    """Write a transition matrix as CSV, one row a true class, as ``--noise matrix`` reads it."""
+    rows = "\n".join(",".join(f"{share:.8f}" for share in row) for row in transition.tolist())
+    with replacing(file) as stream:
+        stream.write((rows + "\n").encode())
 
 
 def write_corrected_labels(file: Path, task: Task, probabilities: Tensor) -> None:

@@ -99,6 +99,9 @@ class Settings:
     buffers: str = by_method(
         "buffers", "when BatchNorm's averages move: once a step, or in every evaluation", ("once", "every")
     )
+    clean_weight: float = by_method(
+        "clean_weight", "weight of the trusted images' loss (ce-clean, ce-mixed, glc, em)", kind=float
+    )
     seed: int = option(1, "decides split, noise, first weights, order and crops", kind=int)
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes CUDA if there is one")
     amp: str = option("off", "precision inside the networks; losses and weights stay float32", precision.CHOICES)
@@ -123,6 +126,8 @@ class Settings:
         for name in ("batch_size", "epochs", "log_interval", "inner_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Settings({name}={getattr(self, name)}): must be at least 1.")
+        if self.clean_weight < 0:
+            raise ValueError(f"Settings(clean_weight={self.clean_weight}): must be at least 0.")
         if not 0 <= self.mix_clean < 1:
             rule = "must be at least 0 and below 1, or the upper loss is left without images."
             raise ValueError(f"Settings(mix_clean={self.mix_clean}): {rule}")
@@ -207,11 +212,13 @@ def without_method(saved: dict[str, Any]) -> dict[str, Any]:
     return {name: one for name, one in saved.items() if name in shared or name not in recipe or one != recipe[name]}
 
 
-# paper: the published protocol. quick: two to four minutes on one CPU core. In so few steps the paper's constants, by
-# which the noisy images weigh delta * xi = 0.125, leave the classifier half trained, so quick lets them weigh 1.
+# paper: the published protocol. quick: two to four minutes on one CPU core; medium: all images, a quarter of an hour or
+# more. In so few steps the paper's constants, by which the noisy images weigh delta * xi = 0.125, leave the classifier
+# half trained, so both let them weigh 1.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "quick": {"network": "small", "train_images": 5000, "test_images": 2000, "epochs": 30, "delta": 1.0, "xi": 1.0},
+    "medium": {"network": "small", "epochs": 30, "delta": 1.0, "xi": 1.0},
     "digits": {
         "network": "mlp",
         "noise": "flip",

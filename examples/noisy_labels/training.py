@@ -30,8 +30,10 @@ class Run:
     def __init__(self, settings: Settings, task: Task) -> None:
         self.settings, self.task = settings, task
         self.device = task.pixels.device.type
-        self.recipe = recipes.build(settings, len(task.names), task.pixels.device)
-        self.recipe.classifier.to(memory_format=settings.memory_format)  # type: ignore[call-overload]
+        self.recipe = recipes.build(settings, len(task.names), task.pixels.device, task)
+        for network in self.recipe.networks.values():
+            network.to(memory_format=settings.memory_format)  # type: ignore[call-overload]
+        self.epochs = self.recipe.phases * settings.epochs
         self.noisy = self._batches("noisy batches", task.noisy, task.given)
         self.clean = self._batches("clean batches", task.clean, task.labels[task.clean], settings.corrupt_clean)
         self.epoch, self.step, self.seconds = 0, 0, 0.0  # completed epochs; steps and seconds within the current one
@@ -105,7 +107,7 @@ def train(run: Run, log: Log, folder: Path, interruption: Interruption) -> None:
         ArithmeticError: The run diverged. The checkpoint is the last one before that was noticed.
     """
     try:
-        while run.epoch < run.settings.epochs:
+        while run.epoch < run.epochs:
             _train_epoch(run, log, folder, interruption)
             save(run, log, folder)
     except ArithmeticError as problem:
@@ -122,7 +124,7 @@ def save(run: Run, log: Log, folder: Path) -> None:
 
 def _train_epoch(run: Run, log: Log, folder: Path, interruption: Interruption) -> None:
     steps, interval = len(run.noisy), run.settings.log_interval
-    title = f"epoch {run.epoch + 1}/{run.settings.epochs}"
+    title = f"epoch {run.epoch + 1}/{run.epochs}"
     clock, before = time.perf_counter(), run.seconds
     with tqdm(total=steps, initial=run.step, desc=title, unit="step", leave=False, disable=None) as bar:
         while run.step < steps:

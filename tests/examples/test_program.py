@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.noisy_labels import cifar, command_line, compare, results
+from examples.noisy_labels import cifar, command_line, compare, noise, results
 from examples.noisy_labels.compare import Outcome
 from examples.noisy_labels.evaluation import recovery
 from examples.noisy_labels.settings import Settings
@@ -38,9 +38,10 @@ def test_a_run_says_what_it_does_and_how_it_went(finished: tuple[Path, list[str]
     assert re.search(r"1247 noisy images \(\d\d\.\d\d % of the labels are wrong\), 50 trusted, 500 test", lines[0])
     assert "overlap 0" in lines[0]
     number = r"\d+\.\d"
+    labels = rf"labels right {number} % \(wrong ones recovered {number} %, right ones broken {number} %\)"
     assert re.fullmatch(
-        rf"ebomlc on digits flip 40 %, seed 1: test accuracy {number} %, labels right {number} % "
-        rf"\(wrong ones recovered {number} %, right ones broken {number} %\), {number} s per epoch",
+        rf"ebomlc on digits flip 40 %, seed 1: test accuracy {number} %, {labels}, "
+        rf"by Bayes' rule {labels}, {number} s per epoch",
         lines[-1],
     )
 
@@ -56,6 +57,18 @@ def test_a_run_leaves_configuration_log_and_pictures(finished: tuple[Path, list[
     assert events == ["start", "step", "step", "epoch", "step", "step", "epoch", "end"]  # 12 steps an epoch
     assert {"test_accuracy", "right", "recovered", "broken", "multiplier", "lr", "seconds"} <= records[3].keys()
     assert records[-1]["line"] == lines[-1]
+
+
+def test_a_run_leaves_its_numbers_and_the_matrix_of_bayes_rule(finished: tuple[Path, list[str]]) -> None:
+    folder, lines = finished
+    numbers = json.loads((folder / "result.json").read_text())
+    last = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][-2]
+    assert numbers["own"] == {name: last[name] for name in ("right", "recovered", "broken")}
+    assert (numbers["noisy"], numbers["clean"], numbers["test"], numbers["epochs"]) == (1247, 50, 500, 2)
+    assert numbers["transition_from"] == "likelihood"
+    assert f"by Bayes' rule labels right {100 * numbers['bayes']['right']:.1f} %" in lines[-1]
+    transition = noise.read(folder / "transition.csv", 10)
+    assert transition.diagonal().mean().item() == pytest.approx(numbers["transition_diagonal"], abs=1e-6)
 
 
 def test_corrected_labels_are_written_for_every_noisy_image(finished: tuple[Path, list[str]]) -> None:
@@ -167,6 +180,8 @@ def test_presets_fill_in_what_is_not_said() -> None:
     assert (paper.meta_lr, paper.delta, paper.xi, paper.rho) == (3e-4, 0.25, 0.5, 0.2)
     quick = command_line.parse(["--preset", "quick", "--epochs", "3"]).settings
     assert (quick.network, quick.epochs) == ("small", 3)
+    medium = command_line.parse(["--preset", "medium"]).settings
+    assert (medium.network, medium.epochs, medium.train_images, medium.test_images) == ("small", 30, None, None)
     assert command_line.parse(["--dataset", "digits", "--method", "ce"]).settings.network == "mlp"
 
 

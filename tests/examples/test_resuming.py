@@ -35,15 +35,16 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pictures, name, lambda *_: None)
 
 
-@pytest.mark.parametrize("method", ["ce", "ebomlc"])
+@pytest.mark.parametrize("method", ["ce", "ebomlc", "glc", "em"])
 def test_a_killed_run_is_resumed_exactly(
     method: str, cifar10_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["--data", str(cifar10_folder), "--method", method, *NETWORK]
     whole = tmp_path / "whole"
     assert cifar.main([*command, "--out", str(whole)]) == 0
-    # Four steps an epoch: killed before the first checkpoint, in the second epoch, in the third.
-    for steps in (3, 6, 10):
+    # Four steps an epoch: killed before the first checkpoint, in the second epoch, in the third; glc also as its second
+    # phase begins, and in the middle of that.
+    for steps in (3, 6, 10) + ((12, 18) if method == "glc" else ()):
         broken = tmp_path / f"broken after {steps}"
         with monkeypatch.context() as patch:
             patch.setattr(Run, "advance", dying(Run.advance, steps))
