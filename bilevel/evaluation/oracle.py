@@ -1,4 +1,4 @@
-"""Looks: the losses around the current point, with every shortcut compared with plain autograd of the closure.
+"""The oracle: the losses around the current point, every shortcut compared with plain autograd of the closure.
 
 A closure can tell that an evaluation is forward-only through the lower model, or that it is called a second time; so
 that in looks (``verification.py``) it is evaluated with every flag on as well, and twice.
