@@ -60,6 +60,10 @@ class Level:
         self.names, self.tensors, self._marks = names, tensors, marks
         return True
 
+    def trainable(self) -> list[str]:
+        """Name the variables as they stand now, also if they changed since the last step."""
+        return [name for name, tensor in self._candidates() if tensor.requires_grad]
+
     def groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's parameter group of each variable, as it stands now (schedulers change it)."""
         of = {id(tensor): group for group in self.optimizer.param_groups for tensor in group["params"]}

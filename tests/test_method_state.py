@@ -12,6 +12,7 @@ from torch import Tensor
 
 import bilevel
 from bilevel import Directions, problems
+from methods_table import Problem, assert_same
 
 
 def scalars(w0: float = 2.0, a0: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -221,3 +222,36 @@ def test_the_upper_loss_of_mlc_is_where_its_docstring_says() -> None:
     for inner_steps, at in ((1, 2.0 - 0.1 * 1.5), (2, 2.0)):
         stats = mlc(*scalars(), inner_steps=inner_steps).directions().stats
         assert stats.upper_loss.item() == pytest.approx((at - 1) ** 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", [bilevel.Implicit, bilevel.MLC])
+def test_a_variable_that_was_frozen_since_is_no_part_of_a_checkpoint(method: type[Any]) -> None:
+    """The one that resumes is built with it frozen, and goes on to the same numbers."""
+    runs = [Problem(), Problem()]
+    options = {"inner_steps": 2} if method is bilevel.MLC else {}
+    batches = runs[0].batches()
+
+    def build(run: Problem) -> Any:
+        return method(
+            run.upper_loss,
+            run.lower_loss,
+            upper=run.corrector,
+            lower=run.classifier,
+            upper_optimizer=run.upper_optimizer,
+            lower_optimizer=run.lower_optimizer,
+            **options,
+        )
+
+    one = build(runs[0])
+    one.step(*batches)
+    for run in runs:
+        run.classifier.hidden.bias.requires_grad_(False)
+        run.corrector.mix.bias.requires_grad_(False)
+    for name, module in runs[1].modules.items():
+        module.load_state_dict(runs[0].modules[name].state_dict())
+    other = build(runs[1])
+    other.load_state_dict(one.state_dict())
+    for optimizer in (one, other):
+        torch.manual_seed(0)
+        optimizer.step(*batches)
+    assert_same(runs[0].parameters(), runs[1].parameters())

@@ -28,6 +28,10 @@ class Remembered(ABC, Generic[V]):
         self.reduction = reduction
         self.value = start
 
+    def saved(self) -> V:
+        """Return the value as a checkpoint needs it."""
+        return self.value
+
     @abstractmethod
     def fitted(self, value: Any) -> V:
         """Return ``value`` where it belongs (device, dtype), or raise ValueError if it does not fit."""
@@ -43,6 +47,11 @@ class LevelState(Remembered[NamedTensors]):
     def vector(self) -> Vector:
         """Return the tensors in the order of the level's variables."""
         return [self.value.get(name) for name in self._level.names]
+
+    def saved(self) -> NamedTensors:
+        """Without variables that were frozen since: an optimizer that is built anew does not know them."""
+        names = set(self._level.trainable())
+        return {name: x for name, x in self.value.items() if name in names}
 
     def of(self, directions: Directions[Any]) -> Vector:
         """Return the tensors that ``directions`` would commit, in the order of the level's variables."""
@@ -121,4 +130,5 @@ class MethodState:
         return {name: entry.value for name, entry in self._entries.items()}
 
     def copy(self) -> dict[str, Any]:
-        return deepcopy({name: dict(v) if isinstance(v, Mapping) else v for name, v in self.values().items()})
+        found = {name: entry.saved() for name, entry in self._entries.items()}
+        return deepcopy({name: dict(v) if isinstance(v, Mapping) else v for name, v in found.items()})
