@@ -127,3 +127,14 @@ def test_plain_equivalents_are_what_make_does(target: str) -> None:
     said = re.search(rf"`make {target}`.*?```console\n(.*?)```", text, re.DOTALL)
     assert said is not None
     assert said[1].splitlines() == commands
+
+
+def test_files_that_the_docs_name_are_there() -> None:
+    pages = [README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "methods").glob("*.md")]
+    named = {
+        name
+        for page in pages
+        for name in re.findall(r"`((?:bilevel|examples|benchmarks)/[\w/]+\.py)`", page.read_text("utf-8"))
+    }
+    assert len(named) > 20
+    assert sorted(name for name in named if not (ROOT / name).exists()) == []
