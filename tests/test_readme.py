@@ -136,5 +136,5 @@ def test_files_that_the_docs_name_are_there() -> None:
         for page in pages
         for name in re.findall(r"`((?:bilevel|examples|benchmarks)/[\w/]+\.py)`", page.read_text("utf-8"))
     }
-    assert len(named) > 20
+    assert len(named) >= 10
     assert sorted(name for name in named if not (ROOT / name).exists()) == []
