@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, Self, TypeVar, overload
 
 from .errors import choice, count, message, number
 
@@ -11,23 +11,19 @@ V = TypeVar("V")
 Check = Callable[[str, str, Any], object]
 
 
-class Setting(Generic[V]):
-    """An attribute that is checked whenever it is set, and takes effect from the next step on."""
-
-    def __init__(self, check: Check) -> None:
-        self._check = check
-        self._name = ""
+class _Kept(Generic[V]):
+    """An argument of a constructor, kept under its own name."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     @overload
-    def __get__(self, instance: None, owner: type) -> Setting[V]: ...
+    def __get__(self, instance: None, owner: type) -> Self: ...
 
     @overload
     def __get__(self, instance: Any, owner: type) -> V: ...
 
-    def __get__(self, instance: Any, owner: type) -> Setting[V] | V:
+    def __get__(self, instance: Any, owner: type) -> Self | V:
         if instance is None:
             return self
         try:
@@ -35,32 +31,21 @@ class Setting(Generic[V]):
         except KeyError:
             raise AttributeError(f"{type(instance).__name__} keeps no attribute {self._name}") from None
         return found
+
+
+class Setting(_Kept[V]):
+    """An attribute that is checked whenever it is set, and takes effect from the next step on."""
+
+    def __init__(self, check: Check) -> None:
+        self._check = check
 
     def __set__(self, instance: Any, value: V) -> None:
         self._check(type(instance).__name__, self._name, value)
         instance.__dict__[self._name] = value
 
 
-class Fixed(Generic[V]):
+class Fixed(_Kept[V]):
     """An argument of the constructor that cannot be set later, and says so instead of doing nothing."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, instance: None, owner: type) -> Fixed[V]: ...
-
-    @overload
-    def __get__(self, instance: Any, owner: type) -> V: ...
-
-    def __get__(self, instance: Any, owner: type) -> Fixed[V] | V:
-        if instance is None:
-            return self
-        try:
-            found: V = instance.__dict__[self._name]
-        except KeyError:
-            raise AttributeError(f"{type(instance).__name__} keeps no attribute {self._name}") from None
-        return found
 
     def __set__(self, instance: Any, value: V) -> None:
         advice = "is fixed at construction. Build a new optimizer; load_state_dict carries its state on."
