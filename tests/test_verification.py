@@ -606,21 +606,24 @@ def test_data_that_a_closure_captured_is_widened_for_a_decision() -> None:
     assert {p.dtype for p in scene.student.parameters()} == {torch.float32}
 
 
-def test_an_undecided_small_difference_changes_nothing_and_is_told() -> None:
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [(1e-3, "could not be decided in float64.*no kernel.*Nothing was changed"), (0.5, "another function")],
+)
+def test_what_float64_cannot_decide_switches_only_where_it_is_blatant(size: float, words: str) -> None:
     scene = Scene("ordinary")
     lower = scene.lower_loss
 
     def refuses_float64(batch: Batch) -> Tensor:
         if batch[0].dtype == torch.float64:
             raise RuntimeError("no kernel for float64")
-        tiny = 0.0 if next(iter(scene.student.parameters())).requires_grad else 1e-3
-        return lower(batch) * (1 + tiny)
+        return lower(batch) * (1.0 if next(iter(scene.student.parameters())).requires_grad else 1 + size)
 
     scene.lower_loss = refuses_float64  # type: ignore[method-assign]
     optimizer = scene.optimizer(bilevel.BOME)
-    with pytest.warns(UserWarning, match="could not be decided in float64.*no kernel for float64.*Nothing was changed"):
+    with pytest.warns(UserWarning, match=words):
         optimizer.directions(scene.clean, scene.noisy)
-    assert optimizer.state_dict()["verification"]["routes"] == {}
+    assert (optimizer.state_dict()["verification"]["routes"] == {}) == (size < 0.05)
 
 
 def test_want_of_memory_is_told_once_and_no_error() -> None:
