@@ -180,7 +180,7 @@ class Evaluations:
         # Copies: a training-mode BatchNorm would write tangents into the user's own buffers, and a kept graph may hold
         # what the next evaluation changes.
         copied = substitute is not None and not current
-        prepared = self._prepared(key, at, current=current, trains=trains, copied=copied)
+        prepared = self._prepared(key, at, current=current, trains=trains, substituted=substitute is not None)
         with prepared, plain_attention(), explained(loss.name):
             if substitute is None:
                 graph = loss(batch, self._devices)
@@ -274,15 +274,16 @@ class Evaluations:
         current: bool,
         freeze: bool = False,
         trains: bool = False,
-        copied: bool = False,
+        substituted: bool = False,
     ) -> Iterator[None]:
         """Surround one evaluation: replay what the batch's first one saw, swap ``at`` in and out.
 
-        ``copied`` says that the evaluation gets copies of the buffers.
+        ``substituted`` says that other tensors stand in the places of the lower variables meanwhile; except at the
+        current point, copies in those of the buffers too.
         """
         variables = [*self.upper_level.tensors, *self.lower_level.tensors]
         parameters = self.lower_level.tensors
-        replayed = self.replay.evaluation(key, current=current, trains=trains, copied=copied)
+        replayed = self.replay.evaluation(key, current=current, trains=trains, copied=substituted and not current)
         with replayed, torch.enable_grad():
             # An autocast region around the step would go on to serve casts of the values before the exchange.
             torch.clear_autocast_cache()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ClosureError
 from ..levels import Level
-from .evaluations import Evaluation, Evaluations, Graph, Point, Subject, Wrt
+from .evaluations import Evaluation, Evaluations, Point, Subject, Wrt
 from .inspection import inspected, refuse_accumulation_hooks, refuse_one_shot, refuse_shared_memory
 from .losses import Loss, sequence_number
 from .precision import float64, widened, widening
@@ -108,7 +108,6 @@ class Oracle(Evaluations):
         self._verifies = verifies
         self._inspected: set[str] = set()
         self._repeated: set[str] = set()
-        self._substituting = False
 
     @property
     def verification(self) -> Verification:
@@ -201,45 +200,24 @@ class Oracle(Evaluations):
             )
 
     @contextmanager
-    def _prepared(
-        self,
-        key: Any,
-        at: Point | None,
-        *,
-        current: bool,
-        freeze: bool = False,
-        trains: bool = False,
-        copied: bool = False,
-    ) -> Iterator[None]:
+    def _prepared(self, key: Any, at: Point | None, *, substituted: bool = False, **options: Any) -> Iterator[None]:
         """Surround one evaluation; in a look, the first one of a loss must change nothing."""
-        prepared = super()._prepared(key, at, current=current, freeze=freeze, trains=trains, copied=copied)
-        loss, batch = (
-            (self.upper_loss, self._upper_batch) if key == "upper" else (self.lower_loss, self._lower_batches[key[1]])
-        )
+        prepared = super()._prepared(key, at, substituted=substituted, **options)
+        loss, batch = self._called(key)
         if not self.comparing or loss.name in self._inspected:
             with prepared:
                 yield
             return
-        if not self._substituting:  # else it is asked again of the variables themselves
+        if not substituted:  # else it is asked again of the variables themselves
             self._inspected.add(loss.name)
         with prepared, inspected(loss.name, self._watched(), set(map(id, self._subject.variables)), batch):
             yield
 
-    @contextmanager
-    def _graph(
-        self,
-        loss: Loss,
-        key: Any,
-        batch: Any,
-        at: Point | None,
-        substitute: Point | None,
-        current: bool = False,
-        trains: bool = False,
-    ) -> Iterator[Graph]:
-        self._substituting = substitute is not None
-        with super()._graph(loss, key, batch, at, substitute, current, trains) as graph:
-            self._substituting = False
-            yield graph
+    def _called(self, key: Any) -> tuple[Loss, Any]:
+        """Return the loss and the batch of an evaluation."""
+        if key == "upper":
+            return self.upper_loss, self._upper_batch
+        return self.lower_loss, self._lower_batches[key[1]]
 
     def _watched(self) -> list[tuple[str, Tensor]]:
         """The variables and all other parameters of the known modules, as errors call them."""
@@ -270,12 +248,9 @@ class Oracle(Evaluations):
         def in_float64() -> float:
             with self.in_float64() as wide:
                 point = None if at is None else [x.double() for x in at]
-                wide_key, wide_batch = (
-                    (key, wide._upper_batch) if key == "upper" else (key, wide._lower_batches[key[1]])
-                )
+                _, wide_batch = wide._called(key)
                 a, b = (
-                    wide._evaluate_as(loss, wide_key, wide_batch, point, "upper", False, freeze=freeze)
-                    for freeze in (False, True)
+                    wide._evaluate_as(loss, key, wide_batch, point, "upper", freeze=freeze) for freeze in (False, True)
                 )
                 return float(_gap(a, b))
 
