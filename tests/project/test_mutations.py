@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from mutations import MUTATIONS, ROOT, Mutation, Workshop, chosen, main
+from mutations import MUTATIONS, ROOT, Mutation, Workshop, chosen, main, named
 
 every_mutation = pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.what)
 
 
 @cache
-def test_functions(file: str) -> frozenset[str]:
-    tree = ast.parse((ROOT / "tests" / file).read_text())
+def test_functions(path: str) -> frozenset[str]:
+    tree = ast.parse(Path(path).read_text())
     return frozenset(node.name for node in tree.body if isinstance(node, ast.FunctionDef))
 
 
@@ -28,11 +28,11 @@ def test_its_text_is_there_once_and_its_test_exists(mutation: Mutation) -> None:
     assert source.count(mutation.old) == 1
     assert mutation.new != mutation.old
     ast.parse(source.replace(mutation.old, mutation.new))
-    file, _, rest = mutation.test.partition("::")
+    path, _, rest = named(mutation.test, ROOT / "tests").partition("::")
     name, _, row = rest.partition("[")
-    assert name in test_functions(file)
+    assert name in test_functions(path)
     if row:
-        assert f'"{row.rstrip("]")}"' in (ROOT / "tests" / file).read_text()
+        assert f'"{row.rstrip("]")}"' in Path(path).read_text()
 
 
 def test_there_are_enough_and_no_two_are_the_same() -> None:

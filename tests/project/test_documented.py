@@ -18,7 +18,7 @@ import bilevel
 import bilevel.barrier
 import bilevel.problems
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PACKAGE = ROOT / "bilevel"
 

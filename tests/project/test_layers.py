@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "bilevel"
+PACKAGE = Path(__file__).parents[2] / "bilevel"
 
 # From the bottom of the library to its face. A new module takes its place here, above everything that uses it; a new
 # method has its place already.

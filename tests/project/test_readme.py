@@ -15,7 +15,7 @@ import torch
 
 from pages import examples, run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 REPOSITORY = "https://github.com/bilevel/bilevel"
 DOCUMENTATION = "https://bilevel.readthedocs.io"
