@@ -975,7 +975,7 @@ def run_pytest(folder: Path, tests: list[str], output: Path) -> None:
     with output.open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    options = ["-x", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-W", "error"]
+    options = ["-x", "-q", "-n0", "-m", "", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-W", "error"]
     status = int(pytest.main([*options, *(named(test, folder / "tests") for test in tests)]))
     if "bilevel" in sys.modules and Path(sys.modules["bilevel"].__file__ or "").parent.parent == folder:
         sys.exit(ENDED + status)

@@ -348,6 +348,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
+@pytest.mark.thorough
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(cases())
 def test_options_in_any_combination_equal_the_reference(case: Case) -> None:

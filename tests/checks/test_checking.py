@@ -294,7 +294,9 @@ def raised_at(problem: Problem, optimizer: Any, batches: Any, n: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize(("name", "stride"), [("ebomlc", 1), ("bome-unrolled", 11)])
+@pytest.mark.parametrize(
+    ("name", "stride"), [pytest.param("ebomlc", 1, marks=pytest.mark.thorough), ("bome-unrolled", 11)]
+)
 def test_everything_is_restored_when_a_loss_raises_at_any_call(name: str, stride: int) -> None:
     case, problem = CASES[name], Problem(torch.float32).lived_in()
     optimizer, batches = problem.optimizer(case), problem.batches(case.inner_steps)

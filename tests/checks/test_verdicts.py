@@ -260,7 +260,7 @@ class Off(torch.autograd.Function):
         return 1.01 * gradient
 
 
-@pytest.mark.parametrize("at_zero", [False, True])
+@pytest.mark.parametrize("at_zero", [False, pytest.param(True, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("kink", KINKS)
 def test_a_wrong_backward_fails_also_next_to_kinks(kink: str, at_zero: bool) -> None:
     """No verdict at a kink is no way out: beside it, the same backward is still wrong."""
@@ -320,7 +320,9 @@ def test_a_wrong_direction_fails_on_networks_with_kinks(fault: str, at_zero: boo
 
 
 @every_case
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=() if fault == "a percent more" else pytest.mark.thorough) for fault in FAULTS]
+)
 def test_a_wrong_direction_fails(case: Case, fault: str) -> None:
     problem = Problem().lived_in()
     optimizer = problem.optimizer(case)

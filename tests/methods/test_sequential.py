@@ -296,6 +296,7 @@ def place(stage: str, problem: Problem, batches: list[Any], case: Case) -> Calla
 STAGES = [(name, stage) for name, case in EVERY.items() for stage in stages(case)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "stage"), STAGES)
 def test_what_is_not_finite_at_any_stage_moves_nothing(name: str, stage: str) -> None:
     """``raise`` and ``skip``: variables, buffers, optimizer states and the method's own state are as before."""

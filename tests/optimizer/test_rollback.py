@@ -18,7 +18,7 @@ from test_sequential import ATOMIC, REAL, Broken, batches_of
 pytestmark = pytest.mark.filterwarnings("ignore:hessian product by difference:UserWarning")
 
 
-@pytest.mark.parametrize("side", ["upper", "lower"])
+@pytest.mark.parametrize("side", ["upper", pytest.param("lower", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("when", ["pre", "post"])
 @pytest.mark.parametrize("name", ATOMIC)
 def test_a_hook_that_raises_takes_the_whole_step_back(name: str, when: str, side: str) -> None:

@@ -110,7 +110,9 @@ def run(seed: int) -> None:
         sequence.call(sequence.draw.choice(CALLS))
 
 
-@pytest.mark.parametrize("first", range(0, SEEDS, 10))
+@pytest.mark.parametrize(
+    "first", [0, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in range(10, SEEDS, 10))]
+)
 def test_random_sequences(first: int) -> None:
     for seed in range(first, first + 10):
         run(seed)

@@ -110,10 +110,12 @@ def everywhere() -> dict[str, str]:
     return resolve("--universal", "--python-version", INTERPRETERS[0])
 
 
+@pytest.mark.environment
 def test_all_that_is_installed_anywhere_is_pinned(everywhere: dict[str, str]) -> None:
     assert set(everywhere) == {canonicalize_name(pin.name) for pin in PINS}
 
 
+@pytest.mark.environment
 @pytest.mark.parametrize(
     "system", [pytest.param(name, marks=[] if "x86_64-manylinux" in name else pytest.mark.slow) for name in SYSTEMS]
 )

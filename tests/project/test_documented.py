@@ -57,6 +57,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     return {line.split(" ", 1)[0] for line in zlib.decompress(entries).decode().splitlines() if " py:" in line}
 
 
+@pytest.mark.environment
 def test_every_public_name_is_in_the_reference(reference: set[str]) -> None:
     assert {name for name, _ in NAMES} - reference == set()
 

@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.skipif(os.name == "nt" or shutil.which("make") is None, reason="needs make and a POSIX shell")
+pytestmark = [
+    pytest.mark.environment,
+    pytest.mark.skipif(os.name == "nt" or shutil.which("make") is None, reason="needs make and a POSIX shell"),
+]
 
 
 def make(python: Path, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -16,6 +16,8 @@ import pytest
 import bilevel
 from pages import examples
 
+pytestmark = pytest.mark.environment
+
 ROOT = Path(__file__).parents[2]
 
 # Run with -I in an interpreter of its own, it stands in for an environment in which torch alone was installed: what

@@ -114,6 +114,7 @@ def test_the_citation_and_the_package_name_the_same_places() -> None:
     assert f"\nurl: {DOCUMENTATION}\n" in citation
 
 
+@pytest.mark.environment
 @pytest.mark.skipif(os.name == "nt" or shutil.which("make") is None, reason="needs make and a POSIX shell")
 @pytest.mark.parametrize("target", ["demo", "test"])
 def test_plain_equivalents_are_what_make_does(target: str) -> None:

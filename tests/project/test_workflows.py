@@ -90,6 +90,7 @@ def test_a_processor_gets_no_kernels_that_it_lacks() -> None:
     assert variations.capabilities("SVE256") == ["DEFAULT", "SVE256"]
 
 
+@pytest.mark.environment
 def test_a_variation_arrives_in_torch() -> None:
     code = "import torch; print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())"
     for capability in variations.capabilities(torch.backends.cpu.get_cpu_capability()):
@@ -98,6 +99,7 @@ def test_a_variation_arrives_in_torch() -> None:
         assert run.stdout.split() == [capability, "1"]
 
 
+@pytest.mark.environment
 def test_a_failing_variation_fails_the_whole(capfd: pytest.CaptureFixture[str]) -> None:
     runs = len(variations.THREADS) * len(variations.capabilities(torch.backends.cpu.get_cpu_capability()))
     assert variations.main(["--version"]) == 0
