@@ -1,162 +1,88 @@
-"""The architecture: a module imports only what stands above it, and the package imports nothing but torch."""
+"""The architecture: a module imports only what stands below it, and the package imports nothing but torch.
+
+The order is declared once, in the contracts of ``pyproject.toml``, which ``lint-imports`` checks.
+"""
 
 from __future__ import annotations
 
 import ast
 import re
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
 from pathlib import Path
 
+import grimp
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "bilevel"
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "bilevel"
+CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+# From the bottom of the library to its face, as in CONTRIBUTING.md. Members of one layer may use each other.
+LAYERS = [layer.split(" : ") for layer in reversed(CONTRACTS[0]["layers"])]
 
-# From the bottom of the library to its face. A new module takes its place here, above everything that uses it; a new
-# method has its place already.
-LAYERS = [
-    "without_numpy",
-    "errors",
-    "compiler",
-    "settings",
-    "wrappers",
-    "vectors",
-    "levels",
-    "evaluation.buffers",
-    "evaluation.hold",
-    "evaluation.replay",
-    "evaluation.losses",
-    "evaluation.precision",
-    "evaluation.verification",
-    "evaluation.inspection",
-    "evaluation.substitution",
-    "evaluation.evaluations",
-    "evaluation.oracle",
-    "hypergradient.modes",
-    "hypergradient.mode_choice",
-    "hypergradient.products",
-    "barrier",
-    "lower_steps",
-    "hypergradient",  # its files may use each other
-    "directions",
-    "optimizer.method_state",
-    "optimizer.apply",
-    "optimizer.hooks",
-    "optimizer.undo",
-    "checks.constants",
-    "checks.differences",
-    "checks.plain",
-    "checks.report",
-    "checks.claims",
-    "checks.check_directions",
-    "optimizer.base",
-    "methods.barrier_terms",
-    "methods.dynamic_barrier",
-    "methods.formulas",
-    "methods.sequential",
-    "methods",  # every other file in it: a method, which uses no other method
-    "problems",
-]
-
-FILES = sorted(PACKAGE.rglob("*.py"))
-MODULES = [path for path in FILES if path.name != "__init__.py"]
-INITS = [path for path in FILES if path.name == "__init__.py"]
+GRAPH = grimp.build_graph("bilevel", include_external_packages=True, cache_dir=None)
+AT_RUN_TIME = grimp.build_graph(
+    "bilevel", include_external_packages=True, exclude_type_checking_imports=True, cache_dir=None
+)
+EVERYTHING = sorted(name for name in GRAPH.modules if not GRAPH.is_module_squashed(name))
+MODULES = [name for name in EVERYTHING if not GRAPH.find_children(name)]
+LINT = "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
 
-def dotted(path: Path) -> str:
-    """``bilevel/methods/bome.py`` is ``methods.bome``; ``bilevel/__init__.py`` is the empty string."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(part for part in parts if part != "__init__")
+def lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    """``lint-imports`` on the package of a folder."""
+    command = [sys.executable, "-c", LINT, "--no-cache", "--no-logo"]
+    return subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)
 
 
-def layer(module: str) -> int:
-    """Place of a module in the list: its own, or else that of its folder."""
-    candidates = [name for name in LAYERS if module == name or module.startswith(name + ".")]
-    assert candidates, f"bilevel/{module.replace('.', '/')} has no place in LAYERS"
-    return LAYERS.index(max(candidates, key=len))
+def test_the_contracts_are_kept() -> None:
+    result = lint(ROOT)
+    assert result.returncode == 0, result.stdout
 
 
-def imports(source: str, *, package: str) -> Iterator[tuple[int, str]]:
-    """Yield (line, target) for each import, wherever it stands: in a function or under TYPE_CHECKING it counts too.
-
-    A target inside the package starts with a dot (``.methods.bome``), one outside does not.
-    ``package`` is the folder of the file, from which relative imports count.
-    """
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.lineno, node.module or ""
-        elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".") if package else []
-            base = parents[: len(parents) - (node.level - 1)]
-            if node.module:
-                yield node.lineno, "." + ".".join([*base, node.module])
-            else:  # from . import vectors: each name is a module, or else comes from the package's own __init__
-                yield from ((node.lineno, "." + ".".join([*base, alias.name])) for alias in node.names)
-
-
-def is_module(name: str) -> bool:
-    path = PACKAGE.joinpath(*name.split("."))
-    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
-
-
-def violations(module: str, source: str) -> list[str]:
-    """What a module imports against the rule, one sentence each."""
-    found = []
-    for line, target in imports(source, package=module.rpartition(".")[0]):
-        if not target.startswith("."):
-            continue
-        name = target[1:]
-        if not is_module(name):
-            found.append(f"line {line}: {name or 'the package'} is no module; import from the module that defines it")
-        elif layer(name) >= layer(module) and not (layer(name) == layer(module) == LAYERS.index("hypergradient")):
-            found.append(f"line {line}: {name} does not stand above {module}")
-    return found
-
-
-def test_every_layer_exists_and_every_module_has_a_place() -> None:
-    for path in MODULES:
-        layer(dotted(path))
-    missing = [name for name in LAYERS if not is_module(name)]
-    assert missing == []
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_has_one_place(module: str) -> None:
+    name = module.removeprefix("bilevel.")
+    places = [layer for layer in LAYERS for member in layer if f"{name}.".startswith(f"{member}.")]
+    assert len(places) == 1, "enter it in the contracts of pyproject.toml and in the table of CONTRIBUTING.md"
 
 
 def test_contributing_shows_the_layers_in_their_order() -> None:
-    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    shown = re.findall(r"^\| `(\w+)(?:\.py|/)` \|", text, re.MULTILINE)
-    assert shown == [name for name in LAYERS if "." not in name]
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `([\w/]+(?:\.py|/))` \|", text, re.MULTILINE)
+    assert shown == [row(layer) for layer in LAYERS]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_a_module_imports_only_from_above(path: Path) -> None:
-    assert violations(dotted(path), path.read_text(encoding="utf-8")) == []
+def row(layer: list[str]) -> str:
+    """A layer as the table names it: by its file, or by the folder of all its members."""
+    (folder,) = {member.rpartition(".")[0] for member in layer}
+    if len(layer) > 1:
+        return f"{folder}/"
+    path = layer[0].replace(".", "/")
+    return f"{path}/" if (PACKAGE / path).is_dir() else f"{path}.py"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: dotted(path) or "__init__")
-def test_imports_outside_the_package_are_torch_or_the_standard_library(path: Path) -> None:
-    package = ".".join(path.parent.relative_to(PACKAGE).parts)
-    # "bilevel" is not allowed either: the package does not import itself by name.
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_imports_the_package_itself(module: str) -> None:
+    """A name comes from where it is defined, or from the folder of that: what ``bilevel`` re-exports is for users."""
+    assert "bilevel" not in GRAPH.find_modules_directly_imported_by(module)
+
+
+@pytest.mark.parametrize("module", EVERYTHING)
+def test_imports_outside_the_package_are_torch_or_the_standard_library(module: str) -> None:
     allowed = {*sys.stdlib_module_names, "torch"}
-    assert outside(path.read_text(encoding="utf-8"), package) <= allowed | {"typing_extensions"}
-    assert outside(at_run_time(path.read_text(encoding="utf-8")), package) <= allowed
+    assert outside(GRAPH, module) <= allowed | {"typing_extensions"}
+    assert outside(AT_RUN_TIME, module) <= allowed
 
 
-def outside(source: str, package: str) -> set[str]:
+def outside(graph: grimp.ImportGraph, module: str) -> set[str]:
     """What is imported from other packages."""
-    return {target.split(".")[0] for _, target in imports(source, package=package) if target[0] != "."}
+    return {name for name in graph.find_modules_directly_imported_by(module) if name not in EVERYTHING}
 
 
-def at_run_time(source: str) -> str:
-    """Leave out what only a type checker reads."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = [ast.Pass()]
-    return ast.unparse(tree)
-
-
-@pytest.mark.parametrize("path", INITS, ids=lambda path: dotted(path) or "bilevel")
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=lambda path: path.parent.name)
 def test_init_files_only_re_export(path: Path) -> None:
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
@@ -170,14 +96,21 @@ def test_init_files_only_re_export(path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "source", "complaint"),
     [
-        ("vectors", "from .evaluation.oracle import Evaluator", "does not stand above"),
-        ("vectors", "def f():\n    from . import directions", "does not stand above"),
-        ("methods.bome", "from .ebomlc import EBOMLC", "does not stand above"),
-        ("methods.bome", "from .. import problems", "does not stand above"),
-        ("methods.bome", "from .. import BOME", "is no module"),
-        ("optimizer", "from . import *", "is no module"),
+        ("vectors", "from .evaluation.oracle import Oracle", "bilevel.vectors is not allowed to import"),
+        ("vectors", "def f():\n    from . import directions", "bilevel.vectors is not allowed to import"),
+        ("methods/bome", "from .ebomlc import EBOMLC", "No method imports another BROKEN"),
+        ("methods/sequential", "from .emlc import EMLC", "No method imports another BROKEN"),
+        ("methods/formulas", "from .sequential import Sequential", "What methods share imports no method BROKEN"),
+        ("methods/bome", "from .. import problems", "bilevel.methods is not allowed to import"),
+        ("methods/bome", "from .. import BOME", "bilevel.methods is not allowed to import"),
+        ("errors", "if TYPE_CHECKING:\n    from .vectors import Tensors", "bilevel.errors is not allowed to import"),
     ],
 )
-def test_the_rule_notices_a_violation(module: str, source: str, complaint: str) -> None:
-    (found,) = violations(module, source)
-    assert complaint in found
+def test_the_contracts_notice_a_violation(module: str, source: str, complaint: str, tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "bilevel", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / "bilevel" / f"{module}.py").open("a", encoding="utf-8") as file:
+        file.write(f"\n{source}\n")
+    result = lint(tmp_path)
+    assert result.returncode == 1
+    assert complaint in " ".join(result.stdout.split())
