@@ -16,6 +16,7 @@ With one:
 - ``ebomlc-released``: what the authors' released code computes, with the clean gradient as a gradient (the code
   flips its sign, scales it by the learning rate and adds the momentum buffer to it).
 - ``mlc-d``: MLC by plain BOME: rho = 1, no damping, several look-ahead steps on one batch.
+- ``mlc``: Meta Label Correction, as in its code; see meta_label_correction.py.
 
 ``docs/examples/paper_and_code.md`` says what is printed, what the code does, and how these differ from both.
 """
@@ -37,6 +38,7 @@ PRINTED: dict[str, Any] = {
     "corrector": "mlc",
     "buffers": "once",
     "clean_weight": 1.0,
+    "inner_steps": 5,
 }
 EACH_COUNTS_ONCE = PRINTED | {"clean_weight": 0.03}  # about the trusted images' share
 
@@ -62,4 +64,5 @@ RECIPES: dict[str, dict[str, Any]] = {
         "clean_weight": 1.0,
     },
     "mlc-d": PRINTED | {"delta": 0.5, "rho": 1.0},  # delta is not printed for it; the released code has 0.5
+    "mlc": PRINTED | {"rho": 1.0, "inner_steps": 1},
 }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import bilevel
-from examples.noisy_labels import models
+from examples.noisy_labels import meta_label_correction, models
 from examples.noisy_labels.batches import Batch
 from examples.noisy_labels.data import Task
 from examples.noisy_labels.expectation_maximization import ExpectationMaximization
@@ -25,6 +25,8 @@ from examples.noisy_labels.precision import mixed_precision
 from examples.noisy_labels.recipe import Recipe, Scalars, decay, descent
 from examples.noisy_labels.released_sign import UpdateForGradient
 from examples.noisy_labels.settings import Settings
+
+NUMBERS = ("upper_loss", "lower_loss", "multiplier", "constraint")  # of a bilevel step, as far as the method has them
 
 
 class Supervised(Recipe):
@@ -73,7 +75,7 @@ class MetaLabelCorrection(Recipe):
     def step(self, noisy: Batch, clean: Batch) -> Scalars:
         upper, joining = split(clean, self.mix_clean)
         stats = self.bilevel.step(upper, (noisy, joining))
-        return {name: getattr(stats, name) for name in ("upper_loss", "lower_loss", "multiplier", "constraint")}
+        return {name: getattr(stats, name) for name in NUMBERS if hasattr(stats, name)}
 
     def correct(self, inputs: Tensor, given: Tensor) -> Tensor:
         probabilities: Tensor = self.corrected(self.classify(inputs)[1], given)
@@ -117,7 +119,7 @@ def bilevel_optimizer(
     corrector: nn.Module,
     upper: torch.optim.Optimizer,
     lower: torch.optim.SGD,
-) -> bilevel.BOME | bilevel.EBOMLC:
+) -> bilevel.BOME | bilevel.EBOMLC | bilevel.MLC:
     """Wrap the two losses and the two torch optimizers in the bilevel method that the settings name."""
     losses = LabelCorrection(
         mixed_precision(network, settings.amp),
@@ -134,18 +136,22 @@ def bilevel_optimizer(
     def lower_loss(parts: tuple[Batch, Batch | None]) -> Tensor:
         return losses.lower_loss(*parts)
 
-    options: dict[str, Any] = {
+    common: dict[str, Any] = {
         "upper": corrector,
         "lower": network,
         "upper_optimizer": upper,
         "lower_optimizer": lower,
+        "upper_buffers": settings.buffers,
+        "lower_buffers": settings.buffers,
+        "on_nonfinite": settings.policy(next(network.parameters()).device.type),
+    }
+    if settings.method == "mlc":
+        return meta_label_correction.optimizer(upper_loss, lower_loss, inner_steps=settings.inner_steps, **common)
+    options = common | {
         "value_gradient": settings.value_gradient,
         "step_from": settings.step_from,
         "inner_step": settings.inner_step,
         "multiplier_max": settings.multiplier_max,
-        "upper_buffers": settings.buffers,
-        "lower_buffers": settings.buffers,
-        "on_nonfinite": settings.policy(next(network.parameters()).device.type),
     }
     if settings.method == "mlc-d":
         barrier = bilevel.barrier.GradientNorm(settings.delta)

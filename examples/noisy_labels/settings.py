@@ -86,7 +86,9 @@ class Settings:
     inner_step: str = by_method(
         "inner_step", "look-ahead: a gradient step, or SGD's with momentum and weight decay", ("plain", "preview")
     )
-    inner_steps: int = option(5, "look-ahead steps (mlc-d; ebomlc takes one)", kind=int)
+    inner_steps: int = by_method(
+        "inner_steps", "look-ahead steps (mlc-d; ebomlc takes one), or lower steps for an upper one (mlc)", kind=int
+    )
     multiplier_max: float | None = option(None, "largest multiplier, before xi [none]", kind=float)
     clean_gradient: str = option(
         "gradient", "released: the defect of ebomlc's code, to see what it does; see released_sign.py", CLEAN_GRADIENTS

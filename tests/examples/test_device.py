@@ -32,7 +32,8 @@ class WaitedError(AssertionError):
 class Watch(TorchDispatchMode):
     """Refuses every operation that would wait for an accelerator, if its tensors were there.
 
-    Adam's step counters are let through: torch keeps them on the host, whatever the device of the parameters.
+    Adam's step counters are let through: torch keeps them on the host, whatever the device of the parameters. So are
+    copies that name a layout: with one, forward mode makes a tensor of a zero tangent, on the device of the tensor.
     """
 
     READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique", "_unique2", "item")
@@ -50,7 +51,8 @@ class Watch(TorchDispatchMode):
         name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
         self.operations += 1
         if id(args[0] if args else None) not in self.counters:
-            if name in self.READS or (name in self.COPIES and kwargs.get("device") is not None):
+            copied = name in self.COPIES and kwargs.get("device") is not None and kwargs.get("layout") is None
+            if name in self.READS or copied:
                 raise WaitedError(str(func))
             if name.startswith("index") and any(one is not None and one.dtype == torch.bool for one in _indices(args)):
                 raise WaitedError(f"{func} with a mask")  # its result has as many entries as the mask has ones
