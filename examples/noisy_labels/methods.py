@@ -18,6 +18,11 @@ With one:
 - ``mlc-d``: MLC by plain BOME: rho = 1, no damping, several look-ahead steps on one batch.
 - ``mlc``: Meta Label Correction, as in its code; see meta_label_correction.py.
 
+Sample weights from trusted images:
+
+- ``l2rw``: Learning to Reweight: new weights for each batch; see learning_to_reweight.py.
+- ``mwnet``: Meta-Weight-Net: a network from the loss to the weight; see meta_weight_net.py.
+
 ``docs/examples/paper_and_code.md`` says what is printed, what the code does, and how these differ from both.
 """
 
@@ -64,5 +69,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "clean_weight": 1.0,
     },
     "mlc-d": PRINTED | {"delta": 0.5, "rho": 1.0},  # delta is not printed for it; the released code has 0.5
-    "mlc": PRINTED | {"rho": 1.0, "inner_steps": 1},
+    "mlc": PRINTED | {"rho": 1.0, "inner_steps": 1, "mix_clean": 0.5},
+    "l2rw": PRINTED,
+    "mwnet": PRINTED,
 }

@@ -20,6 +20,8 @@ from examples.noisy_labels.data import Task
 from examples.noisy_labels.expectation_maximization import ExpectationMaximization
 from examples.noisy_labels.gold_loss_correction import GoldLossCorrection
 from examples.noisy_labels.label_correction import LabelCorrection, split
+from examples.noisy_labels.learning_to_reweight import LearningToReweight
+from examples.noisy_labels.meta_weight_net import MetaWeightNet
 from examples.noisy_labels.mixed import Mixed
 from examples.noisy_labels.precision import mixed_precision
 from examples.noisy_labels.recipe import Recipe, Scalars, decay, descent
@@ -110,6 +112,10 @@ def build(settings: Settings, classes: int, device: torch.device, task: Task | N
             if settings.method == "em":
                 return ExpectationMaximization(settings, network, classes, len(task.noisy))
             return GoldLossCorrection(settings, network, task)
+        case "l2rw":
+            return LearningToReweight(settings, network)
+        case "mwnet":
+            return MetaWeightNet(settings, network)
     return MetaLabelCorrection(settings, network, corrector)
 
 
