@@ -17,6 +17,8 @@ With one:
   flips its sign, scales it by the learning rate and adds the momentum buffer to it).
 - ``mlc-d``: MLC by plain BOME: rho = 1, no damping, several look-ahead steps on one batch.
 - ``mlc``: Meta Label Correction, as in its code; see meta_label_correction.py.
+- ``emlc``: Enhanced Meta Label Correction: a teacher with a gate, five lower steps for an upper one;
+  ``emlc-one-step``: the same with one; see enhanced_label_correction.py.
 
 Sample weights from trusted images:
 
@@ -70,6 +72,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "mlc-d": PRINTED | {"delta": 0.5, "rho": 1.0},  # delta is not printed for it; the released code has 0.5
     "mlc": PRINTED | {"rho": 1.0, "inner_steps": 1, "mix_clean": 0.5},
+    "emlc": PRINTED,
+    "emlc-one-step": PRINTED | {"inner_steps": 1},
     "l2rw": PRINTED,
     "mwnet": PRINTED,
 }

@@ -17,6 +17,7 @@ import bilevel
 from examples.noisy_labels import meta_label_correction, models
 from examples.noisy_labels.batches import Batch
 from examples.noisy_labels.data import Task
+from examples.noisy_labels.enhanced_label_correction import EnhancedLabelCorrection, Teacher
 from examples.noisy_labels.expectation_maximization import ExpectationMaximization
 from examples.noisy_labels.gold_loss_correction import GoldLossCorrection
 from examples.noisy_labels.label_correction import LabelCorrection, split
@@ -112,6 +113,9 @@ def build(settings: Settings, classes: int, device: torch.device, task: Task | N
             if settings.method == "em":
                 return ExpectationMaximization(settings, network, classes, len(task.noisy))
             return GoldLossCorrection(settings, network, task)
+        case "emlc" | "emlc-one-step":
+            teacher = Teacher(models.classifier(settings.network, classes), network.features, classes).to(device)
+            return EnhancedLabelCorrection(settings, network, teacher)
         case "l2rw":
             return LearningToReweight(settings, network)
         case "mwnet":

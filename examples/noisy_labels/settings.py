@@ -26,6 +26,7 @@ NOISE_OF_ONE_DATASET = {
 }
 NETWORKS = ("resnet32", "small", "mlp")
 CLEAN_GRADIENTS = ("gradient", "released")
+CORRUPTIONS = ("none", "random", "adversarial")
 ON_NONFINITE = ("auto", "raise", "ignore")
 GROUPS = {  # first option of a group: its title in --help
     "method": "method, images and labels",
@@ -87,8 +88,9 @@ class Settings:
         "inner_step", "look-ahead: a gradient step, or SGD's with momentum and weight decay", ("plain", "preview")
     )
     inner_steps: int = by_method(
-        "inner_steps", "look-ahead steps (mlc-d; ebomlc takes one), or lower steps for an upper one (mlc)", kind=int
+        "inner_steps", "look-ahead steps (mlc-d; ebomlc takes one); lower steps for an upper one (mlc, emlc)", kind=int
     )
+    corruption: str = option("random", "of every second trusted label that the gate is shown (emlc)", CORRUPTIONS)
     multiplier_max: float | None = option(None, "largest multiplier, before xi [none]", kind=float)
     clean_gradient: str = option(
         "gradient", "released: the defect of ebomlc's code, to see what it does; see released_sign.py", CLEAN_GRADIENTS
