@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import bilevel
-from examples.noisy_labels import meta_label_correction, models
+from examples.noisy_labels import meta_label_correction, models, noise
 from examples.noisy_labels.batches import Batch
+from examples.noisy_labels.co_teaching import CoTeachingPlus
 from examples.noisy_labels.data import Task
 from examples.noisy_labels.enhanced_label_correction import EnhancedLabelCorrection, Teacher
 from examples.noisy_labels.expectation_maximization import ExpectationMaximization
@@ -92,7 +93,7 @@ def build(settings: Settings, classes: int, device: torch.device, task: Task | N
         settings: Options.
         classes: Number of labels.
         device: Where the networks shall be.
-        task: The images; only ``em`` and ``glc`` ask for them.
+        task: The images; only some methods ask for them.
     """
     torch.manual_seed(settings.seed)  # first weights are drawn on the CPU, so they are the same on every device
     network = models.classifier(settings.network, classes)
@@ -107,12 +108,15 @@ def build(settings: Settings, classes: int, device: torch.device, task: Task | N
             return Supervised(settings, network, noisy=True, clean=True)
         case "ce-mixed":
             return Mixed(settings, network)
-        case "em" | "glc":
+        case "em" | "glc" | "coteaching-plus" | "dividemix":
             if task is None:
-                raise ValueError(f"build(task=None): {settings.method} estimates T on the images. Hand it the task.")
+                raise ValueError(f"build(task=None): {settings.method} has to know the images. Hand it the task.")
             if settings.method == "em":
                 return ExpectationMaximization(settings, network, classes, len(task.noisy))
-            return GoldLossCorrection(settings, network, task)
+            if settings.method == "glc":
+                return GoldLossCorrection(settings, network, task)
+            second = models.classifier(settings.network, classes).to(device)
+            return CoTeachingPlus(settings, network, second, noise.realised_rate(task.true, task.given))
         case "emlc" | "emlc-one-step":
             teacher = Teacher(models.classifier(settings.network, classes), network.features, classes).to(device)
             return EnhancedLabelCorrection(settings, network, teacher)
