@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from examples.noisy_labels.log import has_trained
+
 CONFIGURATION = "config.json"
 
 
@@ -27,3 +29,21 @@ def of_saved_run(folder: Path, given: Mapping[str, Any], free: Collection[str]) 
             rule = f"the saved run has {name} = {saved.get(name)}, not {plain}"
             raise ValueError(f"--resume: {rule}. Leave the option out, or start another run with another --out.")
     return saved | {name: value for name, value in given.items() if name in free}
+
+
+def refuse_other_options(
+    checkpoint: Path, trained: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]
+) -> None:
+    """Refuse a checkpoint of other options than those of the run that shall go on from it."""
+    for name, value in now.items():
+        if name not in free and trained.get(name) != value:
+            rule = f"was trained with {name} = {trained.get(name)}, and {CONFIGURATION} beside it says {value}"
+            advice = "One of the two is not this run's. Put it back, or start anew with --overwrite"
+            raise ValueError(f"Checkpoint({checkpoint}): {rule}. {advice}.")
+
+
+def refuse_lost_checkpoint(checkpoint: Path, log: Path) -> None:
+    """Refuse to begin anew, in silence, what has been trained: the first checkpoint comes before the first step."""
+    if has_trained(log):
+        rule = f"{checkpoint} is gone, and {log.name} beside it tells of training"
+        raise ValueError(f"--resume: {rule}. Put the checkpoint back, or start anew with --overwrite.")
