@@ -12,6 +12,24 @@ from examples.noisy_labels.log import has_trained
 CONFIGURATION = "config.json"
 
 
+def read(file: Path) -> dict[str, Any]:
+    """Return the options in a file, by name.
+
+    Raises:
+        ValueError: It is no JSON, or no object.
+        OSError: It cannot be read.
+    """
+    advice = "Is it the config.json of a run?"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"--config {file}: is no JSON ({problem}). {advice}") from None
+    if not isinstance(values, dict):
+        rule = f"holds a {type(values).__name__}, and must hold an object: names of options and their values"
+        raise ValueError(f"--config {file}: {rule}. {advice}")
+    return values
+
+
 def of_saved_run(folder: Path, given: Mapping[str, Any], free: Collection[str]) -> dict[str, Any]:
     """Return the options of the run in a folder, with what was ``given`` for the ``free`` ones.
 
@@ -22,7 +40,7 @@ def of_saved_run(folder: Path, given: Mapping[str, Any], free: Collection[str]) 
     if not file.is_file():
         rule = "there is no run to resume"
         raise ValueError(f"--resume: {rule} in {folder}. Give its --out, or use --resume auto to start one.")
-    saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    saved = read(file)
     for name, value in given.items():
         plain = list(value) if isinstance(value, tuple) else value
         if name not in free and plain != saved.get(name):

@@ -39,6 +39,16 @@ def not_written(file: Path, problem: OSError) -> OSError:
     return OSError(f"{file}: {rule}. What was there before is untouched. Make room or choose another --out.")
 
 
+def refuse_unusable(folder: Path) -> None:
+    """Refuse a folder that cannot be one, before hours are spent on what shall be written into it."""
+    whole = folder.absolute()
+    place = next(one for one in (whole, *whole.parents) if one.exists())
+    if not place.is_dir():
+        raise ValueError(f"--out {folder}: {place} is a file, not a folder. Name another --out.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {folder}: nothing may be written into {place}. Name another --out.")
+
+
 def sweep(folder: Path) -> None:
     """Delete what a process that was killed while writing has left."""
     for file in folder.glob(f"*{UNFINISHED}"):
