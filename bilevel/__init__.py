@@ -3,7 +3,7 @@
 from . import without_numpy as without_numpy  # before anything that imports torch
 
 # isort: split
-from . import barrier, problems
+from . import barrier, penalty, problems
 from .batches import Batches, Indexed
 from .directions import Directions, Stats
 from .errors import ClosureError, NonFiniteError
@@ -16,11 +16,13 @@ from .methods import (
     EMLC,
     MLC,
     SAMA,
+    VPBGD,
     BarrierStats,
     FiniteDifference,
     HypergradientStats,
     Implicit,
     ImplicitStats,
+    PenaltyStats,
     Unrolled,
 )
 from .optimizer.base import BilevelOptimizer
@@ -35,6 +37,7 @@ __all__ = [
     "EMLC",
     "MLC",
     "SAMA",
+    "VPBGD",
     "BarrierStats",
     "Batches",
     "BilevelOptimizer",
@@ -50,11 +53,13 @@ __all__ = [
     "Neumann",
     "NonFiniteError",
     "Oracle",
+    "PenaltyStats",
     "Stats",
     "Unrolled",
     "Vector",
     "barrier",
     "check_directions",
     "hold",
+    "penalty",
     "problems",
 ]

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 import bilevel
 from bilevel.barrier import Value
+from bilevel.penalty import Linear
 
 INPUTS, HIDDEN, CLASSES, SAMPLES = 4, 8, 3, 6
 
@@ -109,6 +110,11 @@ def train_and_difference(steps: int) -> str:
     return steps * "L" + "Ull"
 
 
+def from_a_point_of_its_own(steps: int) -> str:
+    """G at the current point, a walk from elsewhere, G at its end with the gradient in alpha alone, F."""
+    return "L" + steps * "L" + "lU"
+
+
 BOME, EBOMLC = bilevel.BOME, bilevel.EBOMLC
 LOOK_FIRST: dict[str, Any] = {"then": "L", "gives_lower": False, "upper_at": "ahead"}
 TRAIN_FIRST: dict[str, Any] = {"trains": lambda steps: steps, "gives_lower": False, "upper_at": "after"}
@@ -163,6 +169,8 @@ CASES: dict[str, Case] = {
         **TRAIN_FIRST,
     ),
     "sama": Case(bilevel.SAMA, train_and_difference, {"inner_steps": 2}, **TRAIN_FIRST),
+    "vpbgd": Case(bilevel.VPBGD, from_a_point_of_its_own, {"penalty": Linear(0.5, slope=1.0)}),
+    "vpbgd-current": Case(bilevel.VPBGD, barrier_calls, {"start": "current", "inner_steps": 2, "normalise": False}),
 }
 
 

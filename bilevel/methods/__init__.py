@@ -8,8 +8,10 @@ from .finite_difference import FiniteDifference
 from .hypergradient_method import HypergradientStats
 from .implicit import Implicit, ImplicitStats
 from .mlc import MLC
+from .penalty_method import PenaltyStats
 from .sama import SAMA
 from .unrolled import Unrolled
+from .vpbgd import VPBGD
 
 __all__ = [
     "BOME",
@@ -17,10 +19,12 @@ __all__ = [
     "EMLC",
     "MLC",
     "SAMA",
+    "VPBGD",
     "BarrierStats",
     "FiniteDifference",
     "HypergradientStats",
     "Implicit",
     "ImplicitStats",
+    "PenaltyStats",
     "Unrolled",
 ]

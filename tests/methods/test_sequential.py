@@ -97,7 +97,7 @@ MORE: dict[str, Case] = {
 }
 EVERY = {name: case for name, case in CASES.items() if case.method not in (bilevel.BOME, bilevel.EBOMLC)} | MORE
 more = pytest.mark.parametrize("case", MORE.values(), ids=MORE.keys())
-ATOMIC = {name: case for name, case in EVERY.items() if case.method is not bilevel.MLC}
+ATOMIC = {name: case for name, case in EVERY.items() if not case.gives_lower}
 every_atomic = pytest.mark.parametrize("case", ATOMIC.values(), ids=ATOMIC.keys())
 every = pytest.mark.parametrize("case", EVERY.values(), ids=EVERY.keys())
 REAL = {name: case for name, case in EVERY.items() if case.real_steps}

@@ -1,0 +1,153 @@
+"""Penalty methods, each beside a plain loop written here from its paper, and on problems with known answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bilevel
+from bilevel import problems
+from bilevel.penalty import Constant, Linear, Logarithmic, Power, Schedule, value_at
+from family import LOWER_RATE, UPPER_RATE, Curved, State, assert_follows, distance, resumed, trained
+
+# --- schedules ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (Constant(3.0), [3.0, 3.0, 3.0, 3.0]),
+        (Linear(1.0, slope=0.5), [1.0, 1.5, 2.0, 2.5]),
+        (Linear(1.0, slope=0.5, maximum=1.75), [1.0, 1.5, 1.75, 1.75]),
+        (Power(2.0, 0.5), [2.0, 2 * 2**0.5, 2 * 3**0.5, 4.0]),
+        (Power(2.0, -1.0), [2.0, 1.0, 2 / 3, 0.5]),
+        (Logarithmic(0.1, base=2.0), [0.1 / 0.6931471805599453, 0.1 / 1.3862943611198906, 0.1 / 1.791759469228055]),
+    ],
+)
+def test_schedules(schedule: Schedule, expected: list[float]) -> None:
+    assert [value_at(schedule, k) for k in range(len(expected))] == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "pattern"),
+    [
+        (lambda: Linear(-1.0, slope=1.0), ValueError, r"Linear\(start=-1\.0\): must be finite and at least 0"),
+        (lambda: Linear(1.0, slope=1.0, maximum=0.5), ValueError, r"Linear\(maximum=0\.5\): .* at least 1"),
+        (lambda: Constant("1"), TypeError, r"Constant\(value=1\): must be a Python number"),
+        (lambda: Power(1.0, float("inf")), ValueError, r"Power\(exponent=inf\): must be finite"),
+        (lambda: Logarithmic(1.0, base=1.0), ValueError, r"Logarithmic\(base=1\.0\): .* greater than 1"),
+        (lambda: Curved().optimizer(bilevel.VPBGD, penalty="high"), TypeError, r"VPBGD\(penalty=high\): .*schedule"),
+        (lambda: Curved().optimizer(bilevel.VPBGD, penalty=-1.0), ValueError, r"VPBGD\(penalty=-1\.0\): must be"),
+    ],
+)
+def test_wrong_schedules_are_refused(build: Any, error: type[Exception], pattern: str) -> None:
+    with pytest.raises(error, match=pattern):
+        build()
+
+
+def test_a_penalty_may_be_set_while_training() -> None:
+    one, two = Curved(), Curved()
+    set_later, scheduled = (
+        one.optimizer(bilevel.VPBGD, penalty=1.0),
+        two.optimizer(bilevel.VPBGD, penalty=Linear(1.0, 2.0)),
+    )
+    for k in range(3):
+        set_later.penalty = 1.0 + 2.0 * k
+        assert set_later.step(0.0, 0.0).penalty == scheduled.step(0.0, 0.0).penalty == 1.0 + 2.0 * k
+    assert torch.equal(one.alpha, two.alpha)
+
+
+# --- V-PBGD -------------------------------------------------------------------------------------------------------
+
+RATE = 0.03
+
+
+def vpbgd(*, start: str, normalise: bool) -> Any:
+    """Algorithm V-PBGD, with the scale of its code."""
+
+    def step(
+        p: Curved, w: Tensor, alpha: Tensor, state: State, upper: float, lower: list[float]
+    ) -> tuple[Tensor, Tensor]:
+        k = state["k"] = state.get("k", -1) + 1
+        gamma = min(0.5 + 0.7 * k, 2.5)
+        omega = state.get("omega", w) if start == "last" else w
+        for batch in lower:
+            omega = omega - RATE * p.gradients(p.g, omega, alpha, batch).lower
+        state["omega"] = omega
+        f, g = p.gradients(p.f, w, alpha, upper), p.gradients(p.g, w, alpha, lower[0])
+        ahead = p.gradients(p.g, omega, alpha, lower[0])
+        scale = min(1 / (gamma + 1e-8), 1) if normalise else 1.0
+        return (
+            w - LOWER_RATE * scale * (f.lower + gamma * g.lower),
+            alpha - UPPER_RATE * scale * (f.upper + gamma * (g.upper - ahead.upper)),
+        )
+
+    return step
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("start", ["last", "current"])
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_vpbgd_is_its_paper(inner_steps: int, start: Any, normalise: bool) -> None:
+    stats = assert_follows(
+        bilevel.VPBGD,
+        vpbgd(start=start, normalise=normalise),
+        each=inner_steps,
+        inner_steps=inner_steps,
+        inner_lr=RATE,
+        start=start,
+        normalise=normalise,
+        penalty=Linear(0.5, slope=0.7, maximum=2.5),
+    )
+    assert stats.penalty == 2.5
+
+
+def penalised(p: problems.Quadratic, gamma: float) -> tuple[Tensor, Tensor]:
+    """Where ``F + gamma (G - min G)`` is smallest: its gradient is linear, as ``G - min G = |w - w*|_H^2 / 2``."""
+    slope = torch.linalg.solve(p.hessian, p.coupling)  # w* = slope alpha + intercept
+    intercept = torch.linalg.solve(p.hessian, p.offset)
+    upper = torch.eye(len(p.anchor), dtype=torch.float64)
+    rows = [
+        torch.cat([p.upper_hessian + gamma * p.hessian, -gamma * p.coupling], 1),
+        torch.cat([-gamma * p.coupling.T, p.weight * upper + gamma * slope.T @ p.coupling], 1),
+    ]
+    right = torch.cat(
+        [
+            p.upper_hessian @ p.target + gamma * p.offset,
+            p.weight * p.anchor - gamma * slope.T @ p.hessian @ intercept,
+        ]
+    )
+    both = torch.linalg.solve(torch.cat(rows), right)
+    return both[: len(p.target)], both[len(p.target) :]
+
+
+def test_the_bias_of_the_penalised_problem_is_of_order_one_over_gamma() -> None:
+    p = problems.quadratic(seed=2)
+    assert p.upper_solution is not None
+    biases = [gamma * float((penalised(p, gamma)[1] - p.upper_solution).norm()) for gamma in (1e4, 1e5)]
+    assert biases[0] == pytest.approx(biases[1], rel=1e-3)
+    assert biases[1] > 0.1
+
+
+@pytest.mark.parametrize("gamma", [2.0, 8.0])
+def test_vpbgd_ends_at_the_minimiser_of_the_penalised_problem(gamma: float) -> None:
+    problem = problems.quadratic(seed=2)
+    trained(problem, bilevel.VPBGD, 900, (0.2, 0.2), penalty=gamma, inner_lr=0.2, inner_steps=2)
+    w, alpha = penalised(problem, gamma)
+    torch.testing.assert_close(problem.upper.detach(), alpha, rtol=0, atol=1e-7)
+    torch.testing.assert_close(problem.lower.detach(), w, rtol=0, atol=1e-7)
+
+
+def test_vpbgd_solves_a_problem_with_several_lower_minima() -> None:
+    problem = problems.degenerate()
+    trained(problem, bilevel.VPBGD, 1000, (0.2, 0.2), penalty=2.0, inner_lr=0.5)
+    assert distance(problem) < 1e-6
+
+
+@pytest.mark.parametrize("options", [{"penalty": Linear(0.5, slope=1.0)}, {"start": "current"}])
+def test_vpbgd_resumes(options: dict[str, Any]) -> None:
+    for one, two in resumed(bilevel.VPBGD, **options):
+        assert torch.equal(one, two)
