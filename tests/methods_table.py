@@ -40,6 +40,7 @@ class Case:
         gives_lower: Whether ``directions`` answers for the lower level too.
         upper_at: Where F is evaluated: at the ``current`` point, ``ahead`` of it after virtual lower steps, or
             ``after`` real ones.
+        ordinary: Whether the real lower steps are those of a training loop on G alone.
     """
 
     method: type[bilevel.BilevelOptimizer]
@@ -49,6 +50,7 @@ class Case:
     trains: Callable[[int], int] = lambda steps: 0
     gives_lower: bool = True
     upper_at: Literal["current", "ahead", "after"] = "current"
+    ordinary: bool = True
 
     @property
     def inner_steps(self) -> int:
@@ -115,9 +117,21 @@ def from_a_point_of_its_own(steps: int) -> str:
     return "L" + steps * "L" + "lU"
 
 
+def two_copies(steps: int) -> str:
+    """Steps of w along both losses, steps of a copy along G; both losses at w, G at the copy, in alpha alone."""
+    return steps * "LU" + steps * "L" + "llU"
+
+
+def two_copies_along_both(steps: int) -> str:
+    """The same, with both losses along the copy's steps and at its end."""
+    return 2 * steps * "LU" + "llUU"
+
+
 BOME, EBOMLC = bilevel.BOME, bilevel.EBOMLC
 LOOK_FIRST: dict[str, Any] = {"then": "L", "gives_lower": False, "upper_at": "ahead"}
 TRAIN_FIRST: dict[str, Any] = {"trains": lambda steps: steps, "gives_lower": False, "upper_at": "after"}
+# The same, with F at the current point too, before the real steps, which it takes part in.
+ALONG_BOTH: dict[str, Any] = {"trains": lambda steps: steps, "gives_lower": False, "ordinary": False}
 
 BARRIER_CASES: dict[str, Case] = {
     "bome": Case(BOME, barrier_calls),
@@ -171,6 +185,8 @@ CASES: dict[str, Case] = {
     "sama": Case(bilevel.SAMA, train_and_difference, {"inner_steps": 2}, **TRAIN_FIRST),
     "vpbgd": Case(bilevel.VPBGD, from_a_point_of_its_own, {"penalty": Linear(0.5, slope=1.0)}),
     "vpbgd-current": Case(bilevel.VPBGD, barrier_calls, {"start": "current", "inner_steps": 2, "normalise": False}),
+    "f2sa": Case(bilevel.F2SA, two_copies, {"inner_steps": 1}, **ALONG_BOTH),
+    "f2sa-2": Case(bilevel.F2SA, two_copies_along_both, {"inner_steps": 2, "p": 2, "penalty": 3.0}, **ALONG_BOTH),
 }
 
 

@@ -4,6 +4,7 @@ from .bome import BOME
 from .dynamic_barrier import BarrierStats
 from .ebomlc import EBOMLC
 from .emlc import EMLC
+from .f2sa import F2SA
 from .finite_difference import FiniteDifference
 from .hypergradient_method import HypergradientStats
 from .implicit import Implicit, ImplicitStats
@@ -17,6 +18,7 @@ __all__ = [
     "BOME",
     "EBOMLC",
     "EMLC",
+    "F2SA",
     "MLC",
     "SAMA",
     "VPBGD",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import bilevel
 from bilevel import problems
+from bilevel.methods.f2sa import coefficients
 from bilevel.penalty import Constant, Linear, Logarithmic, Power, Schedule, value_at
 from family import LOWER_RATE, UPPER_RATE, Curved, State, assert_follows, distance, resumed, trained
 
@@ -150,4 +151,106 @@ def test_vpbgd_solves_a_problem_with_several_lower_minima() -> None:
 @pytest.mark.parametrize("options", [{"penalty": Linear(0.5, slope=1.0)}, {"start": "current"}])
 def test_vpbgd_resumes(options: dict[str, Any]) -> None:
     for one, two in resumed(bilevel.VPBGD, **options):
+        assert torch.equal(one, two)
+
+
+# --- F2SA ---------------------------------------------------------------------------------------------------------
+
+# By hand: forward difference, central difference, and the textbook's of order 3 and 4.
+QUOTIENTS = {
+    1: {0: -1.0, 1: 1.0},
+    2: {-1: -1 / 2, 1: 1 / 2},
+    3: {-1: -1 / 3, 0: -1 / 2, 1: 1.0, 2: -1 / 6},
+    4: {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12},
+}
+
+
+@pytest.mark.parametrize("p", QUOTIENTS)
+def test_coefficients(p: int) -> None:
+    found = coefficients(p)
+    assert list(found) == list(QUOTIENTS[p])
+    assert found == pytest.approx(QUOTIENTS[p], rel=1e-14)
+
+
+def f2sa(p: int, *, normalise: bool = False) -> Any:
+    """Algorithm 1 of F2SA-p; with p = 1 that of F2SA, of step size alpha_k = LOWER_RATE / lambda_k."""
+
+    def step(
+        problem: Curved, w: Tensor, alpha: Tensor, state: State, upper: float, lower: list[float]
+    ) -> tuple[Tensor, Tensor]:
+        k = state["k"] = state.get("k", -1) + 1
+        nu = 1 / (1 + 0.1 * k)
+        total = torch.zeros_like(alpha)
+        for j, c in QUOTIENTS[p].items():
+            y, rate = (w, LOWER_RATE) if j == 1 else (state.get(j, w), RATE)
+            for batch in lower:
+                f, g = problem.gradients(problem.f, y, alpha, upper), problem.gradients(problem.g, y, alpha, batch)
+                y = y - rate * (g.lower + j * nu * f.lower)
+            state[j] = y
+            f, g = problem.gradients(problem.f, y, alpha, upper), problem.gradients(problem.g, y, alpha, lower[0])
+            total = total + c * (j * f.upper + g.upper / nu)
+        return state[1], alpha - UPPER_RATE * (total / total.norm() if normalise else total)
+
+    return step
+
+
+@pytest.mark.parametrize("inner_steps", [1, 3])
+@pytest.mark.parametrize("p", QUOTIENTS)
+def test_f2sa_is_its_paper(p: int, inner_steps: int) -> None:
+    options: dict[str, Any] = {"p": p, "inner_steps": inner_steps, "inner_lr": RATE}
+    assert_follows(bilevel.F2SA, f2sa(p), each=inner_steps, **options)
+    assert_follows(bilevel.F2SA, f2sa(p, normalise=True), each=inner_steps, normalise=True, **options)
+
+
+def test_each_step_of_f2sa_may_have_an_upper_batch_of_its_own() -> None:
+    problem = Curved()
+    optimizer = problem.optimizer(bilevel.F2SA, inner_steps=2, penalty=2.0)
+    w, alpha = problem.point
+    y, z = w, w
+    for batch in (0.3, -0.4):
+        f, g = problem.gradients(problem.f, y, alpha, batch), problem.gradients(problem.g, y, alpha, 0.0)
+        y, z = y - LOWER_RATE * (g.lower + f.lower / 2), z - LOWER_RATE * problem.gradients(problem.g, z, alpha).lower
+    gap = problem.gradients(problem.g, y, alpha).upper - problem.gradients(problem.g, z, alpha).upper
+    expected = problem.gradients(problem.f, y, alpha, 1.5).upper + 2 * gap
+    found = optimizer.directions(bilevel.Batches(0.3, -0.4, 1.5), 0.0).upper["0"]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_the_error_of_f2sa_is_of_order_p(p: int) -> None:
+    """With the copies solved, the direction misses the hypergradient by a constant times nu^p."""
+    errors = []
+    for penalty in (20.0, 40.0):
+        problem = Curved()
+        frozen = torch.optim.SGD([problem.alpha], lr=0.0)
+        rates = torch.optim.SGD(problem.lower, lr=0.3)
+        optimizer = problem.optimizer(
+            bilevel.F2SA, p=p, penalty=penalty, inner_steps=400, upper_optimizer=frozen, lower_optimizer=rates
+        )
+        optimizer.step(0.0, 0.0)
+        found = optimizer.directions(0.0, 0.0).upper["0"]
+        errors.append(float((found - hypergradient(problem)).norm()))
+    assert errors[0] / errors[1] == pytest.approx(2**p, rel=0.15)
+
+
+def hypergradient(problem: Curved) -> Tensor:
+    """By the implicit function theorem, at the lower solution that Newton's method finds."""
+    w, alpha = problem.point
+    identity = torch.eye(len(w), dtype=torch.float64)
+    for _ in range(30):
+        hessian = torch.stack([problem.products(w, alpha, row)[1] for row in identity])
+        w = w - torch.linalg.solve(hessian, problem.gradients(problem.g, w, alpha).lower)
+    f = problem.gradients(problem.f, w, alpha)
+    return f.upper - problem.products(w, alpha, torch.linalg.solve(hessian, f.lower))[0]
+
+
+def test_f2sa_finds_the_solution_of_the_quadratic_problem() -> None:
+    problem = problems.quadratic(seed=2)
+    trained(problem, bilevel.F2SA, 150, (0.2, 0.3), p=2, penalty=100.0, inner_steps=5)
+    assert distance(problem) < 2e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"p": 3, "inner_steps": 2}])
+def test_f2sa_resumes(options: dict[str, Any]) -> None:
+    for one, two in resumed(bilevel.F2SA, **options):
         assert torch.equal(one, two)
