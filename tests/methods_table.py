@@ -127,6 +127,11 @@ def two_copies_along_both(steps: int) -> str:
     return 2 * steps * "LU" + "llUU"
 
 
+def one_product(steps: int) -> str:
+    """A gradient of G, its Hessian along v, F."""
+    return "LLU"
+
+
 BOME, EBOMLC = bilevel.BOME, bilevel.EBOMLC
 LOOK_FIRST: dict[str, Any] = {"then": "L", "gives_lower": False, "upper_at": "ahead"}
 TRAIN_FIRST: dict[str, Any] = {"trains": lambda steps: steps, "gives_lower": False, "upper_at": "after"}
@@ -187,6 +192,9 @@ CASES: dict[str, Case] = {
     "vpbgd-current": Case(bilevel.VPBGD, barrier_calls, {"start": "current", "inner_steps": 2, "normalise": False}),
     "f2sa": Case(bilevel.F2SA, two_copies, {"inner_steps": 1}, **ALONG_BOTH),
     "f2sa-2": Case(bilevel.F2SA, two_copies_along_both, {"inner_steps": 2, "p": 2, "penalty": 3.0}, **ALONG_BOTH),
+    "soba": Case(bilevel.SOBA, one_product, {"product": "reverse"}),
+    "soba-forward": Case(bilevel.SOBA, one_product, {"product": "forward", "system_lr": 0.05}),
+    "masoba": Case(bilevel.MASOBA, one_product, {"theta": 0.3, "product": "reverse"}),
 }
 
 

@@ -8,9 +8,12 @@ from .f2sa import F2SA
 from .finite_difference import FiniteDifference
 from .hypergradient_method import HypergradientStats
 from .implicit import Implicit, ImplicitStats
+from .masoba import MASOBA
 from .mlc import MLC
 from .penalty_method import PenaltyStats
 from .sama import SAMA
+from .single_loop import SingleLoopStats
+from .soba import SOBA
 from .unrolled import Unrolled
 from .vpbgd import VPBGD
 
@@ -19,8 +22,10 @@ __all__ = [
     "EBOMLC",
     "EMLC",
     "F2SA",
+    "MASOBA",
     "MLC",
     "SAMA",
+    "SOBA",
     "VPBGD",
     "BarrierStats",
     "FiniteDifference",
@@ -28,5 +33,6 @@ __all__ = [
     "Implicit",
     "ImplicitStats",
     "PenaltyStats",
+    "SingleLoopStats",
     "Unrolled",
 ]

@@ -60,7 +60,7 @@ class F2SA(PenaltyMethod[PenaltyStats]):
         TypeError, ValueError: An argument is off; the message says which and what to do.
 
     Cost:
-        For each copy (p for even p, p + 1 for odd p): T gradients of G and, but for :math:`y_0`, T of F, in w alone; and
+        For each copy (p for even p, p + 1 for odd p): T gradients of G and, but for :math:`y_0`, T of F, in w; then
         one evaluation of each that is forward-only through the lower module. Memory: the copies but w, from step to
         step.
 
