@@ -12,6 +12,7 @@ from .evaluation.oracle import Oracle
 from .hypergradient import ConjugateGradient, FixedPoint, Neumann
 from .methods import (
     BOME,
+    BVFSM,
     EBOMLC,
     EMLC,
     F2SA,
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BOME",
+    "BVFSM",
     "EBOMLC",
     "EMLC",
     "F2SA",

@@ -127,6 +127,11 @@ def two_copies_along_both(steps: int) -> str:
     return 2 * steps * "LU" + "llUU"
 
 
+def value_then_barrier(steps: int) -> str:
+    """G at w, one step of the copy, G at it in alpha alone; steps of w along both losses; both at w, in alpha alone."""
+    return "L" + "Ll" + "U" + (steps - 1) * "LU" + "lU"
+
+
 def one_product(steps: int) -> str:
     """A gradient of G, its Hessian along v, F."""
     return "LLU"
@@ -192,6 +197,15 @@ CASES: dict[str, Case] = {
     "vpbgd-current": Case(bilevel.VPBGD, barrier_calls, {"start": "current", "inner_steps": 2, "normalise": False}),
     "f2sa": Case(bilevel.F2SA, two_copies, {"inner_steps": 1}, **ALONG_BOTH),
     "f2sa-2": Case(bilevel.F2SA, two_copies_along_both, {"inner_steps": 2, "p": 2, "penalty": 3.0}, **ALONG_BOTH),
+    "bvfsm": Case(
+        bilevel.BVFSM, value_then_barrier, {"inner_steps": 1, "value_steps": 1, "penalty": 2.0}, **ALONG_BOTH
+    ),
+    "bvfsm-paper": Case(
+        bilevel.BVFSM,
+        value_then_barrier,
+        {"inner_steps": 1, "value_steps": 1, "argument": "paper", "slack": 1.0},
+        **ALONG_BOTH,
+    ),
     "soba": Case(bilevel.SOBA, one_product, {"product": "reverse"}),
     "soba-forward": Case(bilevel.SOBA, one_product, {"product": "forward", "system_lr": 0.05}),
     "masoba": Case(bilevel.MASOBA, one_product, {"theta": 0.3, "product": "reverse"}),

@@ -1,6 +1,7 @@
 """The methods, one a file."""
 
 from .bome import BOME
+from .bvfsm import BVFSM
 from .dynamic_barrier import BarrierStats
 from .ebomlc import EBOMLC
 from .emlc import EMLC
@@ -19,6 +20,7 @@ from .vpbgd import VPBGD
 
 __all__ = [
     "BOME",
+    "BVFSM",
     "EBOMLC",
     "EMLC",
     "F2SA",

@@ -254,3 +254,111 @@ def test_f2sa_finds_the_solution_of_the_quadratic_problem() -> None:
 def test_f2sa_resumes(options: dict[str, Any]) -> None:
     for one, two in resumed(bilevel.F2SA, **options):
         assert torch.equal(one, two)
+
+
+# --- BVFSM --------------------------------------------------------------------------------------------------------
+
+
+def bvfsm(argument: str, slack: float, value_steps: int) -> Any:
+    """The lines of the released code, or with the paper's argument of the logarithm; by plain autograd of the whole."""
+
+    def step(
+        p: Curved, w: Tensor, alpha: Tensor, state: State, upper: float, lower: list[float]
+    ) -> tuple[Tensor, Tensor]:
+        k = state["k"] = state.get("k", -1) + 1
+        sigma, mu, theta = 0.5 / (k + 1), 0.01 / (k + 1) ** 1.1, 0.02
+
+        def barrier(w: Tensor, alpha: Tensor, batch: float) -> Tensor:
+            above = p.g(w, alpha, batch)
+            held = above.detach() if argument == "released" else 0.0
+            bound = p.g(z, alpha, lower[0]) + mu * z.square().sum()
+            logarithm = (held + slack + bound - above).log()
+            return p.f(w, alpha, upper) + theta * w.square().sum() - sigma * logarithm
+
+        z = state.get("z", w)
+        for t in range(value_steps):
+            batch = lower[min(t, len(lower) - 1)]
+            z = z - RATE * (p.gradients(p.g, z, alpha, batch).lower + 2 * mu * z)
+        state["z"] = z
+        for batch in lower:
+            w = w - LOWER_RATE * p.gradients(barrier, w, alpha, batch).lower
+        return w, alpha - UPPER_RATE * p.gradients(barrier, w, alpha, lower[0]).upper
+
+    return step
+
+
+@pytest.mark.parametrize(("argument", "slack"), [("released", None), ("released", 8.0), ("paper", 9.0)])
+@pytest.mark.parametrize(("inner_steps", "value_steps"), [(1, 1), (2, 4), (3, 1)])
+def test_bvfsm_is_its_code(argument: Any, slack: float | None, inner_steps: int, value_steps: int) -> None:
+    assert_follows(
+        bilevel.BVFSM,
+        bvfsm(argument, 5 + 1e-8 if slack is None else slack, value_steps),
+        each=inner_steps,
+        penalty=Power(0.5, -1.0),
+        regularisation=Power(0.01, -1.1),
+        decay=0.02,
+        inner_steps=inner_steps,
+        value_steps=value_steps,
+        inner_lr=RATE,
+        slack=slack,
+        argument=argument,
+    )
+
+
+@pytest.mark.parametrize(("argument", "sigma", "slack"), [("released", 200.0, 50.0), ("paper", 2.0, 1.0)])
+def test_bvfsm_ends_at_the_minimiser_of_its_barrier(argument: Any, sigma: float, slack: float) -> None:
+    """There the barrier is a penalty of the weight ``sigma / A``."""
+    p = problems.quadratic(seed=2)
+    rates = (0.05, 0.05) if argument == "released" else (0.02, 0.02)
+    options: dict[str, Any] = {"regularisation": 0.0, "decay": 0.0, "inner_lr": 0.2, "argument": argument}
+    # First the lower problem, for a point inside of the barrier.
+    p.lower.data.copy_(p.lower_optimum(p.upper.detach()))
+    trained(p, bilevel.BVFSM, 1000, rates, penalty=sigma, slack=slack, inner_steps=5, value_steps=5, **options)
+    optimum = p.lower_optimum(p.upper.detach())
+    least = 0.5 * optimum @ p.hessian @ optimum - optimum @ (p.coupling @ p.upper.detach() + p.offset)
+    inside = least + slack - (p.lower_loss().detach() if argument == "paper" else 0.0)
+    w, alpha = penalised(p, float(sigma / inside))
+    torch.testing.assert_close(p.upper.detach(), alpha, rtol=0, atol=1e-6)
+    torch.testing.assert_close(p.lower.detach(), w, rtol=0, atol=1e-6)
+
+
+def test_bvfsm_outside_of_its_barrier_is_not_finite() -> None:
+    problem = Curved()
+    optimizer = problem.optimizer(bilevel.BVFSM, argument="paper", slack=1e-9, value_steps=50, inner_steps=1)
+    with pytest.raises(bilevel.NonFiniteError, match=r"BVFSM\.step"):
+        optimizer.step(0.0, 0.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"inner_steps": 1, "value_steps": 2}])
+def test_bvfsm_resumes(options: dict[str, Any]) -> None:
+    for one, two in resumed(bilevel.BVFSM, **options):
+        assert torch.equal(one, two)
+
+
+# --- all ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (bilevel.VPBGD, {"penalty": 2.0}),
+        (bilevel.F2SA, {"penalty": 2.0}),
+        (bilevel.BVFSM, {"penalty": 2.0, "slack": 1.0, "inner_steps": 5, "value_steps": 5}),
+    ],
+)
+def test_an_upper_loss_without_upper_variables(method: Any, options: dict[str, Any]) -> None:
+    alpha, w = torch.zeros((), requires_grad=True), torch.zeros((), requires_grad=True)
+    optimizer = method(
+        lambda: (w - 1) ** 2,
+        lambda: (w - alpha) ** 2,
+        upper=alpha,
+        lower=w,
+        upper_optimizer=torch.optim.SGD([alpha], lr=0.1),
+        lower_optimizer=torch.optim.SGD([w], lr=0.1),
+        **options,
+    )
+    for _ in range(300):
+        optimizer.step()
+    torch.testing.assert_close(alpha.detach(), torch.ones(()), rtol=0, atol=1e-3)
+    torch.testing.assert_close(w.detach(), torch.ones(()), rtol=0, atol=1e-3)
+    assert bilevel.check_directions(optimizer).passed
