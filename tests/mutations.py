@@ -844,7 +844,7 @@ MUTATIONS = [
     Mutation(
         "a fallback is forgotten",
         ROUTING,
-        '        oracle.verification.routes[f"{ways.kind} product, {route}"] = chosen\n',
+        '        oracle.verification.choices[f"{ways.kind} product, {route}"] = chosen\n',
         "",
         "test_products.py::test_auto_falls_back_once_and_says_why",
     ),

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, ClassVar, Generic, Literal, Required, TypedDict, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Required, TypedDict, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..checks.check_directions import Check, loss_claims
-from ..checks.claims import Claim, Unknown
+from ..batches import several
+from ..checks.check import Check
+from ..checks.checker import Checker, method_checks
 from ..compiler import eager
-from ..directions import Directions, Reduction, S, T
+from ..directions import Directions, Reduction, S, Stats, T
 from ..errors import choice, message
 from ..evaluation.losses import MISSING
 from ..evaluation.oracle import Evaluator, Oracle
 from ..evaluation.replay import Policy
 from ..evaluation.verification import Verify
 from ..levels import Level, Variables, check_disjoint
-from ..settings import Fixed, Setting, chosen
-from ..vectors import Vector, own_memory, squared_norm
+from ..lower_steps import GradientDescent, InnerStep, OptimizerStep, Rule, check_followed, current_rates
+from ..settings import Fixed, Setting, chosen, counted, numeric
 from ..wrappers import unwrapped, warn_of_processes
-from .apply import are_finite, check_groups, check_state, checked, hand_over, match, place
+from . import orders
+from .apply import check_groups, check_state
 from .hooks import HookWatch
-from .method_state import LevelState, MethodState, Remembered, ScalarState
+from .method_state import LevelState, MethodState, Remembered, ScalarState, StateStart, TableState
+from .moves import Moved, Moves, OnNonFinite, SkippedStep
 
-OnNonFinite = Literal["raise", "skip", "ignore"]
 Losses = Callable[..., Any]
 E = TypeVar("E", bound=Remembered[Any])
 
@@ -51,9 +53,9 @@ class Common(TypedDict, total=False):
 class BilevelOptimizer(ABC, Generic[S]):
     """Moves upper variables ``alpha`` to lower ``F(w, alpha)`` where ``w`` (approximately) minimises ``G(w, alpha)``.
 
-    A method is a subclass that answers :meth:`_answer`: it looks at the two losses around the current point and
-    returns directions for both levels. Everything else (which tensors, where closures are evaluated, what may change,
-    the torch optimizers, checkpoints) is here.
+    A method is a subclass with :meth:`compute`: it asks an oracle about the two losses around the current point and
+    answers with directions. Everything else (which tensors, where closures are evaluated, what may change, the torch
+    optimizers, checkpoints) is here. "Write your own method" in the docs builds one.
 
     Args:
         upper_loss: F, a closure that takes the upper batch and returns a scalar tensor or ``(scalar, aux)``.
@@ -76,13 +78,27 @@ class BilevelOptimizer(ABC, Generic[S]):
             no loss beyond the documented number.
     """
 
+    order: orders.Order = orders.AT_ONCE  # in which order the two levels move
     follows_maximize: ClassVar[bool] = False  # whether a lower optimizer may walk uphill
+    stats_class: ClassVar[type[Stats]] = Stats  # what compute returns, from the type argument of the class
+
+    # What many methods have; a class that has it takes it in its constructor and documents it.
+    inner_steps = Setting[int](counted(1), default=1)
+    inner_lr = Setting[float | None](numeric(0.0, exclusive=True, optional=True), default=None)
+    inner_step = Setting[InnerStep](chosen("gradient", "optimizer"), default="gradient")
+    atomic = Setting[bool](chosen(True, False), default=True)
+
     on_nonfinite = Setting[OnNonFinite](chosen("raise", "skip", "ignore"))
     upper_loss, lower_loss, upper, lower, other = Fixed[Any](), Fixed[Any](), Fixed[Any](), Fixed[Any](), Fixed[Any]()
     upper_buffers, lower_buffers = Fixed[Any](), Fixed[Any]()
     verify = Setting[Verify](chosen("auto", "always", "never"))
-    _after_failure = "nothing was moved"
-    _ignores_clipping: str | None = None  # what a clip on the lower optimizer makes wrong, said once it acts
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for base in cls.__dict__.get("__orig_bases__", ()):
+            for argument in get_args(base):
+                if isinstance(argument, type) and issubclass(argument, Stats):
+                    cls.stats_class = argument
 
     def __init__(
         self,
@@ -132,8 +148,83 @@ class BilevelOptimizer(ABC, Generic[S]):
 
     @property
     def lower_batches(self) -> int:
-        """How many lower batches :meth:`step` takes, if not a single one."""
-        return 1
+        """How many lower batches :meth:`step` takes, if not a single one for all inner steps."""
+        return max(self.inner_steps, 1)
+
+    @property
+    def ignores_clipping(self) -> str | None:
+        """What a clip by a hook of the lower optimizer makes wrong, said once it acts; None: nothing."""
+        return None
+
+    @abstractmethod
+    def compute(self, oracle: Oracle) -> Directions[S]:
+        """Ask ``oracle`` about the two losses around the current point, and answer with directions.
+
+        It may be called at any time, and any number of times: everything that it changes goes through ``oracle.train``,
+        which can be taken back, and ``Directions.state``, which is committed when the step is taken.
+        """
+
+    def checks(self, checker: Checker) -> Iterator[Check]:
+        """What ``check_directions`` compares, one by one.
+
+        By default the gradients of both losses with finite differences; and the directions, and the tensors that the
+        method remembers, with those of :meth:`compute` when its oracle answers by plain autograd of the closures alone.
+        """
+        return method_checks(checker, self.compute, lambda oracle: (oracle.lower(), oracle.upper()))
+
+    def inner_rule(self) -> Rule:
+        """Return the virtual lower step: gradient descent at ``inner_lr``, or at the lower optimizer's current rates.
+
+        With ``inner_step="optimizer"`` it is the step that the lower optimizer would take from its real state.
+        """
+        if self.inner_step == "optimizer":
+            check_followed(type(self).__name__, self.lower_optimizer, 'inner_step="gradient" for gradient descent')
+            return OptimizerStep(self._lower, self.inner_lr)
+        return GradientDescent(self.lower_rates(self.inner_lr))
+
+    def lower_rates(self, rate: float | None = None) -> list[float | Tensor]:
+        """Return the current learning rate of each lower variable, or ``rate`` for all if it is given."""
+        return current_rates(self._lower, rate)
+
+    def lower_groups(self) -> list[dict[str, Any]]:
+        """Return the lower optimizer's parameter group of each lower variable."""
+        return self._lower.groups()
+
+    @property
+    def upper_names(self) -> tuple[str, ...]:
+        """The names of the upper variables, in the order of vectors."""
+        return self._upper.names
+
+    @property
+    def lower_names(self) -> tuple[str, ...]:
+        """The names of the lower variables, in the order of vectors."""
+        return self._lower.names
+
+    def upper_state(
+        self, name: str, *, start: StateStart = "nothing", reduction: Reduction | None = None
+    ) -> LevelState:
+        """Declare tensors like the upper variables that the method remembers from step to step.
+
+        Args:
+            name: Their name in ``Directions.state`` and in ``state_dict``.
+            start: What they are at first: ``"nothing"`` (None for each variable), ``"zeros"``, or the ``"variables"``.
+            reduction: ``"mean"`` if :meth:`Directions.mean` may average them over tasks; None: it refuses.
+        """
+        return self._declared(LevelState(name, self._upper, start, reduction))
+
+    def lower_state(
+        self, name: str, *, start: StateStart = "nothing", reduction: Reduction | None = None
+    ) -> LevelState:
+        """Declare tensors like the lower variables; see :meth:`upper_state`."""
+        return self._declared(LevelState(name, self._lower, start, reduction))
+
+    def scalar_state(self, name: str, start: int = 0, *, reduction: Reduction | None = "same") -> ScalarState:
+        """Declare an integer, such as a counter; ``"same"``: tasks that are averaged must agree on it."""
+        return self._declared(ScalarState(name, start, reduction))
+
+    def table_state(self, name: str, rows: int, *, like: Literal["upper", "lower"] = "lower") -> TableState:
+        """Declare a table with a row like the variables of a level for each of ``rows`` batches of a data set."""
+        return self._declared(TableState(name, self._lower if like == "lower" else self._upper, rows))
 
     @eager
     def step(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING) -> S:
@@ -153,8 +244,12 @@ class BilevelOptimizer(ABC, Generic[S]):
             ClosureError: A loss broke its contract; nothing changed.
             NonFiniteError: Under ``on_nonfinite="raise"``; nothing changed.
         """
-        with self._oracle(batches, upper, lower) as oracle:
-            return self._step(oracle)
+        with self._oracle(batches, upper, lower) as oracle, self._moving(oracle) as moves:
+            try:
+                return self.order.step(self.compute, oracle, moves)
+            except SkippedStep as bad:
+                moves.undo()
+                return cast(S, self.stats_class.unknown(bad.loss))
 
     @eager
     def directions(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING) -> Directions[S]:
@@ -163,9 +258,8 @@ class BilevelOptimizer(ABC, Generic[S]):
         Parameters, buffers, ``.grad``, optimizer state, random state, ``requires_grad`` and training flags are as
         before, bit for bit.
         """
-        with self._oracle(batches, upper, lower) as oracle:
-            answer = self._answer(oracle)
-            oracle.replay.undo()
+        with self._oracle(batches, upper, lower) as oracle, self._looking(oracle):
+            answer = self.compute(oracle)
             return replace(answer, mark=self._state.mark())
 
     @eager
@@ -196,7 +290,7 @@ class BilevelOptimizer(ABC, Generic[S]):
             lower={name: d.clone() for name, d in directions.lower.items()},
             state=deepcopy(dict(directions.state)),
         )
-        return self._move(own, None)
+        return Moves(self._moved(), None).apply(own)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state of both torch optimizers and of the method; modules are saved by their own
@@ -232,7 +326,7 @@ class BilevelOptimizer(ABC, Generic[S]):
             advice = f"is the state of another method; this optimizer is {type(self).__name__}."
             raise ValueError(message(owner, "method", state_dict["method"], advice))
         try:
-            state = self._state.fitted(deepcopy(state_dict["state"]), complete=True)
+            state = self._state.loaded(deepcopy(state_dict["state"]))
         except Exception as error:
             advice = f"does not fit ({error}). Name and shape the variables as they were when the state was saved."
             raise ValueError(message(owner, "state", "...", advice)) from error
@@ -253,63 +347,51 @@ class BilevelOptimizer(ABC, Generic[S]):
             advice = f"does not fit ({error}). Build the torch optimizers as they were when the state was saved."
             raise ValueError(message(owner, "state_dict", "...", advice)) from error
 
-    @abstractmethod
-    def _answer(self, oracle: Oracle) -> Directions[S]:
-        """Look at the two losses around the current point and answer with directions."""
-
-    def _step(self, oracle: Oracle) -> S:
-        """Move both levels; methods that move them one after the other have an order of their own."""
-        return self._move(self._answer(oracle), oracle)
-
-    def _claims(self, check: Check) -> Generator[Claim, None, None]:
-        """What ``check_directions`` compares, one by one; a method adds what its directions should be.
-
-        Without that, the gradients of both losses are compared, and the directions are said to have no verdict.
-        """
-        with check.oracle() as oracle:
-            directions, lower, upper = self._answer(oracle), oracle.lower(), oracle.upper()
-        with check.plain() as plain:
-            plain.lower_value()  # the lower loss first, as in a step
-            yield from loss_claims(check, plain, upper, lower)
-        size = float(squared_norm([*directions.upper.values(), *directions.lower.values()]).sqrt())
-        yield Unknown("directions", size, f"{type(self).__name__} does not say what they should be compared with.")
-
-    def _levels(self) -> tuple[Level, Level]:
-        return self._upper, self._lower
-
-    def _all_modules(self) -> list[nn.Module]:
-        return [module for module, _ in self._evaluator.modules]
-
-    def upper_state(self, name: str, reduction: Reduction | None = None) -> LevelState:
-        """Declare tensors like the upper variables that the method remembers; at first there are none.
-
-        Args:
-            name: Their name in ``Directions.state`` and in ``state_dict``.
-            reduction: ``"mean"`` if :meth:`Directions.mean` may average them over tasks; None: it refuses.
-        """
-        return self._declared(LevelState(name, self._upper, reduction))
-
-    def lower_state(self, name: str, reduction: Reduction | None = None) -> LevelState:
-        """Declare tensors like the lower variables; see :meth:`upper_state`."""
-        return self._declared(LevelState(name, self._lower, reduction))
-
-    def scalar_state(self, name: str, start: int = 0, reduction: Reduction | None = "same") -> ScalarState:
-        """Declare an integer, such as a counter; ``"same"``: tasks that are averaged must agree on it."""
-        return self._declared(ScalarState(name, start, reduction))
-
     def _declared(self, entry: E) -> E:
         self._state.declare(entry)
         return entry
 
-    def _named(self, upper: Vector, lower: Vector) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Name the tensors of two vectors, leaving out variables without direction."""
-        named_upper = {n: d for n, d in zip(self._upper.names, own_memory(upper), strict=True) if d is not None}
-        named_lower = {n: d for n, d in zip(self._lower.names, own_memory(lower), strict=True) if d is not None}
-        return named_upper, named_lower
+    def _moved(self) -> Moved:
+        return Moved(
+            type(self).__name__,
+            self._upper,
+            self._lower,
+            self._state,
+            self._hooks,
+            self.on_nonfinite,
+            self.atomic,
+            self.ignores_clipping,
+        )
+
+    @contextmanager
+    def _moving(self, oracle: Oracle) -> Iterator[Moves]:
+        """Let a step move the variables; what it moved is taken back if it fails."""
+        oracle.moves = moves = Moves(self._moved(), oracle.replay)
+        try:
+            yield moves
+        except BaseException:
+            moves.undo()
+            raise
+
+    @contextmanager
+    def _looking(self, oracle: Oracle) -> Iterator[None]:
+        """Let the method move what it likes, and take it back."""
+        oracle.moves = moves = Moves(self._moved(), oracle.replay, looking=True)
+        try:
+            yield
+        finally:
+            moves.undo()
+            oracle.replay.undo()
 
     @contextmanager
     def _oracle(
-        self, batches: Sequence[Any], upper: Any = MISSING, lower: Any = MISSING, *, verifies: bool = True
+        self,
+        batches: Sequence[Any],
+        upper: Any = MISSING,
+        lower: Any = MISSING,
+        *,
+        kind: type[Oracle] = Oracle,
+        verifies: bool = True,
     ) -> Iterator[Oracle]:
         upper_batch, lower_batches = self._sort_batches(batches, upper, lower)
         self._refresh()
@@ -317,7 +399,7 @@ class BilevelOptimizer(ABC, Generic[S]):
             self._warned_of_processes = True
             warn_of_processes(type(self).__name__)
         self._evaluator.verification.mode = self.verify
-        looking = self._evaluator.oracle(upper_batch, lower_batches, verifies=verifies)
+        looking = self._evaluator.oracle(several(upper_batch), lower_batches, kind=kind, verifies=verifies)
         with looking as oracle, unwrapped(type(self).__name__):
             yield oracle
 
@@ -351,37 +433,3 @@ class BilevelOptimizer(ABC, Generic[S]):
                 self._evaluator.forget_checks()
         # Each time: what was refused once must not pass the next time, when it is no longer a change.
         check_disjoint(self._upper, self._lower)
-
-    def _hand_to_lower(self, direction: Vector) -> None:
-        """Take a real lower step, and say once if hooks make it another one than this method thinks."""
-        if self.on_nonfinite == "ignore" and any(x.device.type != "cpu" for x in self._lower.tensors):
-            # Nothing may be read back from the device.
-            hand_over(self._lower, direction)
-            return
-        with self._hooks(direction, self._ignores_clipping):
-            hand_over(self._lower, direction)
-
-    def _are_finite(self, checks: Mapping[str, Vector]) -> bool:
-        """Apply ``on_nonfinite`` to the named vectors; False means that the step is to be skipped."""
-        if self.on_nonfinite == "ignore":
-            return True
-        return are_finite(type(self).__name__, checks, self.on_nonfinite == "raise", self._after_failure)
-
-    def _move(self, directions: Directions[T], oracle: Oracle | None) -> T:
-        """Hand directions to the torch optimizers, if they are finite, and remember their state."""
-        owner = type(self).__name__
-        upper = match(owner, self._upper, directions.upper)
-        lower = match(owner, self._lower, directions.lower)
-        state = self._state.fitted(directions.state)
-        if not self._are_finite(checked(directions)):
-            if oracle is not None:
-                oracle.replay.undo_buffers()
-            return replace(directions.stats, upper_moved=False, skipped=True)
-        if directions.start is not None:
-            place(self._lower, directions.start)
-        if directions.upper:
-            hand_over(self._upper, upper)
-        if directions.lower:
-            self._hand_to_lower(lower)
-        self._state.commit(state)
-        return replace(directions.stats, upper_moved=bool(directions.upper))

@@ -82,9 +82,9 @@ class Settings:
     value_gradient: str = by_method(
         "value_gradient", "how Q is differentiated in w", ("value_function", "difference", "unrolled")
     )
-    step_from: str = by_method("step_from", "where the step on w starts: at w or at the look-ahead", ("outer", "inner"))
+    step_from: str = by_method("step_from", "where the step on w starts: at w or at the look-ahead", ("current", "lookahead"))
     inner_step: str = by_method(
-        "inner_step", "look-ahead: a gradient step, or SGD's with momentum and weight decay", ("plain", "preview")
+        "inner_step", "look-ahead: a gradient step, or SGD's with momentum and weight decay", ("gradient", "optimizer")
     )
     inner_steps: int = option(5, "look-ahead steps (mlc-d; ebomlc takes one)", kind=int)
     multiplier_max: float | None = option(None, "largest multiplier, before xi [none]", kind=float)

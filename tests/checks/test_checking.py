@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import bilevel
-from bilevel.checks.check_directions import Comparison, Report
+from bilevel.checks.report import Comparison, Report
+from bilevel.hypergradient import mixed_product
 from bilevel.methods import dynamic_barrier
+from bilevel.methods.barrier_formulas import Terms
 from methods_table import CASES, Problem, Record, every_case, every_dtype
 from test_directions import TABLE, Twins
 
@@ -54,7 +56,7 @@ def test_right_directions_pass_with_every_option(name: str) -> None:
     twins.optimizer.step(upper_batch, *lower_batches)  # so that previews have a state to start from
     report = bilevel.check_directions(twins.optimizer, upper_batch, *lower_batches, samples=1)
     assert report.passed, report
-    inner = ["inner point"] if twins.optimizer.step_from == "inner" else []
+    inner = ["inner point"] if twins.optimizer.step_from == "lookahead" else []
     assert [line.name for line in report.comparisons] == LINES + inner
     assert report.verdict == "all passed"
     assert max(line.error for line in report.comparisons) < 1e-6
@@ -158,8 +160,18 @@ def test_a_wrong_backward_in_a_loss_is_found_where_it_is(place: str, expected: l
     assert bilevel.check_directions(right, upper_batch, *lower_batches).passed
 
 
-def wrong_sign(a: Any, b: Any) -> Any:
-    return [None if x is None else x + y for x, y in zip(a, b, strict=True)]
+def wrong_sign(terms: Callable[..., Any]) -> Callable[..., Any]:
+    """``grad_alpha q`` with the other sign."""
+
+    def wrong(**found: Any) -> Any:
+        return terms(**{**found, "upper_gradient": -found["upper_gradient"]})
+
+    return lambda *values: wrong(**dict(zip([x.name for x in fields(Terms)], values, strict=True)))
+
+
+def off(products: Callable[..., Any], *names: str) -> Callable[..., Any]:
+    """Inner products of which some are a percent too large."""
+    return lambda **found: products(**{name: 1.01 * x if name in names else x for name, x in found.items()})
 
 
 def scaled(function: Callable[..., Any], factor: float) -> Callable[..., Any]:
@@ -167,18 +179,18 @@ def scaled(function: Callable[..., Any], factor: float) -> Callable[..., Any]:
         found = function(*arguments, **options)
         if isinstance(found, Tensor):
             return factor * found
-        return tuple([None if x is None else factor * x for x in vector] for vector in found)
+        return tuple(factor * vector for vector in found)
 
     return wrapped
 
 
 DIRECTIONS = ["upper direction", "lower direction"]
 FAULTS: dict[str, tuple[str, str, Callable[[Any], Any], list[str]]] = {
-    "sign of q": ("bome", "subtract", lambda _: wrong_sign, ["<grad q, u> (both levels)", *DIRECTIONS]),
-    "sign of q, difference": ("difference", "subtract", lambda _: wrong_sign, ["<grad q, u> (both levels)"]),
+    "sign of q": ("bome", "Terms", wrong_sign, ["<grad q, u> (both levels)", "upper direction"]),
+    "sign of q, difference": ("difference", "Terms", wrong_sign, ["<grad q, u> (both levels)"]),
     "multiplier": ("bome", "multiplier", lambda f: scaled(f, 1.00001), ["multiplier", *DIRECTIONS]),
-    "inner products": ("bome", "dot", lambda f: scaled(f, 1.01), ["multiplier", *DIRECTIONS]),
-    "norm": ("ebomlc", "squared_norm", lambda f: scaled(f, 1.01), ["multiplier", *DIRECTIONS]),
+    "inner products": ("bome", "Products", lambda f: off(f, "upper", "lower"), ["multiplier", *DIRECTIONS]),
+    "norm": ("ebomlc", "Products", lambda f: off(f, "squared_norm"), ["multiplier", *DIRECTIONS]),
     "adjoint": ("unrolled", "adjoint", lambda f: scaled(f, 1.0001), ["<grad q, u> (both levels)"]),
 }
 
@@ -196,7 +208,7 @@ def test_a_fault_in_the_method_itself_is_found(fault: str, monkeypatch: pytest.M
 def test_a_reading_that_is_not_the_one_named_is_found() -> None:
     twins = Twins(TABLE["unrolled"])
     upper_batch, lower_batches = twins.draw()
-    original = twins.optimizer._terms
+    original = twins.optimizer.terms
 
     def of_another_reading(oracle: Any) -> Any:
         twins.optimizer.value_gradient = "difference"
@@ -205,7 +217,7 @@ def test_a_reading_that_is_not_the_one_named_is_found() -> None:
         finally:
             twins.optimizer.value_gradient = "unrolled"
 
-    twins.optimizer._terms = of_another_reading  # type: ignore[method-assign]
+    twins.optimizer.terms = of_another_reading  # type: ignore[method-assign]
     found = failed(bilevel.check_directions(twins.optimizer, upper_batch, *lower_batches))
     assert found == [LINES[4], "multiplier", *DIRECTIONS]
 
@@ -384,25 +396,36 @@ def test_a_report_says_how_much_of_it_has_no_verdict() -> None:
     assert str(none).startswith("BOME: NO VERDICT\n")
 
 
-def test_a_method_without_claims_says_so() -> None:
-    class Silent(bilevel.BilevelOptimizer):
-        def _answer(self, oracle: Any) -> Any:
-            f = oracle.upper()
-            upper, lower = self._named(f.upper, f.lower)
-            return bilevel.Directions(upper, lower, bilevel.Stats(f.value, f.value))
+class OneProduct(bilevel.BilevelOptimizer[bilevel.Stats]):
+    """A method of an author's own, which says nothing about how it is to be checked."""
 
-    problem = bilevel.problems.quadratic()
-    upper_optimizer, lower_optimizer = problem.optimizers()
-    optimizer = Silent(
-        problem.upper_loss,
-        problem.lower_loss,
-        upper=problem.upper,
-        lower=problem.lower,
-        upper_optimizer=upper_optimizer,
-        lower_optimizer=lower_optimizer,
+    def compute(self, oracle: bilevel.Oracle) -> bilevel.Directions:
+        f = oracle.upper()
+        g_aw = mixed_product(oracle, f.lower, product="forward")
+        return bilevel.Directions(upper=f.upper - 0.1 * g_aw, lower=f.lower, stats=bilevel.Stats(f.value, f.value))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_method_is_compared_with_itself_by_plain_autograd(hidden: bool) -> None:
+    """``hidden``: the lower loss hides a part from autograd that forward mode sees."""
+    net, a = nn.Linear(3, 1).double(), torch.ones(3, dtype=torch.float64, requires_grad=True)
+
+    def lower_loss() -> Tensor:
+        with torch.no_grad():
+            size = net.weight.square().sum()
+        size = size if hidden else size.new_ones(())
+        return (size * (net.weight[0] * a).sum()).square() + net.bias.square().sum()
+
+    optimizer = OneProduct(
+        lambda: (net.weight[0] - a).square().sum() + net.bias.square().sum(),
+        lower_loss,
+        upper=a,
+        lower=net,
+        upper_optimizer=torch.optim.SGD([a], lr=0.1),
+        lower_optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        verify="never",
     )
     report = bilevel.check_directions(optimizer)
-    assert [line.name for line in report.comparisons] == [*GRADIENTS, "directions"]
-    assert report.comparisons[-1].passed is None
-    assert "Silent does not say what they should be compared with" in str(report)
-    assert report.verdict == "passed, 1 without a verdict"
+    assert [line.name for line in report.comparisons] == [*GRADIENTS, *DIRECTIONS]
+    assert failed(report) == (["upper direction"] if hidden else [])
+    assert report.comparisons[-1].passed

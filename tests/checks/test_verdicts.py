@@ -18,19 +18,19 @@ from torch.nn.utils import parametrizations
 
 import bilevel
 from bilevel import methods
-from bilevel.checks.check_directions import Report
 from bilevel.checks.constants import constants_of_a_loss, holding, recording
 from bilevel.checks.differences import differentiated
+from bilevel.checks.report import Report
 from methods_table import CASES, Case, Problem, Record, every_case
 
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "bome": (bilevel.BOME, {}),
     "bome, unrolled": (bilevel.BOME, {"value_gradient": "unrolled", "inner_steps": 2}),
-    "ebomlc, inner": (bilevel.EBOMLC, {"value_gradient": "difference", "step_from": "inner"}),
+    "ebomlc, inner": (bilevel.EBOMLC, {"value_gradient": "difference", "step_from": "lookahead"}),
     "unrolled": (bilevel.Unrolled, {}),
     "unrolled, 3": (bilevel.Unrolled, {"inner_steps": 3}),
-    "unrolled, real": (bilevel.Unrolled, {"inner_steps": 2, "restore": False}),
-    "unrolled, truncated": (bilevel.Unrolled, {"inner_steps": 2, "truncate": 1, "mode": "adjoint"}),
+    "unrolled, real": (bilevel.Unrolled, {"inner_steps": 2, "virtual": False}),
+    "unrolled, truncated": (bilevel.Unrolled, {"inner_steps": 2, "truncate": 1, "differentiate": "adjoint"}),
     "emlc": (bilevel.EMLC, {"inner_steps": 2}),
     "mlc": (bilevel.MLC, {}),
     "implicit": (bilevel.Implicit, {"solver": bilevel.Neumann(2)}),
@@ -289,17 +289,17 @@ def spoil(optimizer: Any, fault: Callable[[Tensor], Tensor]) -> None:
 
         def wrong_estimate(oracle: Any) -> Any:
             answer, found = estimate(oracle)
-            return answer, {name: fault(d) for name, d in found.items()}
+            return answer, found.like(fault(d) for d in found)
 
         optimizer._estimate = wrong_estimate  # type: ignore[method-assign]
         return
-    original = optimizer._answer
+    original = optimizer.compute
 
     def wrong_answer(oracle: Any) -> Any:
         answer = original(oracle)
         return replace(answer, upper={name: fault(d) for name, d in answer.upper.items()})
 
-    optimizer._answer = wrong_answer
+    optimizer.compute = wrong_answer
 
 
 @pytest.mark.parametrize("at_zero", [False, True])
@@ -335,19 +335,19 @@ def test_a_wrong_direction_fails(case: Case, fault: str) -> None:
 
 
 def scaled(vector: Any) -> Any:
-    return [None if x is None else 1.01 * x for x in vector]
+    return 1.01 * vector
 
 
 # Which product of each method is made a percent too large; a method may take it by one of several functions.
 PRODUCTS: dict[Any, tuple[str, str]] = {
     bilevel.BOME: ("dynamic_barrier", "adjoint"),
     bilevel.EBOMLC: ("dynamic_barrier", "adjoint"),
-    bilevel.Unrolled: ("unrolled", "adjoint"),
-    bilevel.EMLC: ("emlc", "upper_product"),
-    bilevel.MLC: ("mlc", "upper_product"),
-    bilevel.Implicit: ("implicit", "upper_product"),
-    bilevel.FiniteDifference: ("finite_difference", "upper_product"),
-    bilevel.SAMA: ("sama", "upper_product"),
+    bilevel.Unrolled: ("unrolled", "unrolled_by_adjoint"),
+    bilevel.EMLC: ("emlc", "mixed_product"),
+    bilevel.MLC: ("mlc", "mixed_product"),
+    bilevel.Implicit: ("implicit", "mixed_product"),
+    bilevel.FiniteDifference: ("finite_difference", "mixed_product"),
+    bilevel.SAMA: ("sama", "mixed_product"),
 }
 WITH_PRODUCTS = {
     name: case
@@ -360,16 +360,15 @@ WITH_PRODUCTS = {
 def test_a_wrong_product_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = WITH_PRODUCTS[name]
     module, function = PRODUCTS[case.method]
-    if case.options.get("mode") == "graph":
-        target, function = methods.unrolled.KeptGraph, "finish"
-    else:
-        target = getattr(methods, module)
+    target = getattr(methods, module)
+    if case.options.get("differentiate") == "graph":
+        function = "unrolled_by_graph"
     original = getattr(target, function)
 
     def damaged(*arguments: Any, **options: Any) -> Any:
         found = original(*arguments, **options)
-        if function == "finish":
-            return found[0], scaled(found[1])
+        if module == "unrolled":
+            return replace(found, through=scaled(found.through))
         return tuple(map(scaled, found)) if function == "adjoint" else scaled(found)
 
     problem = Problem().lived_in()
@@ -381,8 +380,10 @@ def test_a_wrong_product_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_wrong_hessian_product_fails_by_the_residual(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = methods.implicit.mixed_product
-    monkeypatch.setattr(methods.implicit, "mixed_product", lambda *arguments: [*map(scaled, original(*arguments))])
+    original = methods.implicit.hessian_product
+    monkeypatch.setattr(
+        methods.implicit, "hessian_product", lambda *given, **more: [*map(scaled, original(*given, **more))]
+    )
     problem = Problem()
     solver = bilevel.ConjugateGradient(3, damping=1.0)
     optimizer = problem.optimizer(CASES["implicit"], solver=solver, product="reverse")

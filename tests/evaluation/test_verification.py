@@ -180,7 +180,7 @@ SHORTCUTS = {
     "MLC": (bilevel.MLC, {}),
     "FiniteDifference": (bilevel.FiniteDifference, {}),
     "Unrolled, k = 3": (bilevel.Unrolled, {"inner_steps": 3}),
-    "Unrolled, k = 3, adjoint": (bilevel.Unrolled, {"inner_steps": 3, "mode": "adjoint"}),
+    "Unrolled, k = 3, adjoint": (bilevel.Unrolled, {"inner_steps": 3, "differentiate": "adjoint"}),
     "SAMA": (bilevel.SAMA, {"radius": 1e-3}),
     "Implicit": (bilevel.Implicit, {"solver": bilevel.Neumann(2)}),
 }
@@ -300,7 +300,11 @@ TOLD = [
     ("attention", "MLC", "no forward-mode product: softmax"),
     ("penalty", "EMLC", "no forward-mode product: "),
     ("jvp", "EMLC", "no forward-mode product: Nested forward mode"),
-    ("kind_of_parameter", "Unrolled, k = 3", 'lower_loss is another function of tensors that take.*mode="adjoint"'),
+    (
+        "kind_of_parameter",
+        "Unrolled, k = 3",
+        'lower_loss is another function of tensors that take.*differentiate="adjoint"',
+    ),
 ]
 
 
@@ -328,7 +332,7 @@ def test_an_ordinary_loss_hears_nothing_and_keeps_its_shortcuts(name: str, dtype
     optimizer = scene.optimizer(method, verify="always", **options)
     for _ in range(20):
         optimizer.step(scene.clean, scene.noisy)
-    assert optimizer.state_dict()["verification"] == {"steps": 20, "routes": {}}
+    assert optimizer.state_dict()["verification"] == {"steps": 20, "choices": {}}
 
 
 @pytest.mark.parametrize("name", SHORTCUTS)
@@ -342,7 +346,7 @@ def test_relu_networks_whose_units_sit_on_their_kink_keep_their_shortcuts(name: 
     optimizer = scene.optimizer(method, **options)
     for _ in range(4):
         optimizer.directions(scene.clean, scene.noisy)
-    assert optimizer.state_dict()["verification"]["routes"] == {}
+    assert optimizer.state_dict()["verification"]["choices"] == {}
 
 
 def test_parameters_kept_outside_are_found_between_looks() -> None:
@@ -361,7 +365,7 @@ def test_parameters_kept_outside_are_found_between_looks() -> None:
 @pytest.mark.parametrize("mode", ["auto", "graph"])
 def test_the_kept_graph_finds_them_at_every_step(mode: Any) -> None:
     scene = Scene("kept_later", torch.float64)
-    optimizer = scene.optimizer(bilevel.Unrolled, inner_steps=3, mode=mode)
+    optimizer = scene.optimizer(bilevel.Unrolled, inner_steps=3, differentiate=mode)
     for _ in range(2):
         optimizer.directions(scene.clean, scene.noisy)
     scene.calls = 10_000
@@ -473,7 +477,7 @@ def test_a_resumed_run_takes_the_routes_of_the_first(name: str) -> None:
     other = resumed.optimizer(method, **options)
     other.load_state_dict(one.state_dict())
     assert other.state_dict()["verification"] == one.state_dict()["verification"]
-    assert other.state_dict()["verification"]["routes"] != {}
+    assert other.state_dict()["verification"]["choices"] != {}
     for _ in range(6):  # without a warning: the route is known
         one.step(straight.clean, straight.noisy)
         other.step(resumed.clean, resumed.noisy)
@@ -481,7 +485,7 @@ def test_a_resumed_run_takes_the_routes_of_the_first(name: str) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("verification", [{}, {"steps": "1", "routes": {}}, {"steps": 1, "routes": {"a": 1}}])
+@pytest.mark.parametrize("verification", [{}, {"steps": "1", "choices": {}}, {"steps": 1, "choices": {"a": 1}}])
 def test_a_state_of_another_form_is_refused(verification: Any) -> None:
     optimizer = Scene("ordinary").optimizer(bilevel.BOME)
     state = optimizer.state_dict()
@@ -571,7 +575,7 @@ def test_autocast_is_noise_and_no_disagreement(name: str) -> None:
     optimizer = scene.optimizer(method, verify="always", **options)
     for _ in range(4):
         optimizer.step(scene.clean, scene.noisy)
-    assert optimizer.state_dict()["verification"]["routes"] == {}
+    assert optimizer.state_dict()["verification"]["choices"] == {}
 
 
 def test_differences_under_autocast_are_told_to_be_noise() -> None:
@@ -585,7 +589,7 @@ def test_differences_under_autocast_are_told_to_be_noise() -> None:
     optimizer = scene.optimizer(bilevel.FiniteDifference, radius=1e-3)
     with pytest.warns(UserWarning, match="is error of the precision.*autocast"):
         optimizer.step(scene.clean, scene.noisy)
-    assert optimizer.state_dict()["verification"]["routes"] == {}
+    assert optimizer.state_dict()["verification"]["choices"] == {}
 
 
 def test_data_that_a_closure_captured_is_widened_for_a_decision() -> None:
@@ -623,7 +627,7 @@ def test_what_float64_cannot_decide_switches_only_where_it_is_blatant(size: floa
     optimizer = scene.optimizer(bilevel.BOME)
     with pytest.warns(UserWarning, match=words):
         optimizer.directions(scene.clean, scene.noisy)
-    assert (optimizer.state_dict()["verification"]["routes"] == {}) == (size < 0.05)
+    assert (optimizer.state_dict()["verification"]["choices"] == {}) == (size < 0.05)
 
 
 def test_want_of_memory_is_told_once_and_no_error() -> None:
@@ -783,7 +787,7 @@ def test_random_numbers_of_python_are_told_and_switch_nothing(name: str) -> None
         optimizer.step(scene.clean, scene.noisy)
     for _ in range(4):  # said once
         optimizer.step(scene.clean, scene.noisy)
-    assert optimizer.state_dict()["verification"]["routes"] == {}
+    assert optimizer.state_dict()["verification"]["choices"] == {}
 
 
 @every_shortcut

@@ -39,10 +39,10 @@ class Row:
     Attributes:
         make: The layer under test, or a loss between outputs and targets.
         data: Its input.
-        upper: Which route serves the upper product: forward, reverse (after a warning), or none (an error).
+        upper: Which route serves the mixed product: forward, reverse (after a warning), or none (an error).
         mixed: Which routes serve the mixed product: forward and reverse, reverse alone, or none.
         names: What the warning or the error names.
-        graph: Whether ``Unrolled(mode="graph")`` works.
+        graph: Whether ``Unrolled(differentiate="graph")`` works.
         dtype: Type of the numbers.
         tolerance: Relative distance from the products by differences.
     """
@@ -309,7 +309,7 @@ def heard(optimizer: Any) -> tuple[Tensor, list[str]]:
 
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "upper": (bilevel.EMLC, {}),
-    "mixed": (bilevel.Unrolled, {"inner_steps": 2, "mode": "adjoint"}),
+    "mixed": (bilevel.Unrolled, {"inner_steps": 2, "differentiate": "adjoint"}),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -335,7 +335,7 @@ def test_the_route_of_the_table_is_taken_and_right(row: Row, kind: str) -> None:
     found, messages = heard(optimizer)
     assert (found - expected).norm() < row.tolerance * expected.norm()
     assert expected.norm() > 1e-4
-    if row.upper == FORWARD:  # Unrolled takes an upper product too, for its first step
+    if row.upper == FORWARD:  # Unrolled takes an mixed product too, for its first step
         assert messages == []
     else:
         assert len(messages) == 1
@@ -371,10 +371,12 @@ def test_forward_mode_may_be_asked_for(row: Row, kind: str) -> None:
 
 @every_row
 def test_the_kept_graph(row: Row) -> None:
-    """``mode="graph"`` differentiates twice: it works where double backward does, and refuses the rest by name."""
-    optimizer = build(row, bilevel.Unrolled, inner_steps=2, mode="graph")
+    """``differentiate="graph"`` differentiates twice: it works where double backward does, and refuses the rest by name."""
+    optimizer = build(row, bilevel.Unrolled, inner_steps=2, differentiate="graph")
     if row.graph:
-        differences = build(row, bilevel.Unrolled, inner_steps=2, mode="adjoint", product="difference", verify="never")
+        differences = build(
+            row, bilevel.Unrolled, inner_steps=2, differentiate="adjoint", product="difference", verify="never"
+        )
         expected = answer(differences)
         found, messages = heard(optimizer)
         assert messages == []
@@ -384,7 +386,7 @@ def test_the_kept_graph(row: Row) -> None:
         answer(optimizer)
     text = str(caught.value)
     assert row.names in text
-    assert 'mode="adjoint"' in text
+    assert 'differentiate="adjoint"' in text
     assert ("first-order method such as BOME" in text) == (row.mixed == NONE)
 
 
@@ -408,11 +410,11 @@ def test_first_order_methods_need_no_rule(name: str, method: Any, options: dict[
 
 
 def test_one_warning_where_both_kinds_of_products_are_taken() -> None:
-    """``Unrolled(2)`` needs both; its upper product alone starts with forward mode."""
-    optimizer = build(TABLE["LSTM in float32"], bilevel.Unrolled, inner_steps=2, mode="adjoint")
+    """``Unrolled(2)`` needs both; its mixed product alone starts with forward mode."""
+    optimizer = build(TABLE["LSTM in float32"], bilevel.Unrolled, inner_steps=2, differentiate="adjoint")
     _, messages = heard(optimizer)
     assert len(messages) == 1
-    assert optimizer._evaluator.verification.routes == {"upper product, auto": REVERSE}
+    assert optimizer._evaluator.verification.choices == {"mixed product, auto": REVERSE}
 
 
 def test_the_users_settings_of_attention_stand_again() -> None:
@@ -428,7 +430,7 @@ def test_the_users_settings_of_attention_stand_again() -> None:
     assert torch.backends.cuda.mem_efficient_sdp_enabled()
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "graph"}], ids=["adjoint", "graph"])
+@pytest.mark.parametrize("options", [{}, {"differentiate": "graph"}], ids=["adjoint", "graph"])
 @pytest.mark.parametrize("side", ["upper_loss", "lower_loss"])
 def test_an_error_of_the_loss_itself_is_not_taken_for_a_missing_rule(side: str, options: dict[str, Any]) -> None:
     """Whatever its words are; it arrives as it was raised."""

@@ -17,16 +17,15 @@ from torch.nn.functional import embedding, linear, mse_loss
 from torch.utils.checkpoint import checkpoint
 
 from bilevel import ClosureError
-from bilevel.evaluation.losses import MISSING
 from bilevel.evaluation.oracle import Evaluator, Oracle
-from bilevel.hypergradient.mode_choice import route_taken
-from bilevel.hypergradient.modes import ROUTES, Route
-from bilevel.hypergradient.products import mixed_product, upper_product
+from bilevel.hypergradient.mode_choice import mode_taken
+from bilevel.hypergradient.modes import PRODUCT_MODES, ProductMode
+from bilevel.hypergradient.products import hessian_product, mixed_product
 from bilevel.levels import Level
-from bilevel.vectors import Vector
+from bilevel.vectors import Tensors
 
 Loss = Callable[[], Tensor]
-EXACT: tuple[Route, ...] = ("auto", "forward", "reverse")
+EXACT: tuple[ProductMode, ...] = ("auto", "forward", "reverse")
 
 
 def evaluator(lower_loss: Callable[..., Tensor], upper: Any, lower: Any) -> Evaluator:
@@ -181,20 +180,20 @@ def build(name: str) -> tuple[Evaluator, list[Tensor | None], list[Tensor]]:
     return found, [normal(*t.shape) for t in tensors], [t.detach() + 0.1 * normal(*t.shape) for t in tensors]
 
 
-def flat(vector: Vector, like: Sequence[Tensor]) -> Tensor:
+def flat(vector: Tensors, like: Sequence[Tensor]) -> Tensor:
     parts = [torch.zeros_like(t) if x is None else x.detach() for x, t in zip(vector, like, strict=True)]
     return torch.cat([part.reshape(-1) for part in parts])
 
 
 def product(
-    made: Evaluator, direction: Vector, at: Sequence[Tensor] | None, route: Route, seed: int = 5
+    made: Evaluator, direction: Tensors, at: Sequence[Tensor] | None, route: ProductMode, seed: int = 5
 ) -> tuple[Tensor, Tensor]:
     """Both products, flattened, from one look that begins with the lower loss at the current point, as in a method."""
     torch.manual_seed(seed)
-    with made.oracle(MISSING, []) as oracle:
+    with made.oracle([], []) as oracle:
         oracle.lower()
-        upper, lower = mixed_product(oracle, 0, direction, at, route)
-        alone = upper_product(oracle, 0, direction, at, route)
+        upper, lower = hessian_product(oracle, direction, at=at, product=route)
+        alone = mixed_product(oracle, direction, at=at, product=route)
     assert relative(flat(alone, made.upper.tensors), flat(upper, made.upper.tensors)) < (
         1e-5 if route == "difference" else 1e-10
     )
@@ -239,15 +238,15 @@ def test_a_product_leaves_no_trace(name: str) -> None:
         state = [*model.parameters(), *model.buffers(), torch.get_rng_state()]
         return [x.detach().clone() for x in state]
 
-    for route in ROUTES:
-        with made.oracle(MISSING, []) as oracle:
+    for route in PRODUCT_MODES:
+        with made.oracle([], []) as oracle:
             oracle.lower()
             before, flags = everything(), [m.training for m in model.modules()]
             objects = [id(x) for x in (*model.parameters(), *model.buffers())]
             for at in (None, point):
                 kept = [x.clone() for x in point]
-                mixed_product(oracle, 0, direction, at, route)  # type: ignore[arg-type]
-                upper_product(oracle, 0, direction, at, route)  # type: ignore[arg-type]
+                hessian_product(oracle, direction, at=at, product=route)  # type: ignore[arg-type]
+                mixed_product(oracle, direction, at=at, product=route)  # type: ignore[arg-type]
                 assert all(map(torch.equal, point, kept))
             assert all(map(torch.equal, everything(), before)), route
             assert [id(x) for x in (*model.parameters(), *model.buffers())] == objects
@@ -255,9 +254,9 @@ def test_a_product_leaves_no_trace(name: str) -> None:
             assert all(p.grad is None and p.requires_grad and p.is_leaf for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind", [mixed_product, upper_product])
-@pytest.mark.parametrize("route", ROUTES)
-def test_a_product_on_a_new_batch_moves_no_statistics(route: Route, kind: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("kind", [hessian_product, mixed_product])
+@pytest.mark.parametrize("route", PRODUCT_MODES)
+def test_a_product_on_a_new_batch_moves_no_statistics(route: ProductMode, kind: Callable[..., Any]) -> None:
     """A batch that was never evaluated at the current point: only ``Oracle.lower`` there moves statistics."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh()).double()
@@ -270,16 +269,16 @@ def test_a_product_on_a_new_batch_moves_no_statistics(route: Route, kind: Callab
     made = evaluator(loss, weights, model)
     direction = [normal(*t.shape) for t in made.lower.tensors]
     batches = [normal(6, 5), normal(6, 5)]
-    with made.oracle(batches[0], batches) as oracle:
+    with made.oracle([batches[0]], batches) as oracle:
         before = [b.clone() for b in model.buffers()]
-        kind(oracle, 1, direction, None, route)
+        kind(oracle, direction, batch=1, at=None, product=route)
         assert all(map(torch.equal, model.buffers(), before))
-        oracle.lower(0)
+        oracle.lower()
         assert not all(map(torch.equal, model.buffers(), before))  # which is what moves them
 
 
-@pytest.mark.parametrize("route", ROUTES)
-def test_a_callers_no_grad_changes_nothing(route: Route) -> None:
+@pytest.mark.parametrize("route", PRODUCT_MODES)
+def test_a_callers_no_grad_changes_nothing(route: ProductMode) -> None:
     """A step inside ``torch.no_grad()`` still needs its derivatives, and dual tensors are views of the leaves."""
     made, direction, point = build("layer norm")
     expected = product(made, direction, point, route)
@@ -288,9 +287,9 @@ def test_a_callers_no_grad_changes_nothing(route: Route) -> None:
     assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("kind", ["both", "upper"])
-def test_calls_of_the_lower_loss(route: Route, kind: str) -> None:
+@pytest.mark.parametrize("route", PRODUCT_MODES)
+@pytest.mark.parametrize("kind", ["hessian", "mixed"])
+def test_calls_of_the_lower_loss(route: ProductMode, kind: str) -> None:
     """The cost that the docs promise: one evaluation by forward and by reverse, two by difference."""
     made, direction, _ = build("layer norm")
     calls = 0
@@ -303,8 +302,8 @@ def test_calls_of_the_lower_loss(route: Route, kind: str) -> None:
         return value
 
     made.lower_loss._function = counted
-    with made.oracle(MISSING, [], verifies=False) as oracle:
-        (mixed_product if kind == "both" else upper_product)(oracle, 0, direction, None, route)
+    with made.oracle([], [], verifies=False) as oracle:
+        (hessian_product if kind == "hessian" else mixed_product)(oracle, direction, product=route)
     assert calls == (2 if route == "difference" else 1)
 
 
@@ -336,9 +335,9 @@ class Polynomial:
         return self.b.T @ v + 2 * alpha * (w @ v), self.a @ v + (alpha @ alpha) * v + w * v
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", PRODUCT_MODES)
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_the_closed_form(route: Route, elsewhere: bool) -> None:
+def test_the_closed_form(route: ProductMode, elsewhere: bool) -> None:
     problem = Polynomial()
     made = evaluator(problem.loss, problem.upper, problem.lower)
     direction = [normal(3), normal(1)]
@@ -350,9 +349,9 @@ def test_the_closed_form(route: Route, elsewhere: bool) -> None:
         assert relative(got, expected) < (1e-9 if route == "difference" else 1e-14)
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", PRODUCT_MODES)
 @pytest.mark.parametrize("size", [1e-12, 1e-3, 1e6])
-def test_products_are_linear_in_the_direction(route: Route, size: float) -> None:
+def test_products_are_linear_in_the_direction(route: ProductMode, size: float) -> None:
     """At every size of the direction: the central difference scales its step by it."""
     problem = Polynomial()
     made = evaluator(problem.loss, problem.upper, problem.lower)
@@ -363,8 +362,8 @@ def test_products_are_linear_in_the_direction(route: Route, size: float) -> None
         assert relative(many, size * one) < (1e-8 if route == "difference" else 1e-13)
 
 
-@pytest.mark.parametrize("route", ROUTES)
-def test_none_in_a_direction_is_zero(route: Route) -> None:
+@pytest.mark.parametrize("route", PRODUCT_MODES)
+def test_none_in_a_direction_is_zero(route: ProductMode) -> None:
     problem = Polynomial()
     made = evaluator(problem.loss, problem.upper, problem.lower)
     part = normal(3)
@@ -376,8 +375,8 @@ def test_none_in_a_direction_is_zero(route: Route) -> None:
         assert nil.abs().max() == 0
 
 
-@pytest.mark.parametrize("route", ROUTES)
-def test_a_loss_linear_in_w_has_no_product_in_w(route: Route) -> None:
+@pytest.mark.parametrize("route", PRODUCT_MODES)
+def test_a_loss_linear_in_w_has_no_product_in_w(route: ProductMode) -> None:
     """G = <a, w>: ``G_ww v = 0`` and ``G_aw v = v``; G = sum(w) + sum(a): both 0."""
     upper, lower = (nn.ParameterList([nn.Parameter(normal(3))]) for _ in range(2))
     v = normal(3)
@@ -391,7 +390,7 @@ def test_a_loss_linear_in_w_has_no_product_in_w(route: Route) -> None:
 
 
 @pytest.mark.parametrize("route", EXACT)
-def test_dropout_masks_repeat(route: Route) -> None:
+def test_dropout_masks_repeat(route: ProductMode) -> None:
     """``G = sum (m w)^2/2``, m in {0, 2}: the gradient ``m^2 w`` shows the mask of the step, and ``G_ww v = m^2 v`` the
     product's.
     """
@@ -401,9 +400,9 @@ def test_dropout_masks_repeat(route: Route) -> None:
     drop = nn.Dropout(0.5)
     made = evaluator(lambda: 0.5 * upper[0].sum() * (drop(lower[0]) ** 2).sum(), upper, lower)
     v = normal(40)
-    with made.oracle(MISSING, []) as oracle:
+    with made.oracle([], []) as oracle:
         gradient = oracle.lower().lower[0]
-        _, (found,) = mixed_product(oracle, 0, [v], None, route)
+        _, (found,) = hessian_product(oracle, [v], product=route)
     assert gradient is not None
     assert found is not None
     squares = gradient / lower[0].detach()
@@ -419,8 +418,8 @@ def silu() -> Evaluator:
     return plain(nn.Sequential(nn.Linear(5, 4), nn.SiLU(), nn.Linear(4, 2)), normal(6, 5)).evaluator()
 
 
-def both(oracle: Oracle, made: Evaluator, direction: Vector, route: Route) -> Tensor:
-    upper, lower = mixed_product(oracle, 0, direction, None, route)
+def both(oracle: Oracle, made: Evaluator, direction: Tensors, route: ProductMode) -> Tensor:
+    upper, lower = hessian_product(oracle, direction, product=route)
     return torch.cat([flat(upper, made.upper.tensors), flat(lower, made.lower.tensors)])
 
 
@@ -453,17 +452,19 @@ def with_layer(layer: nn.Module) -> Evaluator:
     return plain(nn.Sequential(nn.Linear(5, 4), layer, nn.Linear(4, 2)), normal(6, 5)).evaluator()
 
 
-def product_of(kind: Callable[..., Any], oracle: Oracle, made: Evaluator, direction: Vector, route: Route) -> Tensor:
-    if kind is mixed_product:
+def product_of(
+    kind: Callable[..., Any], oracle: Oracle, made: Evaluator, direction: Tensors, route: ProductMode
+) -> Tensor:
+    if kind is hessian_product:
         return both(oracle, made, direction, route)
-    return flat(upper_product(oracle, 0, direction, None, route), made.upper.tensors)
+    return flat(mixed_product(oracle, direction, product=route), made.upper.tensors)
 
 
 def test_forward_without_a_rule_is_an_error_that_shows_the_way() -> None:
     made = silu()
     direction: list[Tensor | None] = [normal(*t.shape) for t in made.lower.tensors]
-    with pytest.raises(ClosureError) as caught, made.oracle(MISSING, []) as oracle:
-        mixed_product(oracle, 0, direction, None, "forward")
+    with pytest.raises(ClosureError) as caught, made.oracle([], []) as oracle:
+        hessian_product(oracle, direction, product="forward")
     text = str(caught.value)
     assert "lower_loss" in text
     assert "silu_backward" in text
@@ -486,7 +487,7 @@ class Bare:
         return evaluator(self.loss, self.upper, [("bare_weight", self.w)])
 
 
-@pytest.mark.parametrize("kind", [mixed_product, upper_product])
+@pytest.mark.parametrize("kind", [hessian_product, mixed_product])
 def test_a_bare_parameter_is_served_or_named(kind: Callable[..., Any]) -> None:
     """No substitute reaches it, so forward mode would silently answer 0. It is known beforehand, so there is no
     warning.
@@ -496,36 +497,36 @@ def test_a_bare_parameter_is_served_or_named(kind: Callable[..., Any]) -> None:
     v = torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with made.oracle(MISSING, []) as oracle:
-            assert route_taken(oracle, "both", "auto") == "reverse"
-            found = kind(oracle, 0, [v], None, "auto")
+        with made.oracle([], []) as oracle:
+            assert mode_taken(oracle, "hessian", "auto") == "reverse"
+            found = kind(oracle, [v], product="auto")
     # G_aw v = 3 w^2 v, G_ww v = 6 a w v
-    upper, lower = found if kind is mixed_product else (found, None)
+    upper, lower = found if kind is hessian_product else (found, None)
     assert upper[0].tolist() == [3.0, -12.0, 54.0]
     if lower is not None:
         assert lower[0].tolist() == [3.0, -6.0, 18.0]
-    with pytest.raises(ClosureError, match="bare_weight"), problem.evaluator().oracle(MISSING, []) as oracle:
-        kind(oracle, 0, [v], None, "forward")
+    with pytest.raises(ClosureError, match="bare_weight"), problem.evaluator().oracle([], []) as oracle:
+        kind(oracle, [v], product="forward")
 
 
 @pytest.mark.parametrize("route", ["auto", "difference"])
-def test_the_route_taken_is_told(route: Route) -> None:
+def test_the_mode_taken_is_told(route: ProductMode) -> None:
     """What ``stats.product`` shows: the fallback, once it happened, for the kind of product that it happened to."""
     made = with_layer(Applied(Square))
     direction: list[Tensor | None] = [normal(*t.shape) for t in made.lower.tensors]
     told = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        with made.oracle(MISSING, []) as oracle:
-            for product in (mixed_product, upper_product):
-                told.append([route_taken(oracle, kind, route) for kind in ("both", "upper")])
-                product(oracle, 0, direction, None, route)
-            told.append([route_taken(oracle, kind, route) for kind in ("both", "upper")])
+        with made.oracle([], []) as oracle:
+            for product in (hessian_product, mixed_product):
+                told.append([mode_taken(oracle, kind, route) for kind in ("hessian", "mixed")])
+                product(oracle, direction, product=route)
+            told.append([mode_taken(oracle, kind, route) for kind in ("hessian", "mixed")])
     forwards = [["reverse", "forward"], ["reverse", "forward"], ["reverse", "reverse"]]
     assert told == (forwards if route == "auto" else [["difference", "difference"]] * 3)
 
 
-@pytest.mark.parametrize("kind", [mixed_product, upper_product])
+@pytest.mark.parametrize("kind", [hessian_product, mixed_product])
 @pytest.mark.parametrize("also_by_module", [False, True])
 def test_a_captured_parameter_of_a_module_is_named(also_by_module: bool, kind: Callable[..., Any]) -> None:
     """The usual form of it: ``weight = net.weight`` outside the closure. Also where the module is called beside it."""
@@ -535,17 +536,17 @@ def test_a_captured_parameter_of_a_module_is_named(also_by_module: bool, kind: C
     case = Case(model, lambda: torch.tanh(linear(x, weight) + (model(x) if also_by_module else model.bias)))
     made = case.evaluator()
     direction: list[Tensor | None] = [normal(2, 5), normal(2)]
-    with pytest.raises(ClosureError, match="weight") as caught, made.oracle(MISSING, []) as oracle:
-        kind(oracle, 0, direction, None, "forward")
+    with pytest.raises(ClosureError, match="weight") as caught, made.oracle([], []) as oracle:
+        kind(oracle, direction, product="forward")
     assert "bias" not in str(caught.value)
-    with made.oracle(MISSING, []) as oracle:
-        expected = flat(mixed_product(oracle, 0, direction, None, "difference")[0], made.upper.tensors)
-    with warnings.catch_warnings(record=True) as caught, made.oracle(MISSING, []) as oracle:
+    with made.oracle([], []) as oracle:
+        expected = flat(hessian_product(oracle, direction, product="difference")[0], made.upper.tensors)
+    with warnings.catch_warnings(record=True) as caught, made.oracle([], []) as oracle:
         warnings.simplefilter("always")
-        answer = kind(oracle, 0, direction, None, "auto")
-    assert relative(flat(answer[0] if kind is mixed_product else answer, made.upper.tensors), expected) < 1e-8
+        answer = kind(oracle, direction, product="auto")
+    assert relative(flat(answer[0] if kind is hessian_product else answer, made.upper.tensors), expected) < 1e-8
     assert [str(warning.message).partition(" other")[0] for warning in caught] == (
-        ["lower_loss reads weight"] if kind is upper_product else []
+        ["lower_loss reads weight"] if kind is mixed_product else []
     )
 
 
@@ -555,11 +556,11 @@ def test_checkpointing_has_no_forward_mode() -> None:
     model, x = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)), normal(6, 5)
     made = Case(model, lambda: model[2](checkpoint(model[:2], x, use_reentrant=False))).evaluator()
     direction: list[Tensor | None] = [normal(*t.shape) for t in made.lower.tensors]
-    with made.oracle(MISSING, []) as oracle:
+    with made.oracle([], []) as oracle:
         expected = both(oracle, made, direction, "reverse")
         assert torch.equal(both(oracle, made, direction, "auto"), expected)
-    with pytest.raises(ClosureError, match="checkpoint"), made.oracle(MISSING, []) as oracle:
-        mixed_product(oracle, 0, direction, None, "forward")
+    with pytest.raises(ClosureError, match="checkpoint"), made.oracle([], []) as oracle:
+        hessian_product(oracle, direction, product="forward")
 
 
 def test_mse_loss_falls_back() -> None:
@@ -571,16 +572,16 @@ def test_mse_loss_falls_back() -> None:
     weights = Weights(6)
     made = evaluator(lambda: mse_loss(torch.tanh(model(x)).flatten(), weights()), weights, model)
     direction: list[Tensor | None] = [normal(*t.shape) for t in made.lower.tensors]
-    with made.oracle(MISSING, []) as oracle:
+    with made.oracle([], []) as oracle:
         expected = both(oracle, made, direction, "reverse")
         assert relative(both(oracle, made, direction, "difference"), expected) < 1e-8
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with made.oracle(MISSING, []) as oracle:
+        with made.oracle([], []) as oracle:
             assert relative(both(oracle, made, direction, "auto"), expected) < 1e-12
     assert len(caught) <= 1  # none once torch is mended
-    with made.oracle(MISSING, []) as oracle:
-        alone = upper_product(oracle, 0, direction, None, "forward")
+    with made.oracle([], []) as oracle:
+        alone = mixed_product(oracle, direction, product="forward")
     assert relative(flat(alone, made.upper.tensors), expected[:6]) < 1e-12
 
 
@@ -618,24 +619,24 @@ class SquareOnce(torch.autograd.Function):
 @pytest.mark.parametrize(
     ("kind", "function", "other", "words"),
     [
-        (mixed_product, WithJvp, "forward", ("double backward", "once_differentiable", "to forward mode for")),
-        (upper_product, Square, "reverse", ("forward-mode", "jvp", "to double backward for")),
+        (hessian_product, WithJvp, "forward", ("double backward", "once_differentiable", "to forward mode for")),
+        (mixed_product, Square, "reverse", ("forward-mode", "jvp", "to double backward for")),
     ],
     ids=["mixed", "upper"],
 )
 def test_auto_falls_back_once_and_says_why(
-    kind: Callable[..., Any], function: Any, other: Route, words: Sequence[str]
+    kind: Callable[..., Any], function: Any, other: ProductMode, words: Sequence[str]
 ) -> None:
     made = with_layer(Applied(function))
     direction: list[Tensor | None] = [normal(*t.shape) for t in made.lower.tensors]
-    with made.oracle(MISSING, []) as oracle:
+    with made.oracle([], []) as oracle:
         expected = product_of(kind, oracle, made, direction, other)
         assert relative(expected, product_of(kind, oracle, made, direction, "difference")) < 1e-8
     for _ in range(2):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(2):  # in a step, and in the next ones
-                with made.oracle(MISSING, []) as oracle:
+                with made.oracle([], []) as oracle:
                     for _ in range(2):
                         assert torch.equal(product_of(kind, oracle, made, direction, "auto"), expected)
         (warning,) = caught
@@ -649,7 +650,7 @@ def test_a_custom_function_without_jvp() -> None:
     torch.manual_seed(0)
     made = plain(nn.Sequential(nn.Linear(5, 2), Applied(Square)), normal(6, 5)).evaluator()
     direction: list[Tensor | None] = [normal(*t.shape) for t in made.lower.tensors]
-    with made.oracle(MISSING, []) as oracle:
+    with made.oracle([], []) as oracle:
         expected = both(oracle, made, direction, "difference")
         assert relative(both(oracle, made, direction, "auto"), expected) < 1e-8
 
@@ -686,7 +687,7 @@ class Applied(nn.Module):
 
 @pytest.mark.parametrize("name", WITHOUT_EITHER)
 @pytest.mark.parametrize("route", ["auto", "reverse"])
-def test_without_either_rule_an_error_shows_the_way(route: Route, name: str) -> None:
+def test_without_either_rule_an_error_shows_the_way(route: ProductMode, name: str) -> None:
     """Never a wrong number in silence.
 
     Torch raises for the first three; it answers 0 for a function that is differentiable once, and the second derivative
@@ -699,20 +700,20 @@ def test_without_either_rule_an_error_shows_the_way(route: Route, name: str) -> 
     direction: list[Tensor | None] = [normal(*t.shape) for t in made.lower.tensors]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        with pytest.raises(ClosureError) as caught, made.oracle(MISSING, []) as oracle:
-            mixed_product(oracle, 0, direction, None, route)
+        with pytest.raises(ClosureError) as caught, made.oracle([], []) as oracle:
+            hessian_product(oracle, direction, product=route)
     text = str(caught.value)
     assert "lower_loss" in text
     assert operation in text
     assert 'product="difference"' in text
     # and the way works
-    with made.oracle(MISSING, []) as oracle:
+    with made.oracle([], []) as oracle:
         assert torch.isfinite(both(oracle, made, direction, "difference")).all()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), RuntimeError(), ValueError("boom"), KeyError("boom")])
-@pytest.mark.parametrize("route", ROUTES)
-def test_an_error_of_the_closure_is_the_closures(route: Route, error: Exception) -> None:
+@pytest.mark.parametrize("route", PRODUCT_MODES)
+def test_an_error_of_the_closure_is_the_closures(route: ProductMode, error: Exception) -> None:
     """It is neither taken for a missing rule, nor wrapped, and leaves everything as it was."""
     problem = Polynomial()
     calls = 0
@@ -731,13 +732,13 @@ def test_an_error_of_the_closure_is_the_closures(route: Route, error: Exception)
         with pytest.raises(type(error)) as caught:
             product(made, [normal(3), normal(1)], [normal(3), normal(1)], route)
     assert caught.value is error
-    assert made.verification.routes == {}
+    assert made.verification.choices == {}
     assert all(map(torch.equal, [t.detach() for t in problem.lower], before))
     assert all(t.requires_grad for t in (*problem.lower, *problem.upper))
 
 
 def test_routes_are_the_documented_ones() -> None:
-    assert ROUTES == get_args(Route) == ("auto", "forward", "reverse", "difference")
+    assert PRODUCT_MODES == get_args(ProductMode) == ("auto", "forward", "reverse", "difference")
 
 
 # --- the evaluator's two routes to another point ----------------------------------------------------------------------
@@ -750,7 +751,7 @@ def test_swap_and_substitute_agree(name: str) -> None:
     """
     made, _, point = build(name)
     torch.manual_seed(7)
-    with made.oracle(MISSING, []) as oracle:
+    with made.oracle([], []) as oracle:
         here = oracle.lower()
         swapped = oracle.lower(at=point)
         leaves = [x.clone().requires_grad_() for x in point]
@@ -772,7 +773,7 @@ def test_a_substituted_graph_reaches_the_substitutes_themselves() -> None:
     made = evaluator(problem.loss, problem.upper, problem.lower)
     g = [normal(3), normal(1)]
     t = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
-    with made.oracle(MISSING, []) as oracle:
+    with made.oracle([], []) as oracle:
         moved = [w - t * part for w, part in zip(oracle.point(), g, strict=True)]
         with oracle.lower_graph(0, substitute=moved) as (value, _):
             (found,) = torch.autograd.grad(value, [t])

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from bilevel.evaluation.oracle import Evaluator
 from bilevel.hypergradient import Trajectory, adjoint, descend
-from bilevel.hypergradient.modes import Route
+from bilevel.hypergradient.modes import ProductMode
 from bilevel.levels import Level
-from bilevel.lower_steps import GradientDescent, Preview, Rule, current_rates
-from bilevel.vectors import Vector
+from bilevel.lower_steps import GradientDescent, OptimizerStep, Rule, current_rates
+from bilevel.vectors import Tensors
 
 LR = 0.1
-EXACT: tuple[Route, ...] = ("forward", "reverse")
+EXACT: tuple[ProductMode, ...] = ("forward", "reverse")
 
 
 def normal(*shape: int) -> Tensor:
@@ -122,7 +122,7 @@ class Problem:
         return value
 
     def rule(self) -> Rule:
-        return GradientDescent(current_rates(self.level, None)) if self.kind == "plain" else Preview(self.level)
+        return GradientDescent(current_rates(self.level, None)) if self.kind == "plain" else OptimizerStep(self.level)
 
     def states(self) -> list[dict[str, Any]]:
         if self.kind == "plain":
@@ -130,12 +130,14 @@ class Problem:
         held = [self.level.optimizer.state[t] for t in self.level.tensors]
         return [{k: v.item() if k == "step" else v.clone() for k, v in entry.items()} for entry in held]
 
-    def walk(self, count: int, route: Route, to_start: bool = True) -> tuple[Trajectory, Vector, Vector]:
+    def walk(self, count: int, route: ProductMode, to_start: bool = True) -> tuple[Trajectory, Tensors, Tensors]:
         """The walk and the two derivatives of h at its end, by the library."""
-        with self.evaluator.oracle(self.batches[0], self.batches) as oracle:
+        with self.evaluator.oracle([self.batches[0]], self.batches) as oracle:
             rule = self.rule()
-            trajectory = descend(oracle, rule, oracle.lower(), count, keep=count)
-            upper, lower = adjoint(oracle, rule, trajectory.steps, cotangent(trajectory.end), route, to_start=to_start)
+            trajectory = descend(oracle, rule, count, first=oracle.lower(), keep=count)
+            upper, lower = adjoint(
+                oracle, rule, trajectory.steps, cotangent(trajectory.end), product=route, to_start=to_start
+            )
         return trajectory, upper, lower
 
     def unrolled(self, count: int, truncate: int | None = None) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -166,12 +168,12 @@ def cotangent(end: Sequence[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(h(leaves), leaves))
 
 
-def flat(vector: Vector) -> Tensor:
+def flat(vector: Tensors) -> Tensor:
     assert all(x is not None for x in vector)
     return torch.cat([x.detach().reshape(-1) for x in vector if x is not None])
 
 
-def relative(found: Vector, expected: Vector) -> float:
+def relative(found: Tensors, expected: Tensors) -> float:
     return float((flat(found) - flat(expected)).norm() / flat(expected).norm())
 
 
@@ -182,7 +184,9 @@ def relative(found: Vector, expected: Vector) -> float:
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("warm_up", [0, 2])
 @pytest.mark.parametrize("kind", ["plain", "momentum", "adam", "adam with decay"])
-def test_the_adjoint_is_the_derivative_of_the_unrolled_walk(kind: str, warm_up: int, count: int, route: Route) -> None:
+def test_the_adjoint_is_the_derivative_of_the_unrolled_walk(
+    kind: str, warm_up: int, count: int, route: ProductMode
+) -> None:
     """End point, dh/dalpha and dh/dw_0 to 1e-10, with a batch of its own for each step."""
     problem = Problem(kind, count, warm_up)
     trajectory, upper, lower = problem.walk(count, route)
@@ -228,8 +232,8 @@ def test_against_finite_differences_of_the_walk_itself(kind: str) -> None:
         kept = [p.detach().clone() for p in variables]
         for p, d in zip(variables, direction, strict=True):
             p.data.add_(d, alpha=step)
-        with problem.evaluator.oracle(problem.batches[0], problem.batches) as oracle:
-            value = h(descend(oracle, problem.rule(), oracle.lower(), 3).end).item()
+        with problem.evaluator.oracle([problem.batches[0]], problem.batches) as oracle:
+            value = h(descend(oracle, problem.rule(), 3, first=oracle.lower()).end).item()
         for p, k in zip(variables, kept, strict=True):
             p.data.copy_(k)
         return value
@@ -245,10 +249,12 @@ def test_a_walk_may_start_elsewhere() -> None:
     problem = Problem("momentum", 2)
     before = [p.detach().clone() for p in problem.lower.parameters()]
     start = [p + 0.1 * normal(*p.shape) for p in before]
-    with problem.evaluator.oracle(problem.batches[0], problem.batches) as oracle:
+    with problem.evaluator.oracle([problem.batches[0]], problem.batches) as oracle:
         rule = problem.rule()
-        elsewhere = descend(oracle, rule, oracle.lower(at=start), 2, start=start, keep=2)
-        upper, lower = adjoint(oracle, rule, elsewhere.steps, cotangent(elsewhere.end), "forward", to_start=True)
+        elsewhere = descend(oracle, rule, 2, start=start, keep=2)
+        upper, lower = adjoint(
+            oracle, rule, elsewhere.steps, cotangent(elsewhere.end), product="forward", to_start=True
+        )
     assert all(map(torch.equal, [p.detach() for p in problem.lower.parameters()], before))
     for p, x in zip(problem.lower.parameters(), start, strict=True):
         p.data.copy_(x)
@@ -271,15 +277,15 @@ def test_without_the_start_the_upper_part_is_the_same(kind: str) -> None:
 
 @pytest.mark.parametrize(("route", "per_step"), [("forward", 1), ("reverse", 1), ("difference", 2)])
 @pytest.mark.parametrize("count", [1, 3])
-def test_calls_of_the_lower_loss(count: int, route: Route, per_step: int) -> None:
+def test_calls_of_the_lower_loss(count: int, route: ProductMode, per_step: int) -> None:
     """``count - 1`` for the walk, because the caller has the first gradient; one product per step back."""
     problem = Problem("momentum", count)
-    with problem.evaluator.oracle(problem.batches[0], problem.batches, verifies=False) as oracle:
+    with problem.evaluator.oracle([problem.batches[0]], problem.batches, verifies=False) as oracle:
         rule, first = problem.rule(), oracle.lower()
         assert problem.calls == 1
-        trajectory = descend(oracle, rule, first, count, keep=count)
+        trajectory = descend(oracle, rule, count, first=first, keep=count)
         assert problem.calls == 1 + count - 1
-        adjoint(oracle, rule, trajectory.steps, cotangent(trajectory.end), route)
+        adjoint(oracle, rule, trajectory.steps, cotangent(trajectory.end), product=route)
         assert problem.calls == count + per_step * count
 
 
@@ -300,12 +306,12 @@ def test_a_walk_moves_nothing(kind: str) -> None:
 def test_only_the_steps_asked_for_are_kept() -> None:
     """The memory that the docs promise: the last ``keep`` of them, none by default."""
     problem = Problem("plain", 3)
-    with problem.evaluator.oracle(problem.batches[0], problem.batches) as oracle:
+    with problem.evaluator.oracle([problem.batches[0]], problem.batches) as oracle:
         first = oracle.lower()
-        assert descend(oracle, problem.rule(), first, 3).steps == []
+        assert descend(oracle, problem.rule(), 3, first=first).steps == []
         for keep in range(4):
-            steps = descend(oracle, problem.rule(), first, 3, keep=keep).steps
-            assert [step.index for step in steps] == [0, 1, 2][3 - keep :]
+            steps = descend(oracle, problem.rule(), 3, first=first, keep=keep).steps
+            assert [step.batch for step in steps] == [0, 1, 2][3 - keep :]
 
 
 @pytest.mark.parametrize("kind", ["plain", "momentum", "adam", "adam with decay"])
@@ -313,10 +319,12 @@ def test_only_the_steps_asked_for_are_kept() -> None:
 def test_a_truncated_walk_back(keep: int, kind: str) -> None:
     """With the last ``keep`` of three steps: w and the optimizer's state before them count as constants."""
     problem = Problem(kind, 3)
-    with problem.evaluator.oracle(problem.batches[0], problem.batches) as oracle:
+    with problem.evaluator.oracle([problem.batches[0]], problem.batches) as oracle:
         rule = problem.rule()
-        trajectory = descend(oracle, rule, oracle.lower(), 3, keep=keep)
-        upper, lower = adjoint(oracle, rule, trajectory.steps, cotangent(trajectory.end), "forward", to_start=True)
+        trajectory = descend(oracle, rule, 3, first=oracle.lower(), keep=keep)
+        upper, lower = adjoint(
+            oracle, rule, trajectory.steps, cotangent(trajectory.end), product="forward", to_start=True
+        )
     end, expected_upper, expected_lower = problem.unrolled(3, truncate=keep)
     assert relative(trajectory.end, end) < 1e-13
     assert relative(upper, expected_upper) < 1e-10
@@ -345,15 +353,15 @@ def test_a_variable_that_g_does_not_use_is_carried_along(kind: str) -> None:
         return value
 
     made = Evaluator("Test", loss, loss, upper_level, level, [(lower, "once"), (upper, "once")])
-    rule: Rule = GradientDescent([LR, LR]) if kind == "plain" else Preview(level)
-    with made.oracle(None, [None]) as oracle:
-        trajectory = descend(oracle, rule, oracle.lower(), 2, keep=2)
+    rule: Rule = GradientDescent([LR, LR]) if kind == "plain" else OptimizerStep(level)
+    with made.oracle([None], [None]) as oracle:
+        trajectory = descend(oracle, rule, 2, first=oracle.lower(), keep=2)
         found = adjoint(
             oracle,
             rule,
             trajectory.steps,
             [torch.ones(2, dtype=torch.float64), torch.full((1,), 7.0, dtype=torch.float64)],
-            "forward",
+            product="forward",
             to_start=True,
         )
     assert trajectory.end[1].tolist() == [5.0]
@@ -381,9 +389,11 @@ def test_adam_with_a_dead_coordinate() -> None:
         return value
 
     made = Evaluator("Test", loss, loss, upper_level, level, [(table, "once"), (upper, "once")])
-    with made.oracle(tokens, [tokens]) as oracle:
-        trajectory = descend(oracle, Preview(level), oracle.lower(), 2, keep=2)
-        found = adjoint(oracle, Preview(level), trajectory.steps, cotangent(trajectory.end), "forward", to_start=True)
+    with made.oracle([tokens], [tokens]) as oracle:
+        trajectory = descend(oracle, OptimizerStep(level), 2, first=oracle.lower(), keep=2)
+        found = adjoint(
+            oracle, OptimizerStep(level), trajectory.steps, cotangent(trajectory.end), product="forward", to_start=True
+        )
 
     alpha = upper[0].detach().clone().requires_grad_()
     start = table.weight.detach().clone().requires_grad_()
@@ -415,10 +425,10 @@ def test_a_longer_walk_forgets_the_start_of_a_contraction() -> None:
     one = [torch.ones(1, dtype=torch.float64)]
     for count in (1, 2, 10):
         for route in EXACT:
-            with made.oracle(None, [None]) as oracle:
+            with made.oracle([None], [None]) as oracle:
                 rule = GradientDescent([0.5])
-                trajectory = descend(oracle, rule, oracle.lower(), count, keep=count)
-                by_upper, by_lower = adjoint(oracle, rule, trajectory.steps, one, route, to_start=True)
+                trajectory = descend(oracle, rule, count, first=oracle.lower(), keep=count)
+                by_upper, by_lower = adjoint(oracle, rule, trajectory.steps, one, product=route, to_start=True)
             assert trajectory.end[0].tolist() == [0.25 + 1.75 * 0.5**count]
             assert flat(by_lower).tolist() == [0.5**count]
             assert flat(by_upper).tolist() == [1 - 0.5**count]

@@ -31,7 +31,7 @@ from methods_table import (
 )
 
 # Differences of float32 gradients on a batch of six are rough, which a look says.
-pytestmark = pytest.mark.filterwarnings("ignore:both product by difference:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:hessian product by difference:UserWarning")
 
 
 def batch_counts(case: Case) -> list[int]:
@@ -121,7 +121,7 @@ def test_directions_are_named_and_ordered_like_parameters(case: Case) -> None:
     for name, direction in directions.lower.items():
         assert direction.shape == trainable[name].shape
         assert not direction.requires_grad
-    assert (directions.start is not None) == (case.options.get("step_from") == "inner")
+    assert (directions.start is not None) == (case.options.get("step_from") == "lookahead")
 
 
 @every_case

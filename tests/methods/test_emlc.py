@@ -188,8 +188,8 @@ def test_one_step_is_that_of_unrolled_and_of_mlc() -> None:
         (bilevel.EMLC, {"discount": 0.0}),  # no age, no discount
         (bilevel.MLC, {}),
         (bilevel.Unrolled, {}),
-        (bilevel.Unrolled, {"mode": "graph"}),
-        (bilevel.Unrolled, {"restore": False}),
+        (bilevel.Unrolled, {"differentiate": "graph"}),
+        (bilevel.Unrolled, {"virtual": False}),
     ):
         optimizer = Setup("sgd").optimizer(method, **options)
         torch.manual_seed(SEED)

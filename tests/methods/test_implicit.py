@@ -376,7 +376,7 @@ def test_without_inner_steps_the_lower_level_is_left_alone() -> None:
     other.lower_loss(setup.data[1])
     setup.calls = ""
     stats = setup.optimizer(bilevel.Implicit, inner_steps=0, solver=Neumann(2), verify="never").step(*setup.data[:2])
-    assert setup.calls == "LU" + "L" * 3 + "L"  # G once, F, three products with the Hessian, one upper product
+    assert setup.calls == "LU" + "L" * 3 + "L"  # G once, F, three products with the Hessian, one mixed product
     assert stats.upper_moved
     assert all(map(torch.equal, kept, setup.student.parameters()))
     assert all(p.grad is None for p in setup.student.parameters())
@@ -391,7 +391,7 @@ def test_without_inner_steps_the_lower_level_is_left_alone() -> None:
 )
 @pytest.mark.parametrize("steps", [1, 3])
 def test_calls_of_the_losses(steps: int, solver: Solver, products: int) -> None:
-    """Of G k gradients, of F one, one product per iteration (Neumann: one more), one upper product."""
+    """Of G k gradients, of F one, one product per iteration (Neumann: one more), one mixed product."""
     # Dropout masks: with a damping of 5 one in ten made the Hessian indefinite, which ends conjugate gradients early.
     torch.manual_seed(SEED)
     setup = Setup("sgd")

@@ -175,7 +175,7 @@ def test_w_takes_ordinary_steps_with_the_old_upper_variables(kind: str) -> None:
 
 @pytest.mark.parametrize("inner_steps", [1, 3])
 def test_calls_of_the_losses(inner_steps: int) -> None:
-    """One gradient of G and one upper product; one gradient of F, and a second one only where gamma needs it."""
+    """One gradient of G and one mixed product; one gradient of F, and a second one only where gamma needs it."""
     setup = Setup("momentum")
     optimizer = setup.optimizer(bilevel.MLC, inner_steps=inner_steps, verify="never")
     for call in range(4):

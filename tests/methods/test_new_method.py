@@ -1,7 +1,6 @@
 """The architecture carries methods that are not in it: two are written here, each against its closed form.
 
-They use what an author of a method has: a ``look`` at the losses, arithmetic on vectors, and two hooks of
-``BilevelOptimizer``: ``_answer`` (directions from one look) and ``_step`` (the order in which levels move).
+They use what an author of a method has: an oracle, arithmetic on vectors, and an order in which the levels move.
 """
 
 from __future__ import annotations
@@ -14,15 +13,9 @@ import torch
 from torch import Tensor
 
 import bilevel
-from bilevel import problems
-from bilevel.directions import Directions, Stats
-from bilevel.evaluation.oracle import Oracle
-from bilevel.hypergradient import descend
-from bilevel.hypergradient.products import mixed_product
-from bilevel.lower_steps import GradientDescent, current_rates
-from bilevel.optimizer.apply import hand_over
-from bilevel.optimizer.undo import Saved
-from bilevel.vectors import add_scaled, subtract
+from bilevel import Directions, Oracle, Stats, problems
+from bilevel.hypergradient import descend, mixed_product
+from bilevel.optimizer import orders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,50 +25,40 @@ class PenaltyStats(Stats):
     gap: Tensor
 
 
-class Penalty(bilevel.BilevelOptimizer):
+class Penalty(bilevel.BilevelOptimizer[PenaltyStats]):
     """A simultaneous method: descend on ``F + gamma (G(w, alpha) - G(w_T, alpha))``, w_T constant (V-PBGD)."""
 
     def __init__(self, *losses: Any, gamma: float, inner_steps: int, inner_lr: float, **common: Any) -> None:
         super().__init__(*losses, **common)
         self.gamma, self.inner_steps, self.inner_lr = gamma, inner_steps, inner_lr
 
-    def _answer(self, oracle: Oracle) -> Directions:
+    def compute(self, oracle: Oracle) -> Directions[PenaltyStats]:
         g = oracle.lower()
-        rule = GradientDescent(current_rates(self._lower, self.inner_lr))
-        ahead = oracle.lower(at=descend(oracle, rule, g, self.inner_steps).end, wrt="upper")
+        ahead = oracle.lower(descend(oracle, self.inner_rule(), self.inner_steps, first=g).end, wrt="upper")
         f = oracle.upper()
-        upper, lower = self._named(
-            add_scaled(f.upper, self.gamma, subtract(g.upper, ahead.upper)),
-            add_scaled(f.lower, self.gamma, g.lower),
+        return Directions(
+            upper=f.upper + self.gamma * (g.upper - ahead.upper),
+            lower=f.lower + self.gamma * g.lower,
+            stats=PenaltyStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, gap=g.value - ahead.value),
         )
-        stats = PenaltyStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, gap=g.value - ahead.value)
-        return Directions(upper, lower, stats)
 
 
-class OneStep(bilevel.BilevelOptimizer):
+class OneStep(bilevel.BilevelOptimizer[Stats]):
     """A sequential method: ``alpha`` descends on ``F(w - a grad_w G(w, alpha), alpha)``, then w takes its real step."""
+
+    order = orders.LOOK_THEN_TRAIN
 
     def __init__(self, *losses: Any, inner_lr: float, **common: Any) -> None:
         super().__init__(*losses, **common)
         self.inner_lr = inner_lr
 
-    def _answer(self, oracle: Oracle) -> Directions:
-        g = oracle.lower(wrt="lower")
-        f = oracle.upper(at=[w for w in add_scaled(oracle.point(), -self.inner_lr, g.lower) if w is not None])
-        through, _ = mixed_product(oracle, 0, f.lower, None, "reverse")
-        upper, _ = self._named(add_scaled(f.upper, -self.inner_lr, through), [None] * len(g.lower))
-        return Directions(upper, {}, Stats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux))
-
-    def _step(self, oracle: Oracle) -> Stats:
-        saved = Saved([self._upper])
-        try:
-            stats = self._move(self._answer(oracle), oracle)
-            if not stats.skipped:
-                hand_over(self._lower, oracle.lower(wrt="lower").lower)  # with the upper variables where they are now
-        except BaseException:
-            saved.restore()
-            raise
-        return stats
+    def compute(self, oracle: Oracle) -> Directions[Stats]:
+        a, g = self.inner_lr or 0.0, oracle.lower(wrt="lower")
+        f = oracle.upper(oracle.point() - a * g.lower)
+        return Directions(
+            upper=f.upper - a * mixed_product(oracle, f.lower, product="reverse"),
+            stats=Stats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux),
+        )
 
 
 GAMMA, INNER, STEPS = 3.0, 0.2, 4

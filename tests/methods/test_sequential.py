@@ -23,7 +23,7 @@ from test_nonfinite import POISONS
 NAN = float("nan")
 
 # Differences of float32 gradients on a batch of six are rough, which a look says.
-pytestmark = pytest.mark.filterwarnings("ignore:both product by difference:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:hessian product by difference:UserWarning")
 
 
 def back(steps: int) -> str:
@@ -34,34 +34,37 @@ def back(steps: int) -> str:
 MORE: dict[str, Case] = {
     "unrolled-1": Case(bilevel.Unrolled, lambda k: "LUl", **LOOK_FIRST),
     "unrolled-3-truncated": Case(
-        bilevel.Unrolled, lambda k: "LLLU" + back(2), {"inner_steps": 3, "truncate": 2, "mode": "adjoint"}, **LOOK_FIRST
+        bilevel.Unrolled,
+        lambda k: "LLLU" + back(2),
+        {"inner_steps": 3, "truncate": 2, "differentiate": "adjoint"},
+        **LOOK_FIRST,
     ),
     "unrolled-plain": Case(
         bilevel.Unrolled,
         lambda k: "LLU" + back(2),
-        {"inner_steps": 2, "inner_lr": 0.05, "mode": "adjoint"},
+        {"inner_steps": 2, "inner_lr": 0.05, "differentiate": "adjoint"},
         **LOOK_FIRST,
     ),
     "unrolled-difference": Case(
         bilevel.Unrolled,
         lambda k: "LLU" + "LL" + "ll",
-        {"inner_steps": 2, "product": "difference", "mode": "adjoint"},
+        {"inner_steps": 2, "product": "difference", "differentiate": "adjoint"},
         **LOOK_FIRST,
     ),
     "unrolled-graph-truncated": Case(
-        bilevel.Unrolled, lambda k: "LLLU", {"inner_steps": 3, "truncate": 1, "mode": "graph"}, **LOOK_FIRST
+        bilevel.Unrolled, lambda k: "LLLU", {"inner_steps": 3, "truncate": 1, "differentiate": "graph"}, **LOOK_FIRST
     ),
     "unrolled-preview-rate": Case(
-        bilevel.Unrolled, lambda k: "LUl", {"inner_step": "preview", "inner_lr": 0.05}, **LOOK_FIRST
+        bilevel.Unrolled, lambda k: "LUl", {"inner_step": "optimizer", "inner_lr": 0.05}, **LOOK_FIRST
     ),
     "unrolled-real-graph-truncated": Case(
         bilevel.Unrolled,
         lambda k: "LLLU",
-        {"inner_steps": 3, "truncate": 1, "restore": False, "mode": "graph"},
+        {"inner_steps": 3, "truncate": 1, "virtual": False, "differentiate": "graph"},
         **TRAIN_FIRST,
     ),
     "unrolled-real-truncated": Case(
-        bilevel.Unrolled, lambda k: "LLLU" + back(1), {"inner_steps": 3, "truncate": 1, "restore": False}, **TRAIN_FIRST
+        bilevel.Unrolled, lambda k: "LLLU" + back(1), {"inner_steps": 3, "truncate": 1, "virtual": False}, **TRAIN_FIRST
     ),
     "emlc-replay": Case(
         bilevel.EMLC, lambda k: k * "L" + "U" + k * "lL", {"inner_steps": 3, "memory": "replay"}, **TRAIN_FIRST
@@ -333,7 +336,7 @@ def test_the_error_names_what_was_not_finite() -> None:
             poison(problem, lambda index, last=last: index == last, "nan gradient")
             with pytest.raises(bilevel.NonFiniteError) as caught:
                 optimizer.step(*batches_of(problem, case))
-            start = "Unrolled.step: the gradient of a lower step held NaN or infinity"
+            start = "Unrolled.step: the direction of a lower step held NaN or infinity"
             assert str(caught.value).startswith(start + tail)
 
 
@@ -384,7 +387,7 @@ def test_a_lower_optimizer_that_fails_in_a_real_step(case: Case, when: str) -> N
 def test_taking_steps_back_restores_the_very_tensors(kind: str, filled: bool) -> None:
     """State that was there keeps its tensor objects, which fused kernels and users may hold; new state disappears."""
     setup = Setup(kind, warm_up=2 if filled else 0)
-    optimizer = setup.optimizer(bilevel.Unrolled, inner_steps=2, restore=False)
+    optimizer = setup.optimizer(bilevel.Unrolled, inner_steps=2, virtual=False)
 
     def held() -> list[tuple[int, str, int]]:
         state = setup.lower_optimizer.state
@@ -467,17 +470,17 @@ WRONG: dict[str, Bad] = {
     "truncated in words": ("unrolled", {"truncate": "all"}, TypeError, r"truncate=all\): must be an integer"),
     "an unknown mode": (
         "unrolled",
-        {"mode": "loop"},
+        {"differentiate": "loop"},
         ValueError,
-        r"Unrolled\(mode='loop'\): must be one of 'auto', ",
+        r"Unrolled\(differentiate='loop'\): must be one of 'auto', ",
     ),
     "an unknown inner step": (
         "unrolled",
         {"inner_step": "adam"},
         ValueError,
-        r"Unrolled\(inner_step='adam'\): must be one of 'plain', ",
+        r"Unrolled\(inner_step='adam'\): must be one of 'gradient', ",
     ),
-    "restore in words": ("unrolled", {"restore": "yes"}, ValueError, r"Unrolled\(restore='yes'\): must be one of True"),
+    "restore in words": ("unrolled", {"virtual": "yes"}, ValueError, r"Unrolled\(virtual='yes'\): must be one of True"),
     "a start that is no function": (
         "unrolled",
         {"start": [1]},
@@ -486,11 +489,11 @@ WRONG: dict[str, Bad] = {
     ),
     "a start of real steps": (
         "unrolled",
-        {"start": list, "restore": False},
+        {"start": list, "virtual": False},
         ValueError,
-        "needs restore=True and no tr",
+        "needs virtual=True and no tr",
     ),
-    "a truncated start": ("unrolled", {"start": list, "truncate": 1}, ValueError, "needs restore=True and no trunc"),
+    "a truncated start": ("unrolled", {"start": list, "truncate": 1}, ValueError, "needs virtual=True and no trunc"),
     "an unknown route": ("unrolled", {"product": "hessian"}, ValueError, r"Unrolled\(product='hessian'\): must be one"),
     "an unknown route of EMLC": ("emlc", {"product": None}, ValueError, r"EMLC\(product=None\): must be one of 'auto'"),
     "an unknown route of MLC": ("mlc", {"product": "jvp"}, ValueError, r"MLC\(product='jvp'\): must be one of 'auto'"),
@@ -548,9 +551,9 @@ def test_a_wrong_argument_is_refused(name: str) -> None:
 
 
 FOLLOWING = [
-    (bilevel.Unrolled, {}, r'or inner_step="plain" for gradient descent'),
-    (bilevel.Unrolled, {"restore": False}, "or EMLC, which follows none"),
-    (bilevel.FiniteDifference, {}, r'or inner_step="plain"'),
+    (bilevel.Unrolled, {}, r'or inner_step="gradient" for gradient descent'),
+    (bilevel.Unrolled, {"virtual": False}, "or EMLC, which follows none"),
+    (bilevel.FiniteDifference, {}, r'or inner_step="gradient"'),
     (bilevel.MLC, {}, "or EMLC, which follows none"),
     (bilevel.SAMA, {}, r"or Neumann\(0\) in Implicit"),
 ]
@@ -583,9 +586,9 @@ def test_a_subclass_cannot_be_followed_either() -> None:
     ("method", "options"),
     [
         (bilevel.Unrolled, {"inner_lr": 0.1}),
-        (bilevel.Unrolled, {"inner_step": "plain"}),
-        (bilevel.FiniteDifference, {"inner_step": "plain"}),
-        (bilevel.Unrolled, {"inner_lr": 0.1, "mode": "graph"}),
+        (bilevel.Unrolled, {"inner_step": "gradient"}),
+        (bilevel.FiniteDifference, {"inner_step": "gradient"}),
+        (bilevel.Unrolled, {"inner_lr": 0.1, "differentiate": "graph"}),
         (bilevel.FiniteDifference, {"inner_lr": 0.1}),
         (bilevel.EMLC, {"inner_steps": 2}),
         (bilevel.EMLC, {"inner_steps": 2, "memory": "replay"}),
@@ -612,12 +615,12 @@ def test_where_plain_steps_are_differentiated_any_optimizer_trains(
 
 
 def test_real_steps_with_a_rate_of_their_own_are_refused() -> None:
-    """``restore=False`` trains with the lower optimizer, so that ``inner_lr`` would differentiate other steps."""
+    """``virtual=False`` trains with the lower optimizer, so that ``inner_lr`` would differentiate other steps."""
     setup = Setup("momentum")
-    with pytest.raises(ValueError, match=r"Unrolled\(inner_lr=0\.1\): needs restore=True"):
-        setup.optimizer(bilevel.Unrolled, inner_lr=0.1, restore=False)
-    with pytest.raises(ValueError, match=r"Unrolled\(inner_step=plain\): needs restore=True"):
-        setup.optimizer(bilevel.Unrolled, inner_step="plain", restore=False)
+    with pytest.raises(ValueError, match=r"Unrolled\(inner_lr=0\.1\): needs virtual=True"):
+        setup.optimizer(bilevel.Unrolled, inner_lr=0.1, virtual=False)
+    with pytest.raises(ValueError, match=r"Unrolled\(inner_step=gradient\): needs virtual=True"):
+        setup.optimizer(bilevel.Unrolled, inner_step="gradient", virtual=False)
 
 
 # --- check_directions ---------------------------------------------------------------------------------------------
@@ -625,8 +628,8 @@ def test_real_steps_with_a_rate_of_their_own_are_refused() -> None:
 RADIUS = "its difference, small radius"
 CHECKED: dict[str, tuple[Any, dict[str, Any], bool]] = {
     "unrolled": (bilevel.Unrolled, {"inner_steps": 2}, True),
-    "unrolled, graph": (bilevel.Unrolled, {"inner_steps": 2, "mode": "graph"}, True),
-    "unrolled, real": (bilevel.Unrolled, {"inner_steps": 2, "restore": False}, True),
+    "unrolled, graph": (bilevel.Unrolled, {"inner_steps": 2, "differentiate": "graph"}, True),
+    "unrolled, real": (bilevel.Unrolled, {"inner_steps": 2, "virtual": False}, True),
     "unrolled, plain": (bilevel.Unrolled, {"inner_steps": 2, "inner_lr": 0.1}, True),
     "unrolled, truncated": (bilevel.Unrolled, {"inner_steps": 2, "truncate": 1}, False),
     "mlc": (bilevel.MLC, {}, True),

@@ -39,8 +39,8 @@ from reference import Mover, State, Tensors
 LOSSES = (plain_upper, plain_lower)
 SEED = 3
 every_kind = pytest.mark.parametrize("kind", MOVERS)
-ADJOINT, GRAPH = {"mode": "adjoint"}, {"mode": "graph"}
-WAYS: list[dict[str, Any]] = [ADJOINT, GRAPH, {"restore": False, **ADJOINT}, {"restore": False, **GRAPH}]
+ADJOINT, GRAPH = {"differentiate": "adjoint"}, {"differentiate": "graph"}
+WAYS: list[dict[str, Any]] = [ADJOINT, GRAPH, {"virtual": False, **ADJOINT}, {"virtual": False, **GRAPH}]
 UPPER = torch.full((1,), 0.3, dtype=torch.float64, requires_grad=True)
 WAY_NAMES = ["adjoint", "graph", "real", "real graph"]
 
@@ -64,7 +64,7 @@ def expected(setup: Setup, batches: Sequence[Any], steps: int, seed: int = SEED,
 
 
 class Point(nn.Module):
-    """The lower variable of a quadratic problem, where ``mode="graph"`` can substitute it."""
+    """The lower variable of a quadratic problem, where ``differentiate="graph"`` can substitute it."""
 
     def __init__(self, problem: problems.Quadratic, sign: float = 1.0) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def momentum_sgd(mover: Mover) -> Callable[..., torch.optim.Optimizer]:
 def test_the_closed_form_of_a_quadratic(steps: int, mode: str) -> None:
     """``w_k = w* + M^k (w - w*)`` with ``M = I - a H``, so ``dw_k/dalpha = (I - M^k) H^-1 B``."""
     rate = 0.15
-    point, optimizer = quadratic(momentum_sgd(Mover(rate)), inner_steps=steps, mode=mode)
+    point, optimizer = quadratic(momentum_sgd(Mover(rate)), inner_steps=steps, differentiate=mode)
     p = point.problem
     alpha, w = p.upper.detach(), p.lower.detach()
     power = torch.linalg.matrix_power(torch.eye(4).double() - rate * p.hessian, steps)
@@ -233,9 +233,9 @@ def test_a_given_rate_is_plain_gradient_descent(kind: str, steps: int, options: 
 @pytest.mark.parametrize("options", [ADJOINT, GRAPH], ids=["adjoint", "graph"])
 @pytest.mark.parametrize("kind", ["momentum", "adam"])
 def test_plain_steps_go_with_the_current_rates_of_the_lower_optimizer(kind: str, options: dict[str, Any]) -> None:
-    """``inner_step="plain"``: one rate for each group, read when the step is taken, so that schedules count."""
+    """``inner_step="gradient"``: one rate for each group, read when the step is taken, so that schedules count."""
     setup = Setup(kind)
-    optimizer = setup.optimizer(bilevel.Unrolled, inner_steps=2, inner_step="plain", **options)
+    optimizer = setup.optimizer(bilevel.Unrolled, inner_steps=2, inner_step="gradient", **options)
     rates = [0.3 / (1 + index) for index in range(len(setup.lower_optimizer.param_groups))]
     for group, rate in zip(setup.lower_optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
@@ -250,7 +250,7 @@ def test_a_preview_may_have_a_rate_of_its_own(options: dict[str, Any]) -> None:
     setup = Setup("momentum")
     movers = [replace(mover, lr=0.02) for mover in setup.movers]
     total = expected(setup, setup.data[:3], 2, movers=movers)
-    ours = found(setup, setup.data[:3], inner_steps=2, inner_step="preview", inner_lr=0.02, **options)
+    ours = found(setup, setup.data[:3], inner_steps=2, inner_step="optimizer", inner_lr=0.02, **options)
     assert relative(ours, total) < 1e-12
 
 
@@ -267,7 +267,8 @@ def test_graph_and_adjoint_are_the_same_to_1e_12() -> None:
         setup = Setup(kind)
         for steps in (1, 2, 5):
             one, other = (
-                found(setup, setup.data[: steps + 1], inner_steps=steps, mode=mode) for mode in ("adjoint", "graph")
+                found(setup, setup.data[: steps + 1], inner_steps=steps, differentiate=mode)
+                for mode in ("adjoint", "graph")
             )
             assert relative(one, other) < 1e-12
 
@@ -290,7 +291,7 @@ def test_rates_that_are_tensors(kind: str, mode: str) -> None:
     setup, same = Setup(kind), Setup(kind)
     for group in setup.lower_optimizer.param_groups:
         group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
-    options = {"inner_steps": 2, "mode": mode}
+    options = {"inner_steps": 2, "differentiate": mode}
     assert relative(found(setup, setup.data[:2], **options), found(same, setup.data[:2], **options)) < 1e-14
 
 
@@ -303,7 +304,7 @@ def test_a_lower_optimizer_that_walks_uphill(kind: type[torch.optim.Optimizer], 
         def lower(parameters: Any) -> torch.optim.Optimizer:
             return kind(parameters, lr=0.05, weight_decay=0.1, maximize=sign < 0)  # type: ignore[call-arg]
 
-        point, optimizer = quadratic(lower, sign, inner_steps=3, mode=mode)
+        point, optimizer = quadratic(lower, sign, inner_steps=3, differentiate=mode)
         optimizer.step()
         return optimizer.directions().upper["0"], point.w.detach()
 
@@ -381,7 +382,9 @@ def test_without_restore_w_takes_k_plain_torch_steps(kind: str, steps: int, trun
     """Bit for bit: variables, buffers, optimizer state, random state; the upper variables then follow the direction."""
     ours, plain = Setup(kind), Setup(kind)
     data = ours.data[: steps + 1]
-    optimizer = ours.optimizer(bilevel.Unrolled, inner_steps=steps, restore=False, truncate=truncate, mode=mode)
+    optimizer = ours.optimizer(
+        bilevel.Unrolled, inner_steps=steps, virtual=False, truncate=truncate, differentiate=mode
+    )
     torch.manual_seed(SEED)
     directions = optimizer.directions(*data)
     torch.manual_seed(SEED)
@@ -443,8 +446,8 @@ def test_hooks_on_real_steps_are_followed_and_not_differentiated(kind: str) -> N
         setup.lower_optimizer.register_step_pre_hook(
             lambda optimizer, *_: torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.01) and None
         )
-        answers[mode] = found(setup, setup.data[:4], inner_steps=3, restore=False, mode=mode)
-        assert relative(answers[mode], found(Setup(kind), setup.data[:4], inner_steps=3, restore=False)) > 1e-2
+        answers[mode] = found(setup, setup.data[:4], inner_steps=3, virtual=False, differentiate=mode)
+        assert relative(answers[mode], found(Setup(kind), setup.data[:4], inner_steps=3, virtual=False)) > 1e-2
     assert relative(answers["graph"], answers["adjoint"]) < 1e-12
 
 
@@ -462,7 +465,7 @@ def test_several_steps_in_a_row(options: dict[str, Any]) -> None:
         torch.manual_seed(index)
         named = dict(zip(dict(plain.corrector.named_parameters()), total, strict=True))
         directions = bilevel.Directions(named, {}, bilevel.Stats(torch.zeros(()), torch.zeros(())))
-        if options.get("restore") is False:
+        if options.get("virtual") is False:
             plain.train(data[1])
             plain.train(data[2])
             upper_step(plain, directions)
@@ -495,7 +498,7 @@ def test_maml_on_a_quadratic(steps: int, mode: str) -> None:
         lower_optimizer=torch.optim.SGD(point.parameters(), lr=rate),
         inner_steps=steps,
         start=lambda: [start],
-        mode=mode,  # type: ignore[arg-type]
+        differentiate=mode,  # type: ignore[arg-type]
     )
     power = torch.linalg.matrix_power(torch.eye(4).double() - rate * p.hessian, steps)
     optimum = torch.linalg.solve(p.hessian, p.offset)
@@ -539,7 +542,7 @@ def adapted(kind: str, name: str, **options: Any) -> tuple[Setup, nn.ParameterLi
 @pytest.mark.parametrize("name", STARTS)
 @pytest.mark.parametrize(("kind", "steps"), [("sgd", 1), ("sgd", 3), ("momentum", 2), ("adam", 2)])
 def test_maml_on_a_network(kind: str, steps: int, name: str, mode: str) -> None:
-    setup, meta, optimizer = adapted(kind, name, inner_steps=steps, mode=mode)
+    setup, meta, optimizer = adapted(kind, name, inner_steps=steps, differentiate=mode)
     setup.corrector.requires_grad_(False)
     data = setup.data[: steps + 1]
     corrector = [p.detach() for p in setup.corrector.parameters()]
@@ -561,7 +564,7 @@ def test_maml_on_a_network(kind: str, steps: int, name: str, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["adjoint", "graph"])
 def test_a_start_by_name(mode: str) -> None:
-    setup, meta, by_order = adapted("sgd", "a function of them", inner_steps=2, mode=mode)
+    setup, meta, by_order = adapted("sgd", "a function of them", inner_steps=2, differentiate=mode)
     names = [name for name, _ in setup.student.named_parameters()]
     by_name = bilevel.Unrolled(
         setup.upper_loss,
@@ -572,7 +575,7 @@ def test_a_start_by_name(mode: str) -> None:
         lower_optimizer=by_order.lower_optimizer,
         start=lambda: dict(reversed(list(zip(names, STARTS["a function of them"](list(meta)), strict=True)))),
         inner_steps=2,
-        mode=mode,  # type: ignore[arg-type]
+        differentiate=mode,  # type: ignore[arg-type]
     )
     answers = []
     for optimizer in (by_order, by_name):
@@ -640,7 +643,7 @@ def network(widths: list[int], norm: bool, smooth: int) -> nn.Sequential:
     smooth=st.integers(0, 2),
     steps=st.integers(1, 4),
     several=st.booleans(),
-    restore=st.booleans(),
+    virtual=st.booleans(),
     kind=st.sampled_from([name for name in MOVERS if name != "amsgrad"]),
     seed=st.integers(0, 9),
 )
@@ -650,7 +653,7 @@ def test_any_architecture_and_number_of_steps(
     smooth: int,
     steps: int,
     several: bool,
-    restore: bool,
+    virtual: bool,
     kind: str,
     seed: int,
 ) -> None:
@@ -686,8 +689,8 @@ def test_any_architecture_and_number_of_steps(
             upper_optimizer=torch.optim.SGD(upper.parameters(), lr=0.1),
             lower_optimizer=maker(lower.parameters(), **settings(mover)),
             inner_steps=steps,
-            restore=restore,
-            mode=mode,  # type: ignore[arg-type]
+            virtual=virtual,
+            differentiate=mode,  # type: ignore[arg-type]
         )
         directions = optimizer.directions(*batches)
         size = max(float(flat(total).norm()), 1e-3)
@@ -703,14 +706,20 @@ def test_a_bare_tensor_is_unrolled_by_the_adjoint_and_refused_by_the_graph() -> 
         upper_optimizer, lower_optimizer = p.optimizers()
         levels = {"upper_optimizer": upper_optimizer, "lower_optimizer": lower_optimizer}
         return bilevel.Unrolled(
-            p.upper_loss, p.lower_loss, upper=p.upper, lower=[("weights", p.lower)], inner_steps=3, mode=mode, **levels
+            p.upper_loss,
+            p.lower_loss,
+            upper=p.upper,
+            lower=[("weights", p.lower)],
+            inner_steps=3,
+            differentiate=mode,
+            **levels,
         )
 
     _, in_a_module = quadratic(momentum_sgd(Mover(0.1)), inner_steps=3)
     same = build("adjoint").directions()
     torch.testing.assert_close(same.upper["0"], in_a_module.directions().upper["0"], rtol=1e-13, atol=1e-13)
     assert same.stats.product == "reverse"
-    with pytest.raises(bilevel.ClosureError, match=r'lower_loss reads weights other than.*use mode="adjoint"'):
+    with pytest.raises(bilevel.ClosureError, match=r'lower_loss reads weights other than.*use differentiate="adjoint"'):
         build("graph").directions()
 
 
@@ -721,11 +730,11 @@ def test_a_captured_parameter_is_refused_by_the_graph_for_either_loss(side: str)
     bias = setup.student.last.bias
     loss = getattr(setup, side)
     changed: dict[str, Any] = {side: lambda batch: loss(batch) + bias.square().sum()}
-    with pytest.raises(bilevel.ClosureError, match=rf'{side} reads last\.bias other than.*use mode="adjoint"'):
-        found(setup, setup.data[:2], mode="graph", **changed)
+    with pytest.raises(bilevel.ClosureError, match=rf'{side} reads last\.bias other than.*use differentiate="adjoint"'):
+        found(setup, setup.data[:2], differentiate="graph", **changed)
     with_attribute: dict[str, Any] = {side: lambda batch: loss(batch) + setup.student.last.bias.square().sum()}
     adjoint = found(setup, setup.data[:2], product="reverse", **changed)
-    assert relative(adjoint, found(setup, setup.data[:2], mode="graph", **with_attribute)) < 1e-12
+    assert relative(adjoint, found(setup, setup.data[:2], differentiate="graph", **with_attribute)) < 1e-12
 
 
 @pytest.mark.parametrize("options", WAYS, ids=WAY_NAMES)
@@ -800,12 +809,12 @@ def test_float32_agrees_with_float64() -> None:
         ({"inner_steps": 2}, "graph"),
         ({"inner_steps": 3, "truncate": 1}, "forward"),
         ({"inner_steps": 3, "truncate": 2}, "graph"),
-        ({"inner_steps": 1, "restore": False}, "forward"),
-        ({"inner_steps": 2, "restore": False}, "graph"),
+        ({"inner_steps": 1, "virtual": False}, "forward"),
+        ({"inner_steps": 2, "virtual": False}, "graph"),
         ({"inner_steps": 1, "start": lambda: [torch.ones(1, 3, dtype=torch.float64) * UPPER]}, "graph"),
-        ({"inner_steps": 2, "mode": "adjoint"}, "reverse"),
-        ({"inner_steps": 2, "mode": "adjoint", "product": "forward"}, "forward"),
-        ({"inner_steps": 1, "mode": "graph"}, "graph"),
+        ({"inner_steps": 2, "differentiate": "adjoint"}, "reverse"),
+        ({"inner_steps": 2, "differentiate": "adjoint", "product": "forward"}, "forward"),
+        ({"inner_steps": 1, "differentiate": "graph"}, "graph"),
     ],
 )
 def test_the_faster_mode_is_taken_and_named(options: dict[str, Any], taken: str) -> None:
@@ -820,7 +829,7 @@ def test_the_faster_mode_is_taken_and_named(options: dict[str, Any], taken: str)
     losses = (lambda: (lower(x) - 1).tanh().square().mean(), lambda: (lower(x) - UPPER).tanh().square().mean())
     answer = bilevel.Unrolled(*losses, **levels, **options).directions()
     assert answer.stats.product == taken
-    other = {"mode": "adjoint" if taken == "graph" else "graph", "product": "auto"}
+    other = {"differentiate": "adjoint" if taken == "graph" else "graph", "product": "auto"}
     expected = bilevel.Unrolled(*losses, **levels, **{**options, **other}).directions()
     assert relative(list(answer.upper.values()), list(expected.upper.values())) < 1e-12
 
@@ -837,7 +846,7 @@ def test_with_a_start_no_buffer_moves_but_those_of_the_upper_modules(mode: str) 
         upper_optimizer=torch.optim.SGD([factor], lr=0.1),
         other=setup.corrector,
         inner_steps=2,
-        mode=mode,
+        differentiate=mode,
         start=lambda: [factor * value for value in values],
     )
     before = {name: b.clone() for name, b in setup.student.named_buffers()}

@@ -13,10 +13,10 @@ import bilevel
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "BOME": ("BOME", {}),
-    "BOME preview": ("BOME", {"inner_step": "preview"}),
+    "BOME preview": ("BOME", {"inner_step": "optimizer"}),
     "EBOMLC": ("EBOMLC", {}),
     "Unrolled": ("Unrolled", {}),
-    "Unrolled real": ("Unrolled", {"restore": False}),
+    "Unrolled real": ("Unrolled", {"virtual": False}),
     "EMLC": ("EMLC", {}),
     "EMLC replay": ("EMLC", {"memory": "replay", "inner_steps": 2}),
     "MLC": ("MLC", {}),

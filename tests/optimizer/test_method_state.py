@@ -110,20 +110,19 @@ def test_directions_whose_state_has_moved_are_refused() -> None:
         optimizer.apply(fresh)  # twice: the second would count the same call again
 
 
-class Remembers(bilevel.BilevelOptimizer):
+class Remembers(bilevel.BilevelOptimizer[bilevel.Stats]):
     """A method of an author's own: heavy-ball on the upper gradient, its buffer kept as declared state."""
 
     def __init__(self, *losses: Any, reduction: Any = None, **common: Any) -> None:
         super().__init__(*losses, **common)
-        self.z = self.upper_state("z", reduction)
+        self.z = self.upper_state("z", start="zeros", reduction=reduction)
         self.t = self.scalar_state("t")
 
-    def _answer(self, oracle: Any) -> Directions:
+    def compute(self, oracle: bilevel.Oracle) -> Directions:
         f, g = oracle.upper(), oracle.lower()
-        z = [d if old is None else d + old / 2 for d, old in zip(f.upper, self.z.vector(), strict=True)]
-        upper, lower = self._named(z, g.lower)
-        state = {"z": self.z.named(z), "t": self.t.value + 1}
-        return Directions(upper, lower, bilevel.Stats(f.value, g.value), state=state)
+        z = f.upper + 0.5 * self.z.value
+        stats = bilevel.Stats(f.value, g.value)
+        return Directions(upper=z, lower=g.lower, state={"z": z, "t": self.t.value + 1}, stats=stats)
 
 
 def remembers(w: Tensor, a: Tensor, **options: Any) -> Remembers:
@@ -141,10 +140,10 @@ def remembers(w: Tensor, a: Tensor, **options: Any) -> Remembers:
 def test_an_authors_state() -> None:
     w, a = scalars(a0=3.0)
     optimizer = remembers(w, a)
-    assert optimizer.z.value == {}
+    assert not optimizer.z.known
     optimizer.step()  # gradient 2, z = 2, a = 2
     optimizer.step()  # gradient 1, z = 2, a = 1
-    assert (a.item(), optimizer.z.value["0"].item(), optimizer.t.value) == (1.0, 2.0, 2)
+    assert (a.item(), float(optimizer.z.value.norm()), optimizer.t.value) == (1.0, 2.0, 2)
     with pytest.raises(ValueError, match="the state z declares no mean"):
         Directions.mean([optimizer.directions(), optimizer.directions()])
     averaged = remembers(w, a, reduction="mean")

@@ -15,7 +15,7 @@ from plain_hypergradients import Setup
 from test_sequential import ATOMIC, REAL, Broken, batches_of
 
 # Differences of float32 gradients on a batch of six are rough, which a look says.
-pytestmark = pytest.mark.filterwarnings("ignore:both product by difference:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:hessian product by difference:UserWarning")
 
 
 @pytest.mark.parametrize("side", ["upper", pytest.param("lower", marks=pytest.mark.thorough)])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from methods_table import CASES, Case, Problem, Record, assert_same, bits, leaves
 
-pytestmark = pytest.mark.filterwarnings("ignore:both product by difference:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:hessian product by difference:UserWarning")
 CALLS = ("step", "step", "directions", "apply", "resume", "train or eval", "raise", "freeze", "rate", "verify")
 SEEDS = 100
 

@@ -74,11 +74,11 @@ def test_hypergradients_are_compared_only_if_equal_and_all_parts_are_written(
     assert hypergradient.main(["--smoke", "--output", str(output)]) == 0
     results = json.loads(output.read_text())
     (products,) = results["products"]
-    # The upper product by forward mode never goes back through the lower model; double backward goes twice.
+    # The mixed product by forward mode never goes back through the lower model; double backward goes twice.
     passes = products["passes"]
     assert passes["gradient of G"] == {"forward": 1, "backward": 1}
-    assert passes["upper product, forward"] == {"forward": 1, "backward": 0}
-    assert passes["mixed product, reverse"] == {"forward": 1, "backward": 2}
+    assert passes["mixed product, forward"] == {"forward": 1, "backward": 0}
+    assert passes["Hessian product, reverse"] == {"forward": 1, "backward": 2}
     for result, steps in zip(results["unrolled"], (1, 3), strict=True):
         assert result["steps"] == steps
         assert max(result["largest difference in float64"].values()) < 1e-12

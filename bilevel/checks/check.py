@@ -1,4 +1,4 @@
-"""What ``check_directions`` compares, kind by kind: each claim about a number or a vector knows how to judge itself."""
+"""What ``check_directions`` compares, kind by kind: each check of a number or a vector knows how to judge itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from math import inf, isfinite, nan
 import torch
 from torch import Tensor
 
-from ..vectors import Vector, dot, squared_norm, subtract
+from ..vectors import Tensors, dot, squared_norm, subtract
 from .constants import holding, recording
 from .differences import BESIDE, REPEATS, Finding, Function, differentiated
 from .plain import Precision
@@ -34,7 +34,7 @@ HELD_NOWHERE = (
 )
 
 
-class Claim(ABC):
+class Check(ABC):
     """Something that a method computed, and how to get it another way."""
 
     name: str
@@ -45,7 +45,7 @@ class Claim(ABC):
 
 
 @dataclass(frozen=True)
-class Slope(Claim):
+class Slope(Check):
     """``computed`` is the derivative of ``along`` at 0.
 
     Attributes:
@@ -123,7 +123,7 @@ class Slope(Claim):
 
 
 @dataclass(frozen=True)
-class Same(Claim):
+class Same(Check):
     """``computed`` is the same vector, or number, as ``expected``.
 
     Attributes:
@@ -132,8 +132,8 @@ class Same(Claim):
     """
 
     name: str
-    computed: Vector
-    expected: Vector
+    computed: Tensors
+    expected: Tensors
     size: float = 0.0
     tolerance: float = 0.0
 
@@ -157,7 +157,7 @@ class Same(Claim):
 
 
 @dataclass(frozen=True)
-class Measured(Claim):
+class Measured(Check):
     """A distance from something that the method only approximates: told, without a verdict."""
 
     name: str
@@ -170,7 +170,7 @@ class Measured(Claim):
 
 
 @dataclass(frozen=True)
-class Unknown(Claim):
+class Unknown(Check):
     """What cannot be compared, and the reason."""
 
     name: str
@@ -181,11 +181,11 @@ class Unknown(Claim):
         return Comparison(self.name, self.computed, nan, nan, None, f"no verdict: {self.reason}")
 
 
-def _length(vector: Vector) -> float:
+def _length(vector: Tensors) -> float:
     return float(squared_norm(vector).sqrt())
 
 
-def _number(vector: Vector, otherwise: float) -> float:
+def _number(vector: Tensors, otherwise: float) -> float:
     """The value of a vector that is a single number."""
     single = vector[0] if len(vector) == 1 else None
     return float(single) if single is not None and single.dim() == 0 else otherwise
