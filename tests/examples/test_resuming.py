@@ -35,8 +35,11 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pictures, name, lambda *_: None)
 
 
+RESUMED = ["ce", "ebomlc", "glc", "em", "mlc", "emlc-one-step", "l2rw", "mwnet", "coteaching-plus"]
+
+
 @pytest.mark.kill
-@pytest.mark.parametrize("method", ["ce", "ebomlc", "glc", "em"])
+@pytest.mark.parametrize("method", RESUMED)
 def test_a_killed_run_is_resumed_exactly(
     method: str, cifar10_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
