@@ -141,7 +141,7 @@ def a_loss_that_raises_changes_nothing(subject: Subject) -> None:
 
 
 def what_is_not_finite_moves_nothing(subject: Subject) -> None:
-    """From whichever call on a loss is NaN: an error, or the step is skipped; variables and optimizers are as before."""
+    """From whichever call on a loss is NaN: an error, or the step is skipped; nothing moved."""
     contract = "what is not finite moves nothing"
     for policy in ("raise", "skip"):
         for number in range(_calls_of_a_step(subject)):
