@@ -28,6 +28,7 @@ Sample weights from trusted images:
 Two networks, no trusted images:
 
 - ``coteaching-plus``: Co-teaching+: each learns what the other finds easy; see co_teaching.py.
+- ``dividemix``: DivideMix: images divided into labelled and unlabelled ones by their loss; see divide_mix.py.
 
 ``docs/examples/paper_and_code.md`` says what is printed, what the code does, and how these differ from both.
 """
@@ -81,4 +82,5 @@ RECIPES: dict[str, dict[str, Any]] = {
     "l2rw": PRINTED,
     "mwnet": PRINTED,
     "coteaching-plus": PRINTED,
+    "dividemix": PRINTED,
 }
