@@ -27,6 +27,7 @@ from examples.noisy_labels.learning_to_reweight import LearningToReweight
 from examples.noisy_labels.meta_weight_net import MetaWeightNet
 from examples.noisy_labels.mixed import Mixed
 from examples.noisy_labels.precision import mixed_precision
+from examples.noisy_labels.probabilistic_weight_net import ProbabilisticWeightNet
 from examples.noisy_labels.recipe import Recipe, Scalars, decay, descent
 from examples.noisy_labels.released_sign import UpdateForGradient
 from examples.noisy_labels.settings import Settings
@@ -127,6 +128,8 @@ def build(settings: Settings, classes: int, device: torch.device, task: Task | N
             return LearningToReweight(settings, network)
         case "mwnet":
             return MetaWeightNet(settings, network)
+        case "pmwnet":
+            return ProbabilisticWeightNet(settings, network)
     return MetaLabelCorrection(settings, network, corrector)
 
 
