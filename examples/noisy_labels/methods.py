@@ -43,8 +43,8 @@ PRINTED: dict[str, Any] = {
     "delta": 0.25,
     "rho": 0.2,
     "value_gradient": "value_function",
-    "step_from": "outer",
-    "inner_step": "plain",
+    "step_from": "current",
+    "inner_step": "gradient",
     "mixture": "probability",
     "features": "held",
     "mix_clean": 0.0,
@@ -67,8 +67,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ebomlc-released": PRINTED
     | {
         "value_gradient": "difference",
-        "step_from": "inner",
-        "inner_step": "preview",
+        "step_from": "lookahead",
+        "inner_step": "optimizer",
         "mixture": "code",
         "features": "recomputed",
         "mix_clean": 0.5,

@@ -247,7 +247,7 @@ MISTAKES: dict[str, tuple[Damage, list[str], str]] = {
     "missing annotator": (nothing, ["--annotators", "label", "bob"], "annotators='bob'): there is no such column"),
     "missing id column": (nothing, ["--id", "name"], "id='name'): there is no such column"),
     "missing feature": (nothing, ["--features", "depth"], "features='depth'): there is no such column"),
-    "label as feature": (nothing, ["--features", "label"], "features='label'): is a label or an id, and would give"),
+    "label as feature": (nothing, ["--features", "label"], "--features label: is a label or an id, and would give"),
     "no feature": (nothing, ["--ignore", "width", "height"], "no column is left for the features"),
     "unknown trusted id": (
         trusted_line("row999,ape"),
@@ -363,6 +363,7 @@ def test_mistakes_on_the_command_line(arguments: list[str], message: str, capsys
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.program
 def test_the_script_can_be_started_by_its_path(tmp_path: Path) -> None:
     script = str(REPOSITORY / "examples" / "noisy_labels" / "own_data.py")
     command = [sys.executable, script, "--table", "nowhere.csv", "--trusted", "t.txt"]
