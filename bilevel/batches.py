@@ -8,6 +8,8 @@ from typing import Any
 
 from .errors import count, message
 
+MISSING: Any = type("Missing", (), {"__repr__": lambda self: "no batch"})()
+
 
 @dataclass(frozen=True)
 class Indexed:
@@ -35,6 +37,7 @@ class Indexed:
         count("Indexed", "index", self.index, minimum=0)
 
 
+@dataclass(frozen=True, init=False)
 class Batches:
     """Several upper batches of one step, for methods that look at F more than once: ``step(Batches(a, b), lower)``.
 
@@ -49,10 +52,12 @@ class Batches:
         2
     """
 
+    batches: tuple[Any, ...]
+
     def __init__(self, *batches: Any) -> None:
         if not batches:
             raise TypeError(message("Batches", "batches", "()", "needs at least one. Pass the batches one by one."))
-        self.batches = batches
+        object.__setattr__(self, "batches", batches)
 
 
 def unpacked(batches: Sequence[Any]) -> tuple[list[Any], list[int | None]]:
@@ -61,6 +66,26 @@ def unpacked(batches: Sequence[Any]) -> tuple[list[Any], list[int | None]]:
     return plain, [batch.index if isinstance(batch, Indexed) else None for batch in batches]
 
 
-def several(upper: Any) -> list[Any]:
-    """Return the upper batches of a step, one or several."""
-    return list(upper.batches) if isinstance(upper, Batches) else [upper]
+def sorted_batches(
+    owner: str, batches: Sequence[Any], upper: Any, lower: Any, expected: int
+) -> tuple[list[Any], list[Any]]:
+    """Sort what ``step`` was given into upper and lower batches.
+
+    Raises:
+        TypeError: A wrong number of them, or one side by position and by name.
+    """
+    rest = list(batches)
+    if upper is not MISSING and rest:
+        raise TypeError(f"{owner}: got upper= and {len(rest)} positional batch(es). Pass them by position or by name.")
+    upper_batch = rest.pop(0) if rest else upper
+    if lower is not MISSING and rest:
+        raise TypeError(f"{owner}: got lower= and {len(rest)} positional lower batch(es). Pass lower batches once.")
+    lower_batches = rest if lower is MISSING else [lower]
+    if len(lower_batches) not in (0, 1, expected):
+        allowed = (
+            "1 lower batch" if expected == 1 else f"1 lower batch for all inner steps or exactly {expected}, one each"
+        )
+        raise TypeError(
+            f"{owner}: got {len(lower_batches)} lower batches, expected {allowed} (inner_steps={expected})."
+        )
+    return (list(upper_batch.batches) if isinstance(upper_batch, Batches) else [upper_batch]), lower_batches

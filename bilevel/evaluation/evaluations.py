@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..batches import MISSING
 from ..errors import ClosureError
 from ..levels import Level
 from ..vectors import Tensors, Vector, exchange, present
 from .inspection import explained
-from .losses import MISSING, Loss, sequence_number, stale_variables
+from .losses import Loss, sequence_number, stale_variables
 from .replay import Replay
 from .substitution import Places, plain_attention
 

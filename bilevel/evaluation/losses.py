@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..batches import MISSING
 from ..errors import ClosureError
-
-MISSING: Any = type("Missing", (), {"__repr__": lambda self: "no batch"})()
 
 
 class Loss:

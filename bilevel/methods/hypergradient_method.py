@@ -52,7 +52,7 @@ else:
 class HypergradientMethod(BilevelOptimizer[H], ABC):
     """Methods whose upper direction is a derivative of F through lower steps, or an approximation of it."""
 
-    order = orders.TRAIN_THEN_CORRECT
+    order: orders.Order = orders.TRAIN_THEN_CORRECT
     product_kind: Kind = "mixed"  # which products of G the method takes, for its stats
     exact: ClassVar[bool] = False  # whether the upper direction is the total derivative, for check_directions
     virtual_walk: bool = True  # whether that derivative is the one of virtual steps from the current point

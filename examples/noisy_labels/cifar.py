@@ -8,6 +8,7 @@ setting, test accuracy, label recovery by the method's own and by Bayes' rule, a
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -31,10 +32,10 @@ from examples.noisy_labels import (
 )
 from examples.noisy_labels.board import FOLDER, Board, require
 from examples.noisy_labels.command_line import Command
-from examples.noisy_labels.configuration import CONFIGURATION
+from examples.noisy_labels.configuration import CONFIGURATION, refuse_lost_checkpoint, refuse_other_options
 from examples.noisy_labels.interruption import Interrupted, Interruption
 from examples.noisy_labels.log import Log, Record
-from examples.noisy_labels.training import Run, train
+from examples.noisy_labels.training import Run, save, train
 
 LOG = "log.jsonl"
 
@@ -85,26 +86,31 @@ def _resume(command: Command, run: Run, listener: Callable[[Record], None] | Non
     """Put a run where its checkpoint is and return its log; None where it was killed before the first checkpoint."""
     saved = command.out / checkpoint.NAME
     if not saved.is_file():
+        refuse_lost_checkpoint(saved, command.out / LOG)
         return None
-    content = checkpoint.load(saved)
+    content = checkpoint.load(saved, "run", "log", "device", "options")
+    refuse_other_options(saved, content["options"], dataclasses.asdict(run.settings), command_line.FREE_ON_RESUME)
     if content["device"] != run.device:
         rule = f"the run was on {content['device']}, whose random streams cannot go on on {run.device}"
         raise ValueError(f"--resume: {rule}. Give its --device, or start another run.")
+    log = Log(command.out / LOG, content["log"], listener)
     run.load_state_dict(content["run"])
     print(f"resumed after epoch {run.epoch}, step {run.step}")
-    return Log(command.out / LOG, content["log_size"], listener)
+    return log
 
 
 def _start(command: Command, run: Run, listener: Callable[[Record], None] | None) -> Log:
-    """Write the configuration and the first record of the log."""
+    """Write the configuration, the first record of the log, and the first checkpoint."""
     settings, task, folder = command.settings, run.task, command.out
-    (folder / results.RESULT).unlink(missing_ok=True)
-    (folder / checkpoint.NAME).unlink(missing_ok=True)  # first, so that no checkpoint stands beside another's settings
+    # In this order: no log without its checkpoint, which would look lost; no checkpoint beside other options.
+    for name in (results.RESULT, LOG, checkpoint.NAME):
+        (folder / name).unlink(missing_ok=True)
     settings.save(folder / CONFIGURATION)
     log = Log(folder / LOG, listener=listener)
     rate = noise.realised_rate(task.true, task.given)
     sizes = {"noisy": len(task.noisy), "clean": len(task.clean), "test": len(task.test)}
     log.write("start", setting=settings.title, method=settings.method, **sizes, wrong=rate, overlap=task.overlap)
+    save(run, log, folder)
     return log
 
 

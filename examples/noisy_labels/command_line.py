@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from examples.noisy_labels import configuration, files
 from examples.noisy_labels.configuration import CONFIGURATION, of_saved_run
+from examples.noisy_labels.declaration import flag, written
 from examples.noisy_labels.settings import GROUPS, PRESETS, Settings, from_dict, preset, without_method
 
 OWN = ("preset", "config", "out", "resume", "overwrite", "compare", "download", "seeds")  # not part of the settings
@@ -51,16 +52,22 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
     given = vars(parser.parse_args(arguments))
     own = {name: given.pop(name) for name in OWN}
     try:
-        from_file = json.loads(own["config"].read_text()) if own["config"] else {}
+        _check_own(own)
+        from_file = configuration.read(own["config"]) if own["config"] else {}
         if own["compare"] or given.get("method", from_file.get("method")) != from_file.get("method"):
             from_file = without_method(from_file)
         said = from_file | given
         settings = resolve(said, own["preset"])
+        for seed in own["seeds"] or ():
+            dataclasses.replace(settings, seed=seed)
         out = own["out"] or Path("runs") / (f"{settings.dataset}-compare" if own["compare"] else settings.folder_name)
+        files.refuse_unusable(out)
         saved = out / CONFIGURATION
         resume = bool(own["resume"]) and (saved.is_file() or own["resume"] == "required")
         if resume:
-            settings = from_dict(of_saved_run(out, given, FREE_ON_RESUME))
+            decided = set().union(*PRESETS.values()) if own["preset"] else ()  # a preset also says what it leaves alone
+            by_preset = {name: getattr(settings, name) for name in decided}
+            settings = from_dict(of_saved_run(out, by_preset | said, FREE_ON_RESUME))
     except (ValueError, OSError) as problem:
         parser.error(str(problem))
     return Command(
@@ -72,19 +79,29 @@ def device(name: str) -> torch.device:
     """Turn the option `--device` into a device; ``auto`` takes CUDA if there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(name)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"Settings(device={name!r}): torch sees no CUDA device here. Use --device cpu.")
+    try:
+        chosen = torch.device(name)
+    except (RuntimeError, TypeError):
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: must be auto, cpu, cuda or one of several GPUs, such as cuda:1.")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        there = torch.cuda.device_count()
+        raise ValueError(
+            f"--device {name}: torch sees {there or 'no'} CUDA device{'s' * (there > 1)} here. Use another."
+        )
     return chosen
 
 
 def resolve(said: dict[str, Any], preset_name: str | None) -> Settings:
     """Fill in what was not said from the preset, and the rest from the defaults."""
-    dataset, method = said.get("dataset", Settings.dataset), said.get("method", Settings.method)
+    dataset, method = str(said.get("dataset", Settings.dataset)), str(said.get("method", Settings.method))
     if dataset == "digits" and preset_name:
         raise ValueError(f"--preset {preset_name}: describes training on CIFAR. The digits have one of their own.")
     automatic = "paper" if device(said.get("device", Settings.device)).type == "cuda" else "quick"
-    return from_dict(preset(preset_name or automatic, dataset, method) | said)
+    settings = from_dict(preset(preset_name or automatic, dataset, method) | said)
+    settings.refuse_misfit()
+    return settings
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,18 +131,31 @@ def _parser() -> argparse.ArgumentParser:
     for one in dataclasses.fields(Settings):
         if one.name in GROUPS:
             options = parser.add_argument_group(GROUPS[one.name])
-        flag, kind = "--" + one.name.replace("_", "-"), one.metadata["kind"]
+        kind = one.metadata["kind"]
         words = one.metadata["description"] + ("" if one.default is None else f" [{one.default}]")
         common = {"default": argparse.SUPPRESS, "help": words.replace("%", "%%")}
         if kind is bool:
-            options.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+            options.add_argument(flag(one.name), action=argparse.BooleanOptionalAction, **common)
         elif one.metadata["choices"]:
-            options.add_argument(flag, choices=one.metadata["choices"], **common)
+            options.add_argument(flag(one.name), choices=one.metadata["choices"], **common)
         else:
             reader, shape = (_integers, "N,N,...") if kind is tuple else (kind, kind.__name__.upper())
-            options.add_argument(flag, type=reader, metavar=shape, **common)
+            options.add_argument(flag(one.name), type=reader, metavar=shape, **common)
     return parser
 
 
+def _check_own(own: dict[str, Any]) -> None:
+    """Refuse what the program's own options cannot do together."""
+    if own["resume"] and own["compare"]:
+        raise ValueError("--resume: --compare keeps no checkpoints. Leave one of the two out.")
+    if own["seeds"] and not own["compare"]:
+        raise ValueError("--seeds: are those of --compare. One run has one --seed.")
+    if own["seeds"] and len(set(own["seeds"])) < len(own["seeds"]):
+        raise ValueError(f"{written('seeds', own['seeds'])}: a seed is there twice. Name each once.")
+
+
 def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers with commas between them, not {text!r}") from None

@@ -77,6 +77,8 @@ class Task:
 
 def load(settings: Settings, device: torch.device) -> Task:
     """Read the images, deal them into parts and corrupt the labels of the noisy part."""
+    if settings.transition is not None:  # the small file first: a mistake in it is told before the images are read
+        noise.read(Path(settings.transition).expanduser(), settings.classes)
     return dealt(digits() if settings.dataset == "digits" else cifar(settings.dataset, settings.data), settings, device)
 
 
@@ -126,6 +128,9 @@ def split(pool: Pool, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
         candidates, _ = deal(pool.labels, candidates, classes, settings.train_images // classes, stream)
     per_class = max(1, round(settings.clean_fraction * len(candidates) / classes))
     clean, noisy = deal(pool.labels, candidates, classes, per_class, stream)
+    if len(noisy) == 0:
+        rule = f"all {len(clean)} training images are trusted, and none is left to correct"
+        raise ValueError(f"--clean-fraction {settings.clean_fraction}: {rule}. Trust a smaller share.")
     return clean, noisy, test[: settings.test_images]
 
 

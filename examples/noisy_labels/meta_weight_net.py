@@ -8,7 +8,7 @@ gradient. Each step:
     a      <- Adam(a, grad_a of the mean trusted cross-entropy at w^(a))          1e-3, weight decay 1e-4, constant
     w      <- SGD's step on G(w, new a)
 
-:class:`bilevel.Unrolled` with ``inner_step="plain"`` is these lines. The weights are not normalised, as in the code for
+:class:`bilevel.Unrolled` with ``inner_step="gradient"`` is these lines. The weights are not normalised, as in the code for
 ResNet-32 (that for WRN-28-10 lets them sum to 1).
 
 Deviations: the virtual step's effect on BatchNorm's averages is none here and thrown away there; the last epoch is

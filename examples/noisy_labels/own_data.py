@@ -15,13 +15,13 @@ if not __package__:  # started as a script: replace the script's folder by the c
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from examples.noisy_labels import accelerator, checkpoint, command_line, files
-from examples.noisy_labels.configuration import CONFIGURATION
+from examples.noisy_labels.configuration import CONFIGURATION, refuse_lost_checkpoint
 from examples.noisy_labels.interruption import EXIT_CODE, Interrupted, Interruption
 from examples.noisy_labels.log import Log
 from examples.noisy_labels.own import model, options, reading, report
 from examples.noisy_labels.own.options import Command
 from examples.noisy_labels.own.reading import Data
-from examples.noisy_labels.own.run import Run, load, train
+from examples.noisy_labels.own.run import Run, load, save, train
 from examples.noisy_labels.settings import Settings
 
 LOG = "log.jsonl"
@@ -53,19 +53,24 @@ def _correct(command: Command) -> None:
         run = Run(settled, samples)
         saved = folder / checkpoint.NAME
         resumed = command.resume and saved.is_file()
-        log_size = load(run, saved) if resumed else 0
+        if command.resume and not resumed:
+            refuse_lost_checkpoint(saved, folder / LOG)
+        mark = load(run, saved) if resumed else None
         print("\n".join([report.describe(samples, settled.source), *data.notes]))
         folder.mkdir(parents=True, exist_ok=True)
         files.sweep(folder)
         if resumed:
             print(f"resumed after epoch {run.epoch}, step {run.step}")
-            log = Log(folder / LOG, log_size)
+            log = Log(folder / LOG, mark)
         else:
-            saved.unlink(missing_ok=True)  # first, so that no checkpoint stands beside another's options
+            # No log without its checkpoint, which would look like a lost one; no checkpoint beside other options.
+            for old in (folder / LOG, saved):
+                old.unlink(missing_ok=True)
             settled.save(folder / CONFIGURATION)
             log = Log(folder / LOG)
             sizes = {"noisy": len(samples.noisy), "trusted": len(samples.trusted), "held_out": len(samples.held_out)}
             log.write("start", method=settled.method, classes=list(samples.names), **sizes, notes=list(data.notes))
+            save(run, log, folder)
         train(run, log, folder, interruption)
         if interruption.requested:  # the checkpoint holds the finished training; whoever goes on writes the results
             raise Interrupted("stopped after the last epoch, before the results were written")

@@ -75,7 +75,7 @@ class Reweighting(Recipe):
             upper_optimizer=upper_optimizer,
             lower_optimizer=self.descent,
             inner_lr=inner_lr,
-            inner_step="plain",
+            inner_step="gradient",
             on_nonfinite=settings.policy(next(network.parameters()).device.type),
         )
         networks = {"classifier": network, **others}

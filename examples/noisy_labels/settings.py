@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from examples.noisy_labels import precision
+from examples.noisy_labels.declaration import LARGEST_SEED, check, option, plain, written
 from examples.noisy_labels.files import replacing
 from examples.noisy_labels.human_labels import COLUMNS
 from examples.noisy_labels.methods import PRINTED, RECIPES
@@ -36,14 +37,9 @@ GROUPS = {  # first option of a group: its title in --help
 }
 
 
-def option(default: Any, description: str, choices: tuple[str, ...] | None = None, kind: type = str) -> Any:
-    """Declare a field together with the words that `--help` says about it."""
-    return field(default=default, metadata={"description": description, "choices": choices, "kind": kind})
-
-
-def by_method(name: str, description: str, choices: tuple[str, ...] | None = None, kind: type = str) -> Any:
+def by_method(name: str, description: str, choices: tuple[str, ...] | None = None, **kind: Any) -> Any:
     """Declare a field that the method decides unless it is said; `Settings` fills it in."""
-    return option(None, f"{description} [{PRINTED[name]}]", choices, kind)
+    return option(None, f"{description} [{PRINTED[name]}]", choices, **kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,29 +52,46 @@ class Settings:
     noise: str = option("uniform", "how labels are corrupted; see noise.py", (*PROTOCOLS, "human", "matrix"))
     transition: str | None = option(None, "CSV file with a row of label probabilities for each class (matrix noise)")
     human_column: str = option("worse", "which labels of CIFAR-N (human noise)", tuple(COLUMNS))
-    rate: float = option(0.4, "noise rate", kind=float)
+    rate: float = option(0.4, "noise rate", kind=float, within="[0, 1]")
     exclude_true: bool = option(False, "uniform noise never draws the true class", kind=bool)
-    clean_fraction: float = option(0.02, "share of the training images whose labels are trusted", kind=float)
-    train_images: int | None = option(None, "use a balanced subset of so many training images", kind=int)
-    test_images: int | None = option(None, "use the first test images only", kind=int)
+    clean_fraction: float = option(
+        0.02, "share of the training images whose labels are trusted", kind=float, within="(0, 1)"
+    )
+    train_images: int | None = option(
+        None, "use a balanced subset of so many training images", kind=int, within="[1, inf)"
+    )
+    test_images: int | None = option(None, "use the first test images only", kind=int, within="[1, inf)")
     network: str = option("resnet32", "classifier", NETWORKS)
     augment: bool = option(True, "random crops and mirror images", kind=bool)
-    batch_size: int = option(100, "images per batch, of the noisy and of the clean set", kind=int)
-    epochs: int = option(120, "passes over the noisy set; every method takes the same number of steps", kind=int)
-    milestones: tuple[int, ...] | None = option(
-        None, "epochs after which the learning rate is divided by 10 [2/3 and 5/6 of the epochs]", kind=tuple
+    batch_size: int = option(100, "images per batch, of the noisy and of the clean set", kind=int, within="[1, inf)")
+    epochs: int = option(
+        120, "passes over the noisy set; every method takes the same number of steps", kind=int, within="[1, inf)"
     )
-    lr: float = option(0.1, "learning rate of the classifier's SGD", kind=float)
-    momentum: float = option(0.9, "momentum of the classifier's SGD", kind=float)
-    weight_decay: float = option(5e-4, "weight decay of the classifier's SGD", kind=float)
-    meta_lr: float = option(3e-4, "learning rate of the corrector's Adam", kind=float)
-    delta: float = by_method("delta", "strength of the barrier", kind=float)
-    xi: float = option(0.5, "damping of the multiplier (ebomlc)", kind=float)
-    rho: float = by_method("rho", "weight of the classifier in the mixture on clean images", kind=float)
+    milestones: tuple[int, ...] | None = option(
+        None,
+        "epochs after which the learning rate is divided by 10 [2/3 and 5/6 of the epochs]",
+        kind=tuple,
+        within="[1, inf)",
+        items=int,
+    )
+    lr: float = option(0.1, "learning rate of the classifier's SGD", kind=float, within="(0, inf)")
+    momentum: float = option(0.9, "momentum of the classifier's SGD", kind=float, within="[0, 1)")
+    weight_decay: float = option(5e-4, "weight decay of the classifier's SGD", kind=float, within="[0, inf)")
+    meta_lr: float = option(3e-4, "learning rate of the corrector's Adam", kind=float, within="(0, inf)")
+    delta: float = by_method("delta", "strength of the barrier", kind=float, within="[0, inf)")
+    xi: float = option(0.5, "damping of the multiplier (ebomlc)", kind=float, within="[0, inf)")
+    rho: float = by_method(
+        "rho", "weight of the classifier in the mixture on clean images", kind=float, within="[0, 1]"
+    )
     mixture: str = by_method("mixture", "what rho mixes; see mixtures.py", tuple(MIXTURES))
-    corrupt_clean: float = option(0.0, "share of random labels shown to the corrector on clean images", kind=float)
+    corrupt_clean: float = option(
+        0.0, "share of random labels shown to the corrector on clean images", kind=float, within="[0, 1]"
+    )
     mix_clean: float = by_method(
-        "mix_clean", "share of each clean batch that joins the lower loss instead of the upper", kind=float
+        "mix_clean",
+        "share of each clean batch that joins the lower loss instead of the upper",
+        kind=float,
+        within="[0, 1)",
     )
     value_gradient: str = by_method(
         "value_gradient", "how Q is differentiated in w", ("value_function", "difference", "unrolled")
@@ -88,10 +101,13 @@ class Settings:
         "inner_step", "look-ahead: a gradient step, or SGD's with momentum and weight decay", ("gradient", "optimizer")
     )
     inner_steps: int = by_method(
-        "inner_steps", "look-ahead steps (mlc-d; ebomlc takes one); lower steps for an upper one (mlc, emlc)", kind=int
+        "inner_steps",
+        "look-ahead steps (mlc-d; ebomlc takes one); lower steps for an upper one (mlc, emlc)",
+        kind=int,
+        within="[1, inf)",
     )
     corruption: str = option("random", "of every second trusted label that the gate is shown (emlc)", CORRUPTIONS)
-    multiplier_max: float | None = option(None, "largest multiplier, before xi [none]", kind=float)
+    multiplier_max: float | None = option(None, "largest multiplier, before xi [none]", kind=float, within="[0, inf)")
     clean_gradient: str = option(
         "gradient", "released: the defect of ebomlc's code, to see what it does; see released_sign.py", CLEAN_GRADIENTS
     )
@@ -104,9 +120,14 @@ class Settings:
         "buffers", "when BatchNorm's averages move: once a step, or in every evaluation", ("once", "every")
     )
     clean_weight: float = by_method(
-        "clean_weight", "weight of the trusted images' loss (ce-clean, ce-mixed, glc, em)", kind=float
+        "clean_weight",
+        "weight of the trusted images' loss (ce-clean, ce-mixed, glc, em)",
+        kind=float,
+        within="[0, inf)",
     )
-    seed: int = option(1, "decides split, noise, first weights, order and crops", kind=int)
+    seed: int = option(
+        1, "decides split, noise, first weights, order and crops", kind=int, within=f"[0, {LARGEST_SEED}]"
+    )
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes CUDA if there is one")
     amp: str = option("off", "precision inside the networks; losses and weights stay float32", precision.CHOICES)
     channels_last: bool = option(True, "images and weights of a convolution network in channels-last order", kind=bool)
@@ -118,39 +139,50 @@ class Settings:
         "auto", "NaN in a bilevel step: raise at once, or ignore until the next log record [raise on CPU]", ON_NONFINITE
     )
     tensorboard: bool = option(False, "write the log's numbers for TensorBoard too", kind=bool)
-    log_interval: int = option(50, "steps between two step records in the log", kind=int)
+    log_interval: int = option(50, "steps between two step records in the log", kind=int, within="[1, inf)")
 
     def __post_init__(self) -> None:
-        for name, value in RECIPES.get(self.method, PRINTED).items():
+        for name, value in RECIPES.get(str(self.method), PRINTED).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # the class is frozen for everyone else
-        for name in ("rate", "clean_fraction", "rho", "corrupt_clean"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"Settings({name}={getattr(self, name)}): must be between 0 and 1.")
-        for name in ("batch_size", "epochs", "log_interval", "inner_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Settings({name}={getattr(self, name)}): must be at least 1.")
-        if self.clean_weight < 0:
-            raise ValueError(f"Settings(clean_weight={self.clean_weight}): must be at least 0.")
-        if not 0 <= self.mix_clean < 1:
-            rule = "must be at least 0 and below 1, or the upper loss is left without images."
-            raise ValueError(f"Settings(mix_clean={self.mix_clean}): {rule}")
-        if self.multiplier_max is not None and self.multiplier_max < 0:
-            raise ValueError(f"Settings(multiplier_max={self.multiplier_max}): must be at least 0.")
-        for one in dataclasses.fields(self):
-            choices, value = one.metadata["choices"], getattr(self, one.name)
-            if choices and value not in choices:
-                raise ValueError(f"Settings({one.name}={value!r}): must be one of {', '.join(choices)}.")
+        check(self)
+        self._check_images()
+        self._check_milestones()
         if self.exclude_true and self.noise != "uniform":
             rule = f"{self.noise} noise never draws the true class. Use it with uniform."
-            raise ValueError(f"Settings(exclude_true=True): {rule}")
+            raise ValueError(f"--exclude-true: {rule}")
         if (self.noise == "matrix") != (self.transition is not None):
             rule = "goes together with --noise matrix, which needs it. Give both or neither."
-            raise ValueError(f"Settings(transition={self.transition!r}): {rule}")
+            raise ValueError(f"{written('transition', self.transition)}: {rule}")
         if self.dataset not in NOISE_OF_ONE_DATASET.get(self.noise, DATASETS):
             made_for = " and ".join(NOISE_OF_ONE_DATASET[self.noise])
             rule = f"exists for {made_for} only. Use flip or pairflip."
-            raise ValueError(f"Settings(noise={self.noise!r}): {rule}")
+            raise ValueError(f"--noise {self.noise}: {rule}")
+
+    def _check_images(self) -> None:
+        if self.noise == "human" and (self.human_column == "noisy") != (self.dataset == "cifar100"):
+            rule = "CIFAR-100N has the one column noisy, and CIFAR-10N has all the others"
+            raise ValueError(f"--human-column {self.human_column}: {rule}.")
+        if self.train_images is not None and self.train_images < 2 * self.classes:
+            rule = f"must be at least {2 * self.classes}: a trusted and a noisy one of each of {self.classes} classes"
+            raise ValueError(f"--train-images {self.train_images}: {rule}.")
+
+    def refuse_misfit(self) -> None:
+        """Refuse a network that cannot read the images."""
+        if (self.network == "mlp") != (self.dataset == "digits"):
+            rule = f"does not fit {self.dataset}. The digits have 8 x 8 pixels and take mlp, CIFAR takes the others"
+            raise ValueError(f"--network {self.network}: {rule}.")
+
+    def _check_milestones(self) -> None:
+        chosen = list(self.milestones or ())
+        if chosen and (chosen != sorted(set(chosen)) or chosen[-1] > self.epochs):
+            rule = f"must rise, and none be behind the last of {self.epochs} epochs"
+            raise ValueError(f"{written('milestones', self.milestones)}: {rule}.")
+
+    @property
+    def classes(self) -> int:
+        """Return the number of labels."""
+        return 100 if self.dataset == "cifar100" else 10
 
     @property
     def drops(self) -> list[int]:
@@ -199,12 +231,7 @@ class Settings:
 
 def from_dict(values: dict[str, Any]) -> Settings:
     """Build settings from what JSON gives back: lists become tuples, unknown names are refused."""
-    known = {one.name for one in dataclasses.fields(Settings)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"Settings({unknown[0]}=...): no such option. The file is of another version, or mistyped.")
-    plain: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
-    return Settings(**plain)
+    return Settings(**plain(Settings, values))
 
 
 def without_method(saved: dict[str, Any]) -> dict[str, Any]:

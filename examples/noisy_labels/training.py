@@ -6,6 +6,7 @@ and augmented there, and numbers are read only for the log. So there is nothing 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -118,9 +119,9 @@ def train(run: Run, log: Log, folder: Path, interruption: Interruption) -> None:
 
 
 def save(run: Run, log: Log, folder: Path) -> None:
-    """Write the checkpoint of a run and the size of its log."""
-    size = log.sync()
-    checkpoint.save(folder / checkpoint.NAME, {"run": run.state_dict(), "log_size": size, "device": run.device})
+    """Write the checkpoint: the run, how far its log is, and what it belongs to."""
+    belongs = {"device": run.device, "options": dataclasses.asdict(run.settings)}
+    checkpoint.save(folder / checkpoint.NAME, {"run": run.state_dict(), "log": log.sync(), **belongs})
 
 
 def _train_epoch(run: Run, log: Log, folder: Path, interruption: Interruption) -> None:

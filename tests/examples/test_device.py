@@ -207,7 +207,9 @@ def test_no_checkpoint_of_a_diverged_run_is_written(
     command = ["--data", str(cifar10_folder), "--method", "ce", "--network", "small", "--train-images", "120"]
     command += ["--clean-fraction", "0.25", "--batch-size", "20", "--log-interval", "1000"]
     assert cifar.main([*command, "--out", str(tmp_path / "run")]) == 1
-    assert not (tmp_path / "run" / checkpoint.NAME).exists()
+    kept = checkpoint.load(tmp_path / "run" / checkpoint.NAME)["run"]  # the first one, from before the first step
+    assert (kept["progress"]["epoch"], kept["progress"]["step"]) == (0, 0)
+    assert all(weight.isfinite().all() for weight in kept["recipe"]["classifier"].values())
 
 
 def test_the_policy_follows_the_device() -> None:

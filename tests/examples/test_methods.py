@@ -118,10 +118,10 @@ def test_the_variants_of_the_measured_tables_are_settings(variant: str) -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"mix_clean": 1.0}, "left without images"),
+        ({"mix_clean": 1.0}, r"--mix-clean 1\.0: must be at least 0 and below 1"),
         ({"method": "magic"}, "must be one of ce, clean"),
         ({"features": "frozen"}, "must be one of held, recomputed"),
-        ({"multiplier_max": -1.0}, r"multiplier_max.*must be at least 0"),
+        ({"multiplier_max": -1.0}, r"--multiplier-max -1\.0: must be at least 0"),
     ],
 )
 def test_mistakes_are_refused(options: dict[str, Any], complaint: str) -> None:

@@ -247,7 +247,7 @@ MISTAKES: dict[str, tuple[Damage, list[str], str]] = {
     "missing annotator": (nothing, ["--annotators", "label", "bob"], "annotators='bob'): there is no such column"),
     "missing id column": (nothing, ["--id", "name"], "id='name'): there is no such column"),
     "missing feature": (nothing, ["--features", "depth"], "features='depth'): there is no such column"),
-    "label as feature": (nothing, ["--features", "label"], "features='label'): is a label or an id, and would give"),
+    "label as feature": (nothing, ["--features", "label"], "--features label: is a label or an id, and would give"),
     "no feature": (nothing, ["--ignore", "width", "height"], "no column is left for the features"),
     "unknown trusted id": (
         trusted_line("row999,ape"),

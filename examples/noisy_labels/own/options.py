@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from examples.noisy_labels import command_line, configuration, files
 from examples.noisy_labels.configuration import CONFIGURATION, of_saved_run
+from examples.noisy_labels.declaration import LARGEST_SEED, check, flag, option, plain
 from examples.noisy_labels.files import replacing
-from examples.noisy_labels.settings import option
 
 METHODS = ("ebomlc", "ce", "clean", "ce-clean")
 NETWORKS = ("auto", "mlp", "small", "resnet32")
@@ -43,7 +44,9 @@ class Options:
     trusted: str | None = option(None, "file with the ids of trusted samples: one a line, or CSV with id and label")
     trusted_column: str | None = option(None, "column of trusted labels, in --trusted or in --table [see the docs]")
     test: str | None = option(None, "file like --trusted: samples to measure with, never trained on")
-    hold_out: float = option(0.2, "share of trusted samples of each class to measure with, if no --test", kind=float)
+    hold_out: float = option(
+        0.2, "share of trusted samples of each class to measure with, if no --test", kind=float, within="[0, 1)"
+    )
     features: tuple[str, ...] | None = option(
         None, "columns that are features [all that nothing else uses]", kind=tuple
     )
@@ -51,7 +54,7 @@ class Options:
     categorical: tuple[str, ...] | None = option(None, "columns of text or codes, to be one-hot encoded", kind=tuple)
     missing: str = option("refuse", "empty cells of features: an error, or filled with the mean", ("refuse", "mean"))
     file_column: str = option("file", "column with the file of each image, relative to --images")
-    image_size: int = option(32, "width and height to which images are resized", kind=int)
+    image_size: int = option(32, "width and height to which images are resized", kind=int, within="[8, 1024]")
     augment: bool = option(True, "random crops and mirror images, of images only", kind=bool)
     delimiter: str | None = option(None, "what separates cells [found in the first line: , ; tab or |]")
     decimal: str = option(".", "what separates the decimals of a number", (".", ","))
@@ -59,57 +62,47 @@ class Options:
     method: str = option("ebomlc", "what is trained", METHODS)
     network: str = option("auto", "classifier [mlp for tables, small for images]", NETWORKS)
     epochs: int | None = option(
-        None, f"passes over the noisy samples [as many as give {ENOUGH_STEPS} steps, at least {EPOCHS}]", kind=int
+        None,
+        f"passes over the noisy samples [as many as give {ENOUGH_STEPS} steps, at least {EPOCHS}]",
+        kind=int,
+        within="[1, inf)",
     )
-    batch_size: int = option(100, "samples per batch, noisy ones and trusted ones", kind=int)
-    lr: float = option(0.1, "learning rate of the classifier's SGD", kind=float)
-    momentum: float = option(0.9, "momentum of the classifier's SGD", kind=float)
-    weight_decay: float = option(5e-4, "weight decay of the classifier's SGD", kind=float)
-    meta_lr: float = option(1e-3, "learning rate of the corrector's Adam", kind=float)
-    delta: float = option(1.0, "strength of the barrier (ebomlc)", kind=float)
-    xi: float = option(1.0, "damping of the multiplier (ebomlc)", kind=float)
-    rho: float = option(0.2, "weight of the classifier in the mixture on trusted samples (ebomlc)", kind=float)
+    batch_size: int = option(100, "samples per batch, noisy ones and trusted ones", kind=int, within="[1, inf)")
+    lr: float = option(0.1, "learning rate of the classifier's SGD", kind=float, within="(0, inf)")
+    momentum: float = option(0.9, "momentum of the classifier's SGD", kind=float, within="[0, 1)")
+    weight_decay: float = option(5e-4, "weight decay of the classifier's SGD", kind=float, within="[0, inf)")
+    meta_lr: float = option(1e-3, "learning rate of the corrector's Adam", kind=float, within="(0, inf)")
+    delta: float = option(1.0, "strength of the barrier (ebomlc)", kind=float, within="[0, inf)")
+    xi: float = option(1.0, "damping of the multiplier (ebomlc)", kind=float, within="[0, inf)")
+    rho: float = option(
+        0.2, "weight of the classifier in the mixture on trusted samples (ebomlc)", kind=float, within="[0, 1]"
+    )
     mixture: str = option("probability", "what rho mixes (ebomlc)", ("probability", "log"))
     corrupt: float = option(
         CORRUPT_IF_TOLD,
         "share of random labels told to the corrector, for trusted samples whose mistaken label is not known",
         kind=float,
+        within="[0, 1]",
     )
-    seed: int = option(1, "decides what is held out, first weights, order and crops", kind=int)
+    seed: int = option(
+        1, "decides what is held out, first weights, order and crops", kind=int, within=f"[0, {LARGEST_SEED}]"
+    )
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto takes CUDA if there is one")
-    log_interval: int = option(50, "steps between two step records in the log", kind=int)
+    log_interval: int = option(50, "steps between two step records in the log", kind=int, within="[1, inf)")
 
     def __post_init__(self) -> None:
-        for name in ("rho", "corrupt"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"Options({name}={getattr(self, name)}): must be between 0 and 1.")
-        if not 0 <= self.hold_out < 1:
-            raise ValueError(f"Options(hold_out={self.hold_out}): must be at least 0 and below 1.")
-        for name in ("lr", "meta_lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Options({name}={getattr(self, name)}): must be above 0.")
-        for name in ("batch_size", "epochs", "log_interval"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"Options({name}={getattr(self, name)}): must be at least 1.")
-        if self.image_size < 8:
-            raise ValueError(f"Options(image_size={self.image_size}): must be at least 8.")
+        check(self)
         if self.delimiter is not None and len(self.delimiter.replace("\\t", "\t")) != 1:
-            raise ValueError(f"Options(delimiter={self.delimiter!r}): must be one character, or \\t.")
-        for one in dataclasses.fields(self):
-            choices, value = one.metadata["choices"], getattr(self, one.name)
-            if choices and value not in choices:
-                raise ValueError(f"Options({one.name}={value!r}): must be one of {', '.join(choices)}.")
+            raise ValueError(f"--delimiter {self.delimiter!r}: must be one character, or \\t.")
         if self.table is None and self.images is None:
             raise ValueError("own_data: there is nothing to read. Give --table FILE, --images FOLDER or both.")
         if self.label is not None and self.annotators is not None:
-            raise ValueError(
-                "Options(label, annotators): labels come from one column or from several. Give one of them."
-            )
+            raise ValueError("--label, --annotators: labels come from one column or from several. Give one of them.")
         if self.trusted is None and self.trusted_column is None:
             rule = "which samples are trusted is not said. Correction needs some labels that are known to be right"
             raise ValueError(f"own_data: {rule}. Give --trusted FILE, or --trusted-column COLUMN.")
         if (self.network == "mlp") == (self.images is not None) and self.network != "auto":
-            raise ValueError(f"Options(network={self.network!r}): mlp is for tables, the others for images.")
+            raise ValueError(f"--network {self.network}: mlp is for tables, the others for images.")
 
     @property
     def drops(self) -> list[int]:
@@ -147,12 +140,7 @@ class Command:
 
 def from_dict(values: dict[str, Any]) -> Options:
     """Build options from what JSON gives back: lists become tuples, unknown names are refused."""
-    known = {one.name for one in dataclasses.fields(Options)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"Options({unknown[0]}=...): no such option. The file is of another version, or mistyped.")
-    plain: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
-    return Options(**plain)
+    return Options(**plain(Options, values))
 
 
 def parse(arguments: Sequence[str] | None = None) -> Command:
@@ -161,10 +149,13 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
     given = vars(parser.parse_args(arguments))
     own = {name: given.pop(name) for name in OWN}
     try:
-        given = (json.loads(own["config"].read_text(encoding="utf-8")) if own["config"] else {}) | given
+        given = (configuration.read(own["config"]) if own["config"] else {}) | given
+        if own["out"]:
+            files.refuse_unusable(own["out"])
         if own["resume"] == "required" or (own["resume"] and own["out"] and (own["out"] / CONFIGURATION).is_file()):
             return Command(_saved(own["out"], given), own["out"], resume=True, overwrite=own["overwrite"])
         options = from_dict(given)
+        command_line.device(options.device)
     except (ValueError, OSError) as problem:
         parser.error(str(problem))
     out = own["out"] or Path("runs") / f"{Path(options.source).stem}-{options.method}-seed{options.seed}"
@@ -203,17 +194,17 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
     group = parser.add_argument_group("the data and the training")
     for one in dataclasses.fields(Options):
-        flag, kind = "--" + one.name.replace("_", "-"), one.metadata["kind"]
+        kind = one.metadata["kind"]
         words = one.metadata["description"] + ("" if one.default is None else f" [{one.default}]")
         common = {"default": argparse.SUPPRESS, "help": words.replace("%", "%%")}
         if kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+            group.add_argument(flag(one.name), action=argparse.BooleanOptionalAction, **common)
         elif one.metadata["choices"]:
-            group.add_argument(flag, choices=one.metadata["choices"], **common)
+            group.add_argument(flag(one.name), choices=one.metadata["choices"], **common)
         elif kind is tuple:
-            group.add_argument(flag, nargs="+", action=_Names, metavar="COLUMN", **common)
+            group.add_argument(flag(one.name), nargs="+", action=_Names, metavar="COLUMN", **common)
         else:
-            group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **common)
+            group.add_argument(flag(one.name), type=kind, metavar=kind.__name__.upper(), **common)
     return parser
 
 

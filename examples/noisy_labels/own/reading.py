@@ -130,7 +130,7 @@ def _features(table: Table, columns: tuple[str, ...], options: Options) -> list[
     if options.features is not None:
         if wrong := sorted(set(options.features) & used):
             rule = "is a label or an id, and would give the answer away"
-            raise ValueError(f"Options(features={wrong[0]!r}): {rule}. Leave it out.")
+            raise ValueError(f"--features {wrong[0]}: {rule}. Leave it out.")
         return list(options.features)
     left_out = used | set(options.ignore or ()) | set(table.unnamed)
     return [name for name in table.columns if name not in left_out]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -12,13 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from examples.noisy_labels import checkpoint
+from examples.noisy_labels.configuration import refuse_other_options
 from examples.noisy_labels.interruption import Interrupted, Interruption
-from examples.noisy_labels.log import Log
+from examples.noisy_labels.log import Log, Mark
 from examples.noisy_labels.own import networks
 from examples.noisy_labels.own.batches import SampleBatches
 from examples.noisy_labels.own.methods import Method
 from examples.noisy_labels.own.networks import Normalised, VoteCorrector
-from examples.noisy_labels.own.options import Options
+from examples.noisy_labels.own.options import FREE_ON_RESUME, Options
 from examples.noisy_labels.own.samples import Samples
 from examples.noisy_labels.randomness import global_state, restore_global_state
 
@@ -152,15 +154,17 @@ def train(run: Run, log: Log, folder: Path, interruption: Interruption) -> None:
 
 
 def save(run: Run, log: Log, folder: Path) -> None:
-    """Write the checkpoint: the run, the size of its log, and what it belongs to."""
-    content = {"run": run.state_dict(), "log_size": log.sync(), "device": run.samples.inputs.device.type}
-    checkpoint.save(folder / checkpoint.NAME, content | {"samples": run.samples.digest()})
+    """Write the checkpoint: the run, how far its log is, and what it belongs to."""
+    belongs = {"device": run.samples.inputs.device.type, "options": dataclasses.asdict(run.options)}
+    belongs["samples"] = run.samples.digest()
+    checkpoint.save(folder / checkpoint.NAME, {"run": run.state_dict(), "log": log.sync(), **belongs})
 
 
-def load(run: Run, file: Path) -> int:
-    """Put a run back to its checkpoint and return the size of the log at that time."""
+def load(run: Run, file: Path) -> Mark:
+    """Put a run back to its checkpoint and return how far the log was at that time."""
     device = run.samples.inputs.device
-    content = checkpoint.load(file)
+    content = checkpoint.load(file, "run", "log", "device", "options", "samples")
+    refuse_other_options(file, content["options"], dataclasses.asdict(run.options), FREE_ON_RESUME)
     if content["device"] != device.type:
         rule = f"the run was on {content['device']}, whose random streams cannot go on on {device.type}"
         raise ValueError(f"--resume: {rule}. Give its --device, or start another run.")
@@ -168,8 +172,8 @@ def load(run: Run, file: Path) -> int:
         rule = "the samples are not those the run was started on"
         raise ValueError(f"--resume: {rule}. A file has changed; start another run with another --out.")
     run.load_state_dict(content["run"])
-    size: int = content["log_size"]
-    return size
+    mark: Mark = content["log"]
+    return mark
 
 
 def _train_epoch(run: Run, log: Log, folder: Path, interruption: Interruption) -> str:

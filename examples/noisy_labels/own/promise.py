@@ -1,0 +1,124 @@
+"""What may be promised about corrected labels: which need no check, how many errors remain, how often labels are wrong.
+
+A label is kept or changed without a check where its calibrated probability reaches a threshold, and the threshold is
+the lowest for which the trusted samples show the precision that was asked for: the exact lower bound (Clopper and
+Pearson) of the share of right labels among the judging samples above it. Which thresholds are tried is decided by their
+probabilities alone, not by which labels are right, and the bounds of all of them hold at once (Bonferroni). If no bound
+reaches the precision nothing is promised, and everything is to be checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from examples.noisy_labels.own import intervals
+from examples.noisy_labels.own.problem import UNKNOWN, Problem
+from examples.noisy_labels.own.verdict import Judged
+
+Array = np.ndarray
+COVERAGES = (1.0, 0.9, 0.75, 0.6, 0.4)  # shares of the judging samples above the thresholds that are tried
+KEEP, CHANGE, CHECK = "keep", "change", "check"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A share or a number, and where it may lie."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Promise:
+    """Which labels need no check.
+
+    Args:
+        precision: What was asked for.
+        threshold: Least probability of a label that needs no check; above 1 if nothing can be promised.
+        bound: Lower bound of the precision above the threshold; if nothing can be promised, the best of all bounds.
+        shown: Share of right labels among the judging samples above the threshold.
+    """
+
+    precision: float
+    threshold: float
+    bound: float
+    shown: float
+
+    @property
+    def kept(self) -> bool:
+        """Return whether anything is promised."""
+        return self.threshold <= 1
+
+
+NOTHING = Promise(1.0, 2.0, 0.0, float("nan"))
+
+
+def promise(judged: Judged, way: str, confidence: Array, precision: float, level: float) -> Promise:
+    """Return the lowest threshold at which the bound reaches the precision.
+
+    Args:
+        judged: The cross-fitted answers.
+        way: Whose labels are promised.
+        confidence: How sure they are, of each judging sample.
+        precision: What is asked for.
+        level: Probability with which the bound holds.
+    """
+    right = judged.right(way)
+    each = 1 - (1 - level) / len(COVERAGES)
+    best = 0.0
+    for coverage in COVERAGES:
+        threshold = float(np.quantile(confidence, 1 - coverage, method="lower"))
+        above = confidence >= threshold
+        number = intervals.effective(right[above], None if judged.groups is None else judged.groups[above])
+        share = float(right[above].mean())
+        bound = intervals.lower_bound(share * number, number, each)
+        if bound >= precision:
+            # Above all that judged nothing needs a check: then what is promised holds for everything.
+            return Promise(precision, 0.0 if coverage == 1 else threshold, bound, share)
+        best = max(best, bound)
+    return Promise(precision, 2.0, best, float(right.mean()))
+
+
+def actions(probabilities: Array, given: Array, labels: Array, promised: Promise) -> Array:
+    """Return ``keep``, ``change`` or ``check`` for each sample."""
+    sure = probabilities[np.arange(len(labels)), labels] >= promised.threshold
+    return np.where(~sure, CHECK, np.where(labels == given, KEEP, CHANGE))
+
+
+def remaining_errors(judged: Judged, way: str, unchecked: int, level: float) -> Interval:
+    """Return how many labels of the samples that nobody checked are wrong after correction.
+
+    The way was picked for how well it did, so its interval is one of those that hold for all ways at once.
+    """
+    if way not in judged.probabilities:
+        return Interval(float("nan"), 0.0, unchecked)
+    right = judged.right(way)
+    number = intervals.effective(right, judged.groups)
+    wrong = 1 - right.mean() if len(right) else np.nan
+    each = 1 - (1 - level) / max(1, len(judged.probabilities))
+    low, high = intervals.clopper_pearson(wrong * number if len(right) else 0, number, each)
+    return Interval(unchecked * float(wrong), unchecked * low, unchecked * high)
+
+
+def noise_per_class(problem: Problem, level: float) -> dict[str, Interval]:
+    """Return for each true class how often its given label is wrong, counted on judging samples."""
+    rows = np.flatnonzero(problem.counting)
+    wrong, truth = problem.given[rows] != problem.truth[rows], problem.truth[rows]
+    return {name: _share(wrong[truth == i], level) for i, name in enumerate(problem.names)}
+
+
+def noise_per_annotator(problem: Problem, level: float) -> list[Interval]:
+    """Return how often each annotator is wrong, counted on the judging samples that he saw."""
+    rows, shares = np.flatnonzero(problem.counting), []
+    for column in problem.annotations.T:
+        there = rows[column[rows] != UNKNOWN]
+        shares.append(_share(column[there] != problem.truth[there], level))
+    return shares
+
+
+def _share(hits: Array, level: float) -> Interval:
+    low, high = intervals.clopper_pearson(int(hits.sum()), len(hits), level)
+    return Interval(float(hits.mean()) if len(hits) else float("nan"), low, high)

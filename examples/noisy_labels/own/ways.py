@@ -1,0 +1,231 @@
+"""The ways to correct labels, simple ones first: each gives probabilities of the true class for all samples.
+
+- ``given``: the label as it is, of several annotators the majority;
+- ``trusted``: a classifier of the trusted samples alone;
+- ``classifier``: what a classifier of the given labels predicts for samples that it has not seen;
+- ``cleanlab``: the given label, unless cleanlab finds it wrong; then the classifier's (Northcutt et al., 2021);
+- ``bayes``: Bayes' rule: the classifier's probabilities times those of the given labels, by transition matrices that
+  are counted on trusted samples, one for each annotator;
+- the last three again with every further classifier: ``trees``, ``trees cleanlab``, ``trees bayes``.
+
+The classifiers learn given labels only, so that no trusted label is in their probabilities and one cross-validation
+serves all folds of trusted samples. What is tuned on trusted samples is tuned on those that a fold leaves visible.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from examples.noisy_labels.own import calibration, folds
+from examples.noisy_labels.own.problem import UNKNOWN, Problem
+
+Array = np.ndarray
+Way = Callable[[Problem], Array]
+MakeClassifier = Callable[[], "Classifier"]
+EXPONENTS = (0.5, 1.0, 2.0, 4.0)  # sharpness of the classifier in Bayes' rule
+INNER_FOLDS = 3
+OUT_OF_FOLD = 5  # parts of all samples in the cross-validation of the classifiers
+SURE = 1e-3  # what a given label leaves to the other classes, before calibration
+
+
+class Classifier:
+    """What is asked of a classifier: scikit-learn's `fit`, `predict_proba` and `classes_`."""
+
+    classes_: Array
+
+    def fit(self, X: Array, y: Array) -> Classifier:
+        """Learn."""
+        raise NotImplementedError
+
+    def predict_proba(self, X: Array) -> Array:
+        """Return probabilities, with a column for each of ``classes_``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the simple ways start from.
+
+    Args:
+        inputs: Features of all samples, or None.
+        predicted: By name of a classifier, its probabilities for all samples, each from a classifier that has not seen
+            that sample nor its group.
+        makers: By the same names, how a new one is made; empty where only probabilities are there.
+    """
+
+    inputs: Array | None
+    predicted: Mapping[str, Array]
+    makers: Mapping[str, MakeClassifier]
+
+
+def simple(evidence: Evidence, seed: int) -> dict[str, Way]:
+    """Return the simple ways, the simplest first."""
+    ways: dict[str, Way] = {"given": given}
+    if evidence.makers and evidence.inputs is not None:
+        ways["trusted"] = Trusted(evidence.inputs, evidence.makers, seed)
+    for name, predicted in evidence.predicted.items():
+        prefix = "" if name == "classifier" else f"{name} "
+        ways[name] = Predicted(predicted)
+        if importlib.util.find_spec("cleanlab"):
+            ways[f"{prefix}cleanlab"] = Cleanlab(predicted)
+        ways[f"{prefix}bayes"] = Bayes(predicted)
+    return ways
+
+
+def evidence(problem: Problem, inputs: Array, makers: Mapping[str, MakeClassifier], seed: int) -> Evidence:
+    """Return the evidence of classifiers that are cross-validated here."""
+    predicted = {name: out_of_fold(problem, inputs, make, OUT_OF_FOLD, seed) for name, make in makers.items()}
+    return Evidence(inputs, predicted, makers)
+
+
+def needs_given(name: str) -> bool:
+    """Return whether a way looks at the given label of the very sample that it corrects."""
+    return name == "given" or name.endswith(("cleanlab", "bayes"))
+
+
+def given(problem: Problem) -> Array:
+    """Return the shares of the votes; where nobody voted, nothing is known."""
+    shares = (problem.votes + SURE) / (problem.votes + SURE).sum(1, keepdims=True)
+    return np.asarray(shares)
+
+
+class Predicted:
+    """The classifier's own opinion."""
+
+    def __init__(self, predicted: Array) -> None:
+        self.predicted = predicted
+
+    def __call__(self, problem: Problem) -> Array:
+        return self.predicted
+
+
+class Cleanlab:
+    """The given label unless cleanlab flags it. It knows no trusted label, so it is asked once."""
+
+    def __init__(self, predicted: Array) -> None:
+        self.predicted, self.answer = predicted, np.empty(0)
+
+    def __call__(self, problem: Problem) -> Array:
+        if not len(self.answer):
+            from cleanlab.filter import find_label_issues  # imports for a second
+
+            rows, labels = np.flatnonzero(problem.voted), problem.given
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it is loud about classes that are rare
+                issues = find_label_issues(labels[rows], self.predicted[rows], n_jobs=1)
+            kept = rows[~issues]
+            self.answer = self.predicted.copy()
+            self.answer[kept] /= 2
+            self.answer[kept, labels[kept]] += 0.5
+        return self.answer
+
+
+class Bayes:
+    """Bayes' rule. How sharp the classifier's probabilities are is chosen on the visible trusted samples."""
+
+    def __init__(self, predicted: Array) -> None:
+        self.predicted = predicted
+
+    def __call__(self, problem: Problem) -> Array:
+        evidence = _of_annotators(problem)
+        visible = np.flatnonzero(problem.counting)
+        logits = np.log(np.maximum(self.predicted, calibration.SMALLEST))
+
+        def answer(exponent: float, rows: Array | slice) -> Array:
+            joint = exponent * logits[rows] + evidence[rows]
+            joint = np.exp(joint - joint.max(1, keepdims=True))
+            return np.asarray(joint / joint.sum(1, keepdims=True))
+
+        losses = [calibration.log_loss(answer(one, visible), problem.truth[visible]) for one in EXPONENTS]
+        best = EXPONENTS[int(np.argmin(losses))] if len(visible) else 1.0
+        return answer(best, slice(None))
+
+
+class Trusted:
+    """A classifier of the trusted samples: of several kinds that which is the best in an inner cross-validation."""
+
+    def __init__(self, inputs: Array, makers: Mapping[str, MakeClassifier], seed: int) -> None:
+        self.inputs, self.makers, self.seed = inputs, makers, seed
+
+    def __call__(self, problem: Problem) -> Array:
+        rows = np.flatnonzero(problem.trusted)
+        truth = problem.truth[rows]
+        make = next(iter(self.makers.values()))
+        if len(self.makers) > 1:
+            groups = None if problem.groups is None else problem.groups[rows]
+            fold = folds.assign(truth, groups, INNER_FOLDS, self.seed)
+            losses = []
+            for one in self.makers.values():
+                inner = _cross_predicted(one, self.inputs[rows], truth, fold, problem.classes)
+                losses.append(float((inner.argmax(1) != truth).mean()))
+            make = list(self.makers.values())[int(np.argmin(losses))]
+        return fitted(make, self.inputs[rows], truth, self.inputs, problem.classes)
+
+
+def out_of_fold(problem: Problem, inputs: Array, make: MakeClassifier, number: int, seed: int) -> Array:
+    """Return a classifier's probabilities for all samples, learned from the given labels of the other folds."""
+    labels = problem.given
+    fold = folds.assign(labels, problem.groups, number, seed)
+    return _cross_predicted(make, inputs, labels, fold, problem.classes)
+
+
+def fitted(make: MakeClassifier, inputs: Array, labels: Array, asked: Array, classes: int) -> Array:
+    """Return the probabilities of all classes, also of those that the training labels lack."""
+    there = np.unique(labels)
+    probabilities = np.zeros((len(asked), classes))
+    if len(there) < 2:
+        probabilities[:, there] = 1.0
+        return probabilities
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # iterations that end early cost little here, and are no news to the user
+        classifier = make().fit(inputs, labels)
+    probabilities[:, classifier.classes_.astype(int)] = classifier.predict_proba(asked)
+    return probabilities
+
+
+def transitions(problem: Problem) -> list[Array]:
+    """Return for each annotator T[k, y], the probability that he calls class k by the label y.
+
+    Counted on the trusted samples that judge: those that were checked because they were suspicious would show more
+    mistakes than there are. Few counts lean on what all annotators together do, and that on one rate of mistakes.
+    """
+    classes, rows = problem.classes, np.flatnonzero(problem.counting)
+    counts = np.zeros((problem.annotations.shape[1], classes, classes))
+    for one, column in enumerate(problem.annotations.T):
+        there = rows[column[rows] != UNKNOWN]
+        np.add.at(counts[one], (problem.truth[there], column[there]), 1)
+    together = counts.sum(0)
+    right = (np.trace(together) + 1) / (together.sum() + 2)
+    prior = np.full((classes, classes), (1 - right) / max(1, classes - 1))
+    np.fill_diagonal(prior, right)
+    pooled = (together + 2 * prior) / (together.sum(1, keepdims=True) + 2)
+    if len(counts) == 1:
+        return [pooled]
+    return [np.asarray((one + 4 * pooled) / (one.sum(1, keepdims=True) + 4)) for one in counts]
+
+
+def _of_annotators(problem: Problem) -> Array:
+    """Return the logarithm of the probability of what the annotators said, for each class that may be the true one."""
+    total = np.zeros((len(problem.truth), problem.classes))
+    for column, transition in zip(problem.annotations.T, transitions(problem), strict=True):
+        there = np.flatnonzero(column != UNKNOWN)
+        total[there] += np.log(np.maximum(transition.T[column[there]], calibration.SMALLEST))
+    return total
+
+
+def _cross_predicted(make: MakeClassifier, inputs: Array, labels: Array, fold: Array, classes: int) -> Array:
+    """Return probabilities of each sample by a classifier of the other folds; unlabelled samples teach nothing."""
+    probabilities = np.empty((len(labels), classes))
+    for one in np.unique(fold):
+        inside = fold == one
+        learned = ~inside & (labels != UNKNOWN)
+        if not learned.any():
+            probabilities[inside] = 1 / classes
+            continue
+        probabilities[inside] = fitted(make, inputs[learned], labels[learned], inputs[inside], classes)
+    return probabilities
