@@ -356,9 +356,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a saved state goes on with the optimizer",
-        "BilevelOptimizer.state_dict",
-        "deepcopy(self._lower.optimizer.state_dict())",
-        "self._lower.optimizer.state_dict()",
+        "saved",
+        "deepcopy(parts.lower.optimizer.state_dict())",
+        "parts.lower.optimizer.state_dict()",
         "test_contract.py::test_later_steps_do_not_change_a_saved_state",
     ),
     Mutation(
