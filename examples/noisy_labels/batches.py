@@ -83,6 +83,7 @@ class Batches(Shuffled):
         size: Images per batch.
         seed, purpose: Name the random stream of the order and of the crops.
         augment: Whether to crop and mirror at random.
+        views: How often each image of a batch is augmented; all images come once, then all once more.
         corrupt: Share of the shown labels that are drawn anew, uniformly from all classes.
     """
 
@@ -96,13 +97,16 @@ class Batches(Shuffled):
         seed: int,
         purpose: str,
         augment: bool,
+        views: int = 1,
         corrupt: float = 0.0,
     ) -> None:
         super().__init__(index, size=size, seed=seed, purpose=purpose)
         self.task, self.labels, self.augment, self.corrupt = task, labels, augment, corrupt
+        self.views = views
 
     def batch(self, chosen: Tensor) -> Batch:
         """Cut, crop and mirror the chosen images, all at once."""
+        chosen = chosen.repeat(self.views)
         index = self.index[chosen]
         pixels = crop_and_flip(self.task.pixels, index, self.stream) if self.augment else self.task.pixels[index]
         labels = self.labels[chosen]

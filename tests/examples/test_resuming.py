@@ -35,7 +35,7 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pictures, name, lambda *_: None)
 
 
-RESUMED = ["ce", "ebomlc", "glc", "em", "mlc", "emlc-one-step", "l2rw", "mwnet", "coteaching-plus"]
+RESUMED = ["ce", "ebomlc", "glc", "em", "ours", "mlc", "emlc-one-step", "l2rw", "mwnet", "coteaching-plus"]
 
 
 @pytest.mark.kill
