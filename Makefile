@@ -13,7 +13,7 @@ DEV := $(VENV)/dev.stamp
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # the checks run in the order they are listed: cheap ones first
-.PHONY: help demo test install check docs tests variations benchmarks clean
+.PHONY: help demo test install check docs tests quick variations benchmarks clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ docs: $(DEV) ## build the documentation anew, warnings are errors
 	$(BIN)/python -m sphinx -q -E -W --keep-going docs docs/_build
 
 tests: $(DEV) ## run the tests, with every example in docstrings, README and docs
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+quick: $(DEV) ## run the tests that need neither installations nor whole programs: at most two minutes
 	$(BIN)/python -m pytest
 
 variations: $(DEV) ## run the tests again as on other processors: simpler kernels, one thread and two

@@ -28,8 +28,7 @@ from benchmarks.problem import Batch, losses
 from benchmarks.step_time import Disagreement, Setting, machine, spread
 from benchmarks.timing import Median, Seconds, median_of, ratios, take_turns
 from benchmarks.unrolling import RATE, ByHand, Library, LibraryGraph, Reweighting, present
-from bilevel.hypergradient.modes import Route
-from bilevel.hypergradient.products import mixed_product, upper_product
+from bilevel.hypergradient import ProductMode, hessian_product, mixed_product
 from examples.noisy_labels.models import Corrector, Perceptron, ResNet
 
 RESULTS = Path(__file__).parent / "results" / "hypergradient.json"
@@ -83,15 +82,15 @@ def products(setting: Setting) -> dict[str, Any]:
         oracle.lower()
         direction = [torch.randn_like(x) for x in oracle.point()]
 
-        def product(kind: Callable[..., Any], route: Route) -> Callable[[int], object]:
-            return lambda turn: kind(oracle, 0, direction, None, route)
+        def product(kind: Callable[..., Any], mode: ProductMode) -> Callable[[int], object]:
+            return lambda turn: kind(oracle, direction, product=mode)
 
         work: dict[str, Callable[[int], object]] = {
             "gradient of G": lambda turn: oracle.lower(wrt="lower"),
-            "upper product, forward": product(upper_product, "forward"),
-            "upper product, reverse": product(upper_product, "reverse"),
             "mixed product, forward": product(mixed_product, "forward"),
             "mixed product, reverse": product(mixed_product, "reverse"),
+            "Hessian product, forward": product(hessian_product, "forward"),
+            "Hessian product, reverse": product(hessian_product, "reverse"),
         }
         passes, peaks = {}, {}
         for name, call in work.items():

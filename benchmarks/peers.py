@@ -170,7 +170,7 @@ def of_bilevel(method: Any, task: Task, kind: str, **options: Any) -> bilevel.Bi
 
 
 def by_bilevel(task: Task, kind: str, steps: int, mode: str = "adjoint") -> Tensor:
-    return of_bilevel(bilevel.Unrolled, task, kind, inner_steps=steps, mode=mode).directions().upper["0"]
+    return of_bilevel(bilevel.Unrolled, task, kind, inner_steps=steps, differentiate=mode).directions().upper["0"]
 
 
 def by_higher(task: Task, kind: str, steps: int) -> Tensor:

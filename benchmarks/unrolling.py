@@ -104,7 +104,7 @@ class ByHand(Reweighting):
 class Library(Reweighting):
     """`bilevel.Unrolled`."""
 
-    mode: Any = "adjoint"
+    differentiate: Any = "adjoint"
     checks: Mapping[str, Any] = {"verify": "never"}  # as between two looks
 
     def prepare(self) -> None:
@@ -116,8 +116,8 @@ class Library(Reweighting):
             upper_optimizer=self.adam,
             lower_optimizer=self.sgd,
             inner_steps=self.steps,
-            inner_step="plain",
-            mode=self.mode,
+            inner_step="gradient",
+            differentiate=self.differentiate,
             **self.checks,
         )
 
@@ -129,9 +129,9 @@ class Library(Reweighting):
 
 
 class LibraryGraph(Library):
-    """The same with ``mode="graph"``."""
+    """The same with ``differentiate="graph"``."""
 
-    mode = "graph"
+    differentiate = "graph"
 
 
 class LibraryUnchecked(LibraryGraph):

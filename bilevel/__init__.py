@@ -4,10 +4,11 @@ from . import without_numpy as without_numpy  # before anything that imports tor
 
 # isort: split
 from . import barrier, problems
-from .checks.check_directions import check_directions
+from .batches import Batches, Indexed
 from .directions import Directions, Stats
 from .errors import ClosureError, NonFiniteError
 from .evaluation.hold import hold
+from .evaluation.oracle import Oracle
 from .hypergradient import ConjugateGradient, FixedPoint, Neumann
 from .methods import (
     BOME,
@@ -23,6 +24,8 @@ from .methods import (
     Unrolled,
 )
 from .optimizer.base import BilevelOptimizer
+from .testing.check_directions import check_directions
+from .vectors import Vector
 
 __version__ = "0.1.0"
 
@@ -33,6 +36,7 @@ __all__ = [
     "MLC",
     "SAMA",
     "BarrierStats",
+    "Batches",
     "BilevelOptimizer",
     "ClosureError",
     "ConjugateGradient",
@@ -42,10 +46,13 @@ __all__ = [
     "HypergradientStats",
     "Implicit",
     "ImplicitStats",
+    "Indexed",
     "Neumann",
     "NonFiniteError",
+    "Oracle",
     "Stats",
     "Unrolled",
+    "Vector",
     "barrier",
     "check_directions",
     "hold",

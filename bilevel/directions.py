@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from dataclasses import MISSING, dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
+
+from .errors import message
+from .vectors import Vector, without_aliasing
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,14 @@ class Stats:
     skipped: bool = False
     upper_aux: Any = None
     lower_aux: Any = None
+
+    @classmethod
+    def unknown(cls, lower_loss: Tensor) -> Self:
+        """Return the stats of a step that was skipped while it was computed: NaN for every number without a default."""
+        nan = torch.full_like(lower_loss, float("nan"))
+        needed = [entry.name for entry in fields(cls) if entry.default is MISSING and entry.default_factory is MISSING]
+        numbers: dict[str, Any] = dict.fromkeys(needed, nan)
+        return cls(**{**numbers, "lower_loss": lower_loss, "skipped": True})
 
     def as_dict(self) -> dict[str, float]:
         """Return every number as a float under its name: the only place that waits for the device.
@@ -73,7 +85,8 @@ else:
 T = TypeVar("T", bound=Stats)
 
 NamedTensors = Mapping[str, Tensor]
-StateValue = NamedTensors | int
+Rows = Mapping[int, NamedTensors]  # rows of a table, by number
+StateValue = NamedTensors | Rows | int
 Reduction = Literal["mean", "same"]
 
 
@@ -90,21 +103,23 @@ class Mark:
 class Directions(Generic[S]):
     """What ``step`` hands to the two torch optimizers: for each level, named tensors in parameter order.
 
-    A variable that neither loss uses is absent; its ``.grad`` becomes None.
+    A method builds it from vectors, and users read it by name. A variable that neither loss uses is absent; its
+    ``.grad`` becomes None.
 
     Attributes:
-        upper: Descent directions of the upper variables.
-        lower: Descent directions of the lower variables (empty for sequential methods).
+        upper: Descent directions of the upper variables; none: they stay as they are.
+        lower: Descent directions of the lower variables (none for methods that train them otherwise).
         stats: The numbers seen on the way.
         start: Values of the lower variables that the lower step starts from instead of the current ones, or None.
         state: What the method will remember once these directions have moved the variables, by name: tensors by
-            variable, or an integer. ``step`` and ``apply`` commit it; empty for most methods.
+            variable, an integer, or rows of a table by number. ``step`` and ``apply`` commit it; empty for most
+            methods.
         mark: Which state they were taken from; ``apply`` refuses them once it has moved on.
 
     Example:
         >>> import torch, bilevel
         >>> stats = bilevel.Stats(torch.tensor(1.0), torch.tensor(1.0))
-        >>> tasks = [bilevel.Directions({"a": torch.ones(1) * k}, {}, stats) for k in (1, 3)]
+        >>> tasks = [bilevel.Directions({"a": torch.ones(1) * k}, stats=stats) for k in (1, 3)]
         >>> bilevel.Directions.mean(tasks).upper
         {'a': tensor([2.])}
     """
@@ -112,9 +127,32 @@ class Directions(Generic[S]):
     upper: Mapping[str, Tensor]
     lower: Mapping[str, Tensor]
     stats: S
-    start: Mapping[str, Tensor] | None = None
-    state: Mapping[str, StateValue] = field(default_factory=dict)
-    mark: Mark | None = field(default=None, repr=False, compare=False)
+    start: Mapping[str, Tensor] | None
+    state: Mapping[str, StateValue]
+    mark: Mark | None = field(repr=False, compare=False)
+
+    def __init__(
+        self,
+        upper: Vector | NamedTensors = MappingProxyType({}),
+        lower: Vector | NamedTensors = MappingProxyType({}),
+        stats: S | None = None,
+        *,
+        start: Vector | NamedTensors | None = None,
+        state: Mapping[str, Any] = MappingProxyType({}),
+        mark: Mark | None = None,
+    ) -> None:
+        if stats is None:
+            raise TypeError(message("Directions", "stats", None, "must be the numbers of the step: a Stats."))
+        values = {
+            "upper": _named(upper),
+            "lower": _named(lower),
+            "stats": stats,
+            "start": None if start is None else _named(start),
+            "state": {name: _remembered(value) for name, value in state.items()},
+            "mark": mark,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     @staticmethod
     def mean(several: list[Directions[T]]) -> Directions[T]:
@@ -130,7 +168,7 @@ class Directions(Generic[S]):
         if not several:
             raise ValueError("Directions.mean(several=[]): needs at least one. Collect directions in a list first.")
         if any(d.start is not None for d in several):
-            advice = 'lower steps start from different points. Use step_from="outer" to average tasks.'
+            advice = 'lower steps start from different points. Use step_from="current" to average tasks.'
             raise ValueError(f"Directions.mean(several=...): {advice}")
         last = several[-1]
         for d in several:
@@ -144,7 +182,22 @@ class Directions(Generic[S]):
             lower_loss=torch.stack([d.stats.lower_loss for d in several]).mean(),
         )
         upper, lower = _mean([d.upper for d in several]), _mean([d.lower for d in several])
-        return Directions(upper, lower, stats, state=_mean_state(several), mark=last.mark)
+        return Directions(upper, lower, stats=stats, state=_mean_state(several), mark=last.mark)
+
+
+def _named(values: Vector | NamedTensors) -> NamedTensors:
+    """Name the tensors of a vector; as ``.grad``, two of them must not share memory."""
+    return values.like(without_aliasing(values)).named() if isinstance(values, Vector) else values
+
+
+def _remembered(value: Any) -> StateValue:
+    """Name what a method remembers: a vector, rows of a table, or what is named already."""
+    if isinstance(value, Vector):
+        return value.detach().named()
+    if isinstance(value, Mapping) and any(isinstance(row, Vector) for row in value.values()):
+        return {index: _named(row.detach()) for index, row in value.items()}
+    found: StateValue = value
+    return found
 
 
 def _mean(several: Sequence[NamedTensors]) -> dict[str, Tensor]:
@@ -164,7 +217,7 @@ def _mean_state(several: Sequence[Directions[Any]]) -> dict[str, StateValue]:
         values = [d.state[name] for d in several]
         reduction = None if last.mark is None else last.mark.reductions.get(name)
         if isinstance(value, Mapping) and reduction == "mean":
-            named = [v for v in values if isinstance(v, Mapping)]
+            named: list[Any] = [v for v in values if isinstance(v, Mapping)]
             if any(list(v) != list(value) for v in named):
                 raise ValueError(f"{where} the variables in the state {name} differ. Average tasks with the same ones.")
             reduced[name] = _mean(named)

@@ -15,28 +15,48 @@ from torch import Tensor
 
 from .errors import message
 from .levels import Level
-from .vectors import Vector
+from .vectors import Tensors, present
 
 Point = Sequence[Tensor]
 State = Sequence[dict[str, Tensor]]
-InnerStep = Literal["plain", "preview"]
+InnerStep = Literal["gradient", "optimizer"]
 FOLLOWED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 class Rule(ABC):
-    """One lower step as a function."""
+    """One lower step as a function: out of place, differentiable, with its state (momentum, moments) as a value.
+
+    Example:
+        >>> import torch
+        >>> from bilevel.lower_steps import Rule
+        >>> class Clipped(Rule):
+        ...     def start(self):
+        ...         return []
+        ...     def step(self, point, gradient, state):
+        ...         return [x if g is None else (x - 0.1 * g).clamp(0, 1) for x, g in zip(point, gradient)], state
+        >>> Clipped().step([torch.tensor(0.5)], [torch.tensor(9.0)], [])
+        ([tensor(0.)], [])
+    """
 
     @abstractmethod
     def start(self) -> State:
         """Return the state before the first step, one mapping per variable; tensors are shared, never written."""
 
     @abstractmethod
-    def step(self, point: Point, gradient: Vector, state: State) -> tuple[list[Tensor], State]:
+    def step(self, point: Tensors, gradient: Tensors, state: State) -> tuple[list[Tensor], State]:
         """Return the next point and state; a variable without gradient stays as it is, as in torch."""
 
 
 class GradientDescent(Rule):
-    """``w <- w - lr_i * grad_i``: no momentum, no weight decay, one rate per variable."""
+    """``w <- w - lr_i * grad_i``: no momentum, no weight decay, one rate per variable.
+
+    Example:
+        >>> import torch
+        >>> from bilevel.lower_steps import GradientDescent
+        >>> rule = GradientDescent([0.1])
+        >>> rule.step([torch.tensor(1.0)], [torch.tensor(2.0)], rule.start())[0]
+        [tensor(0.8000)]
+    """
 
     def __init__(self, rates: Sequence[float | Tensor]) -> None:
         self._rates = rates
@@ -44,15 +64,15 @@ class GradientDescent(Rule):
     def start(self) -> State:
         return [{} for _ in self._rates]
 
-    def step(self, point: Point, gradient: Vector, state: State) -> tuple[list[Tensor], State]:
+    def step(self, point: Tensors, gradient: Tensors, state: State) -> tuple[list[Tensor], State]:
         moved = [
             x if g is None else _moved(x, g, _on(rate, x))
-            for x, g, rate in zip(point, gradient, self._rates, strict=True)
+            for x, g, rate in zip(present(point), gradient, self._rates, strict=True)
         ]
         return moved, state
 
 
-class Preview(Rule):
+class OptimizerStep(Rule):
     """The step that the user's own lower optimizer would take, from its real state, without taking it."""
 
     def __init__(self, level: Level, rate: float | None = None) -> None:
@@ -64,9 +84,9 @@ class Preview(Rule):
     def start(self) -> State:
         return self._start
 
-    def step(self, point: Point, gradient: Vector, state: State) -> tuple[list[Tensor], State]:
+    def step(self, point: Tensors, gradient: Tensors, state: State) -> tuple[list[Tensor], State]:
         moved, after = [], []
-        for x, g, s, group, rate in zip(point, gradient, state, self._groups, self._rates, strict=True):
+        for x, g, s, group, rate in zip(present(point), gradient, state, self._groups, self._rates, strict=True):
             kind = _momentum_sgd if "momentum" in group else _adam
             new_x, new_s = (x, s) if g is None else kind(x, g, s, group, _on(rate, x))
             moved.append(new_x)
@@ -74,7 +94,7 @@ class Preview(Rule):
         return moved, after
 
 
-def check_preview(owner: str, optimizer: torch.optim.Optimizer, otherwise: str) -> None:
+def check_followed(owner: str, optimizer: torch.optim.Optimizer, otherwise: str) -> None:
     """Refuse an optimizer whose step is not written down here as a function; ``otherwise`` names the alternative."""
     if type(optimizer) not in FOLLOWED:
         names = ", ".join(kind.__name__ for kind in FOLLOWED)

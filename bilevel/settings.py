@@ -11,8 +11,14 @@ V = TypeVar("V")
 Check = Callable[[str, str, Any], object]
 
 
+NONE: Any = object()
+
+
 class _Kept(Generic[V]):
-    """An argument of a constructor, kept under its own name."""
+    """An argument of a constructor, kept under its own name; ``default``: its value until it is set."""
+
+    def __init__(self, default: V = NONE) -> None:
+        self._default = default
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -26,17 +32,17 @@ class _Kept(Generic[V]):
     def __get__(self, instance: Any, owner: type) -> Self | V:
         if instance is None:
             return self
-        try:
-            found: V = instance.__dict__[self._name]
-        except KeyError:
-            raise AttributeError(f"{type(instance).__name__} keeps no attribute {self._name}") from None
+        found: V = instance.__dict__.get(self._name, self._default)
+        if found is NONE:
+            raise AttributeError(f"{type(instance).__name__} keeps no attribute {self._name}")
         return found
 
 
 class Setting(_Kept[V]):
     """An attribute that is checked whenever it is set, and takes effect from the next step on."""
 
-    def __init__(self, check: Check) -> None:
+    def __init__(self, check: Check, default: V = NONE) -> None:
+        super().__init__(default)
         self._check = check
 
     def __set__(self, instance: Any, value: V) -> None:

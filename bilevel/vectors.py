@@ -1,18 +1,19 @@
 """Arithmetic on groups of tensors.
 
-A point, a gradient or a direction of one level is a ``Vector``: one tensor per variable, in parameter order, or
-``None`` where a loss does not use the variable. ``None`` counts as zero in sums and products, and stays ``None`` in
-results, so that an unused variable keeps ``.grad`` None all the way to the optimizer.
+A gradient or a direction of one level is a :class:`Vector`: one tensor per variable, in parameter order, or ``None``
+where a loss does not use the variable. ``None`` counts as zero in sums and products, and stays ``None`` in results, so
+that an unused variable keeps ``.grad`` None all the way to the optimizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
 
-Vector = Sequence[Tensor | None]
+Tensors = Sequence[Tensor | None]
 Scalar = float | Tensor
 
 # Tensors are flattened together up to this many elements: few kernel launches for many small tensors, and a bounded
@@ -20,12 +21,130 @@ Scalar = float | Tensor
 CHUNK = 1 << 20
 
 
+class Vector(Sequence[Tensor | None]):
+    """One tensor or nothing per variable of a level, in parameter order: what equations add, scale and multiply.
+
+    It is never changed. ``a + b``, ``a - b``, ``s * a`` and ``-a`` are new vectors (a product by a number is taken when
+    it is needed first, so that ``a + s * b`` is one pass); ``a.dot(b)``, ``a.norm()`` and ``a.squared_norm()`` are
+    0-dim tensors, accumulated in float64 where the device has it. A variable without a tensor counts as zero.
+
+    Args:
+        tensors: One tensor, or None, for each variable.
+        names: The variables' names; default: their numbers.
+
+    Raises:
+        ValueError: There are more or fewer names than tensors, or vectors of different levels are added.
+
+    Cost:
+        A foreach kernel or two per operation, whatever the number of tensors; nothing is synchronised.
+
+    Example:
+        >>> import torch
+        >>> from bilevel import Vector
+        >>> a, b = Vector([torch.ones(2), None]), Vector([torch.ones(2), torch.ones(1)])
+        >>> (a + 0.5 * b)[0], a.dot(b).item()
+        (tensor([1.5000, 1.5000]), 2.0)
+    """
+
+    __slots__ = ("_factor", "_tensors", "names")
+
+    def __init__(self, tensors: Iterable[Tensor | None], names: Sequence[str] | None = None) -> None:
+        self._tensors: tuple[Tensor | None, ...] = tuple(tensors)
+        self._factor: Scalar | None = None
+        self.names = tuple(map(str, range(len(self._tensors)))) if names is None else tuple(names)
+        if len(self.names) != len(self._tensors):
+            raise ValueError(f"Vector(names=...): {len(self.names)} names for {len(self._tensors)} tensors.")
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor | None: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor | None]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor | None] | None:
+        return self._taken()[index]
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        return iter(self._taken())
+
+    def __add__(self, other: Tensors) -> Vector:
+        if isinstance(other, Vector):
+            if self._factor is not None and other._factor is None:
+                return self.like(add_scaled(other._tensors, self._factor, self._tensors))
+            if other._factor is not None:
+                return self.like(add_scaled(self._taken(), other._factor, other._tensors))
+        return self.like(add_scaled(self._taken(), 1.0, other))
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Tensors) -> Vector:
+        if isinstance(other, Vector) and other._factor is not None:
+            return self.like(add_scaled(self._taken(), -other._factor, other._tensors))
+        return self.like(add_scaled(self._taken(), -1.0, other))
+
+    def __mul__(self, scale: Scalar) -> Vector:
+        scaled = self.like(self._taken())
+        scaled._factor = scale
+        return scaled
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, scale: Scalar) -> Vector:
+        return self * (1.0 / scale)
+
+    def __neg__(self) -> Vector:
+        return self * -1.0
+
+    def __repr__(self) -> str:
+        return f"Vector({self.named()!r})"
+
+    def dot(self, other: Tensors) -> Tensor:
+        """Return ``sum_i <a_i, b_i>``."""
+        return dot(self, other)
+
+    def squared_norm(self) -> Tensor:
+        """Return ``sum_i |a_i|^2``."""
+        return squared_norm(self)
+
+    def norm(self) -> Tensor:
+        """Return ``sqrt(sum_i |a_i|^2)``."""
+        return squared_norm(self).sqrt()
+
+    def detach(self) -> Vector:
+        """Return the same values without a graph."""
+        return self.like(x if x is None else x.detach() for x in self)
+
+    def clone(self) -> Vector:
+        """Return a copy of the values: for a point that is to be remembered, as the variables will move."""
+        return self.like(x if x is None else x.detach().clone() for x in self)
+
+    def named(self) -> dict[str, Tensor]:
+        """Return the tensors by name, without the variables that have none."""
+        return {name: x for name, x in zip(self.names, self, strict=True) if x is not None}
+
+    def like(self, tensors: Iterable[Tensor | None]) -> Vector:
+        """Return other tensors as a vector of the same variables."""
+        made = Vector.__new__(Vector)
+        made._tensors, made._factor, made.names = tuple(tensors), None, self.names
+        return made
+
+    def _taken(self) -> tuple[Tensor | None, ...]:
+        """The tensors, with the factor multiplied in."""
+        if self._factor is not None:
+            nothing = [None] * len(self._tensors)
+            self._tensors, self._factor = tuple(add_scaled(nothing, self._factor, self._tensors)), None
+        return self._tensors
+
+
 def accumulation_dtype(device: torch.device) -> torch.dtype:
     """Float64 wherever the device has it: squares of float32 values then neither overflow nor lose digits."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def dot(a: Vector, b: Vector) -> Tensor:
+def dot(a: Tensors, b: Tensors) -> Tensor:
     """Return the inner product ``sum_i <a_i, b_i>`` as a 0-dim tensor in the accumulation dtype.
 
     The result stays on the device of the first pair; nothing is synchronised.
@@ -40,22 +159,28 @@ def dot(a: Vector, b: Vector) -> Tensor:
     return total
 
 
-def squared_norm(a: Vector) -> Tensor:
+def squared_norm(a: Tensors) -> Tensor:
     """Return ``sum_i |a_i|^2``, accumulated as in :func:`dot`."""
     return dot(a, a)
 
 
-def subtract(a: Vector, b: Vector) -> list[Tensor | None]:
+def subtract(a: Tensors, b: Tensors) -> list[Tensor | None]:
     """Return ``a - b``."""
     return add_scaled(a, -1.0, b)
 
 
-def add_scaled(a: Vector, scale: Scalar, b: Vector) -> list[Tensor | None]:
+def add_scaled(a: Tensors, scale: Scalar, b: Tensors) -> list[Tensor | None]:
     """Return ``a + scale * b``; a tensor ``scale`` follows each term to its device and never widens its dtype."""
     if len(a) != len(b):
         raise ValueError(f"add_scaled: got vectors of {len(a)} and {len(b)} variables. Is one of the other level?")
     result = list(a)
     present = [i for i, y in enumerate(b) if y is not None]
+    if isinstance(scale, float) and abs(scale) == 1.0 and _alike(a, b, present):
+        combine = torch._foreach_add if scale > 0 else torch._foreach_sub
+        for indices in _by_device(b, present).values():
+            for i, x in zip(indices, combine(_present(a, indices), _present(b, indices)), strict=True):
+                result[i] = x
+        return result
     for device, indices in _by_device(b, present).items():
         factor = scale.to(device, non_blocking=True) if isinstance(scale, Tensor) else scale
         terms = _present(b, indices)
@@ -69,7 +194,7 @@ def add_scaled(a: Vector, scale: Scalar, b: Vector) -> list[Tensor | None]:
     return result
 
 
-def own_memory(a: Vector) -> list[Tensor | None]:
+def without_aliasing(a: Tensors) -> list[Tensor | None]:
     """Return ``a``, with a copy of every tensor that is expanded or shares memory with another.
 
     Autograd gives one tensor to two variables that are added, and an expanded one to a variable that is summed. As
@@ -86,7 +211,7 @@ def own_memory(a: Vector) -> list[Tensor | None]:
     return result
 
 
-def all_finite(a: Vector) -> Tensor | None:
+def all_finite(a: Tensors) -> Tensor | None:
     """Return a 0-dim bool: is every entry finite? ``None`` for a vector without tensors."""
     present = [i for i, x in enumerate(a) if x is not None and x.numel() > 0]
     verdict: Tensor | None = None
@@ -114,11 +239,25 @@ def exchange(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
         torch._foreach_copy_(right, kept)
 
 
-def _present(a: Vector, indices: Sequence[int]) -> list[Tensor]:
+def present(a: Tensors) -> list[Tensor]:
+    """Return a vector without gaps as a list: a point, where every variable has a value."""
+    return [x for x in a if x is not None]
+
+
+def _alike(a: Tensors, b: Tensors, indices: Sequence[int]) -> bool:
+    """Whether sums of these pairs are of the second one's dtype and shape, device by device."""
+    for i in indices:
+        x, y = a[i], b[i]
+        if x is None or y is None or x.dtype != y.dtype or x.device != y.device or x.shape != y.shape:
+            return False
+    return True
+
+
+def _present(a: Tensors, indices: Sequence[int]) -> list[Tensor]:
     return [x for x in (a[i] for i in indices) if x is not None]
 
 
-def _by_device(a: Vector, indices: Sequence[int]) -> dict[torch.device, list[int]]:
+def _by_device(a: Tensors, indices: Sequence[int]) -> dict[torch.device, list[int]]:
     """Sort ``indices`` of present tensors by device: a foreach kernel takes a tensor scalar of one device only."""
     devices: dict[torch.device, list[int]] = {}
     for i in indices:

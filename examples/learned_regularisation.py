@@ -30,7 +30,7 @@ import bilevel
 FEATURES, MATTER, SAMPLES = 60, 6, 80
 METHODS: dict[str, Callable[..., bilevel.BilevelOptimizer]] = {
     "Implicit": partial(bilevel.Implicit, inner_steps=20),
-    "Unrolled": partial(bilevel.Unrolled, inner_steps=20, restore=False),  # the steps are real: w goes on from there
+    "Unrolled": partial(bilevel.Unrolled, inner_steps=20, virtual=False),  # the steps are real: w goes on from there
 }
 
 

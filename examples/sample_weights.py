@@ -82,6 +82,6 @@ def mw_net(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
         lower=model,
         upper_optimizer=torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=1e-4),
         lower_optimizer=optimizer,
-        inner_step="plain",  # whatever momentum and weight decay the real step adds
+        inner_step="gradient",  # whatever momentum and weight decay the real step adds
     )
     return lambda trusted, noisy: method.step(trusted, noisy).lower_aux

@@ -117,8 +117,9 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """Return all trained weights of the last checkpoint."""
     recipe = checkpoint.load(folder / checkpoint.NAME)["run"]["recipe"]
-    parts = (name for name in ("classifier", "corrector") if name in recipe)
-    return {f"{part}.{name}": value for part in parts for name, value in recipe[part].items()}
+    parts = {name: state for name, state in recipe.items() if isinstance(state, dict)}
+    entries = ((f"{part}.{name}", value) for part, state in parts.items() for name, value in state.items())
+    return {name: value for name, value in entries if isinstance(value, torch.Tensor)}
 
 
 def assert_same(one: Path, other: Path) -> None:

@@ -100,7 +100,7 @@ def walk_and_back_by_double_backward(steps: int) -> str:
 
 
 def train_and_upper_products(steps: int) -> str:
-    """Real steps, F, then an upper product for each."""
+    """Real steps, F, then an mixed product for each."""
     return steps * "L" + "U" + steps * "l"
 
 
@@ -118,38 +118,38 @@ BARRIER_CASES: dict[str, Case] = {
     "bome-3": Case(BOME, barrier_calls, {"inner_steps": 3, "inner_lr": 0.05}),
     "bome-value": Case(BOME, barrier_calls, {"barrier": Value(0.3), "inner_steps": 2}),
     "bome-difference": Case(BOME, two_gradients, {"value_gradient": "difference", "inner_steps": 2}),
-    "bome-preview": Case(BOME, barrier_calls, {"inner_step": "preview", "inner_steps": 2}),
-    "bome-inner": Case(BOME, two_gradients, {"step_from": "inner", "value_gradient": "difference"}),
+    "bome-preview": Case(BOME, barrier_calls, {"inner_step": "optimizer", "inner_steps": 2}),
+    "bome-inner": Case(BOME, two_gradients, {"step_from": "lookahead", "value_gradient": "difference"}),
     "bome-unrolled": Case(BOME, with_products, {"value_gradient": "unrolled", "inner_steps": 2}),
     "bome-unrolled-reverse": Case(
         BOME, with_products, {"value_gradient": "unrolled", "inner_steps": 2, "product": "reverse"}
     ),
     "bome-capped": Case(BOME, barrier_calls, {"multiplier_max": 0.1, "eps": 0.0, "cutoff": 0.0}),
     "ebomlc": Case(EBOMLC, barrier_calls),
-    "ebomlc-inner": Case(EBOMLC, two_gradients, {"value_gradient": "difference", "step_from": "inner"}),
-    "ebomlc-preview": Case(EBOMLC, barrier_calls, {"inner_step": "preview", "xi": 1.0}),
+    "ebomlc-inner": Case(EBOMLC, two_gradients, {"value_gradient": "difference", "step_from": "lookahead"}),
+    "ebomlc-preview": Case(EBOMLC, barrier_calls, {"inner_step": "optimizer", "xi": 1.0}),
     "ebomlc-unrolled": Case(EBOMLC, with_differences, {"value_gradient": "unrolled", "product": "difference"}),
 }
 
 CASES: dict[str, Case] = {
     **BARRIER_CASES,
-    "unrolled": Case(bilevel.Unrolled, walk_and_back, {"inner_steps": 2, "mode": "adjoint"}, **LOOK_FIRST),
+    "unrolled": Case(bilevel.Unrolled, walk_and_back, {"inner_steps": 2, "differentiate": "adjoint"}, **LOOK_FIRST),
     "unrolled-reverse": Case(
         bilevel.Unrolled,
         walk_and_back_by_double_backward,
-        {"inner_steps": 2, "mode": "adjoint", "product": "reverse"},
+        {"inner_steps": 2, "differentiate": "adjoint", "product": "reverse"},
         **LOOK_FIRST,
     ),
     "unrolled-graph": Case(
-        bilevel.Unrolled, lambda steps: steps * "L" + "U", {"inner_steps": 2, "mode": "graph"}, **LOOK_FIRST
+        bilevel.Unrolled, lambda steps: steps * "L" + "U", {"inner_steps": 2, "differentiate": "graph"}, **LOOK_FIRST
     ),
     "unrolled-real": Case(
-        bilevel.Unrolled, walk_and_back, {"inner_steps": 2, "restore": False, "mode": "adjoint"}, **TRAIN_FIRST
+        bilevel.Unrolled, walk_and_back, {"inner_steps": 2, "virtual": False, "differentiate": "adjoint"}, **TRAIN_FIRST
     ),
     "unrolled-real-graph": Case(
         bilevel.Unrolled,
         lambda steps: steps * "L" + "U",
-        {"inner_steps": 2, "restore": False, "mode": "graph"},
+        {"inner_steps": 2, "virtual": False, "differentiate": "graph"},
         **TRAIN_FIRST,
     ),
     "emlc": Case(bilevel.EMLC, train_and_upper_products, **TRAIN_FIRST),
@@ -158,7 +158,7 @@ CASES: dict[str, Case] = {
     "finite-difference": Case(bilevel.FiniteDifference, lambda steps: "LUll", **LOOK_FIRST),
     "implicit": Case(
         bilevel.Implicit,
-        lambda steps: steps * "L" + "U" + 3 * "L",  # the series, its residual, the upper product
+        lambda steps: steps * "L" + "U" + 3 * "L",  # the series, its residual, the mixed product
         {"solver": bilevel.Neumann(1), "product": "reverse", "warm_start": False},
         **TRAIN_FIRST,
     ),

@@ -33,13 +33,23 @@ ENDED = 100  # tells an exit status of pytest from that of a process that died o
 
 @dataclass(frozen=True)
 class Mutation:
-    """One change of the code: what it breaks, in which file of ``bilevel/``, and the test expected to notice."""
+    """One change of the code: what it breaks, in which file of ``bilevel/``, and the test expected to notice.
+
+    The test is named by its file and function; the folder is found, since no two files of tests have one name.
+    """
 
     what: str
     file: str
     old: str
     new: str
     test: str
+
+
+def named(test: str, folder: Path) -> str:
+    """The test as pytest takes it, its file found in ``folder``."""
+    file, separator, function = test.partition("::")
+    (path,) = folder.rglob(file)
+    return f"{path}{separator}{function}"
 
 
 def step_of(case: str) -> str:
@@ -834,7 +844,7 @@ MUTATIONS = [
     Mutation(
         "a fallback is forgotten",
         ROUTING,
-        '        oracle.verification.routes[f"{ways.kind} product, {route}"] = chosen\n',
+        '        oracle.verification.choices[f"{ways.kind} product, {route}"] = chosen\n',
         "",
         "test_products.py::test_auto_falls_back_once_and_says_why",
     ),
@@ -965,8 +975,8 @@ def run_pytest(folder: Path, tests: list[str], output: Path) -> None:
     with output.open("w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    options = ["-x", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-W", "error"]
-    status = int(pytest.main([*options, *(str(folder / "tests" / test) for test in tests)]))
+    options = ["-x", "-q", "-n0", "-m", "", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-W", "error"]
+    status = int(pytest.main([*options, *(named(test, folder / "tests") for test in tests)]))
     if "bilevel" in sys.modules and Path(sys.modules["bilevel"].__file__ or "").parent.parent == folder:
         sys.exit(ENDED + status)
 

@@ -69,12 +69,12 @@ class Options:
 
     inner_steps: int = 1
     inner_lr: float | None = None
-    inner_step: Literal["plain", "preview"] = "plain"
+    inner_step: Literal["gradient", "optimizer"] = "gradient"
     barrier: Literal["gradient_norm", "value", "aligned"] = "gradient_norm"
     delta: float = 0.5
     xi: float = 1.0
     value_gradient: Literal["value_function", "difference", "unrolled"] = "value_function"
-    step_from: Literal["outer", "inner"] = "outer"
+    step_from: Literal["current", "lookahead"] = "current"
     eps: float = 1e-8
     cutoff: float = 1e-12
     multiplier_max: float | None = None
@@ -141,7 +141,7 @@ class Reference:
 
     def step(self, upper_batch: Any, lower_batches: Sequence[Any]) -> Answer:
         answer = self.directions(upper_batch, lower_batches)
-        start = answer.start if self.options.step_from == "inner" else self.w
+        start = answer.start if self.options.step_from == "lookahead" else self.w
         self.alpha, self.upper_states = _move_all(self.alpha, answer.upper, self.upper_states, self.upper_movers)
         self.w, self.lower_states = _move_all(start, answer.lower, self.lower_states, self.lower_movers)
         return answer
@@ -160,7 +160,7 @@ class Reference:
 
     def _inner_mover(self, mover: Mover) -> Mover:
         lr = mover.lr if self.options.inner_lr is None else self.options.inner_lr
-        return Mover(lr) if self.options.inner_step == "plain" else Mover(**{**vars(mover), "lr": lr})
+        return Mover(lr) if self.options.inner_step == "gradient" else Mover(**{**vars(mover), "lr": lr})
 
     def _multiplier(self, grad_f: Sequence[Tensor], grad_q: Sequence[Tensor], q: float) -> float:
         o = self.options

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import bilevel
 from bilevel.levels import Level
-from bilevel.lower_steps import GradientDescent, Preview, Rule, current_rates
+from bilevel.lower_steps import GradientDescent, OptimizerStep, Rule, current_rates
 
 Build = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -126,7 +126,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 def test_a_preview_walks_with_the_optimizer(name: str, warm_up: int) -> None:
     """Five steps to 1e-12, from an empty and from a real state, every state tensor included."""
     tensors, optimizer, level = warm(name, warm_up)
-    rule = Preview(level)
+    rule = OptimizerStep(level)
     assert any(rule.start()) == any(isinstance(v, Tensor) for state in optimizer.state.values() for v in state.values())
     point, state = [t.detach().clone() for t in tensors], rule.start()
     began = [x.clone() for x in point]
@@ -151,7 +151,7 @@ def test_a_preview_reads_and_never_writes(name: str) -> None:
     """
     tensors, optimizer, level = warm(name, 2)
     before = copy.deepcopy(optimizer.state_dict())
-    rule = Preview(level)
+    rule = OptimizerStep(level)
     gradient = gradients()
     inputs = [t.detach().clone() for t in tensors]
     kept = [x.clone() for x in inputs]
@@ -176,7 +176,7 @@ def test_a_preview_reads_and_never_writes(name: str) -> None:
 def test_a_variable_without_gradient_stays(name: str) -> None:
     """As in torch: no decay, no momentum, no count; and its later steps are those of a variable that missed some."""
     tensors, optimizer, level = warm(name, 3)
-    rule = Preview(level)
+    rule = OptimizerStep(level)
     point, state = [t.detach().clone() for t in tensors], rule.start()
     for missing in (1, 2, 1, None, 0):
         gradient: list[Tensor | None] = list(gradients())
@@ -199,17 +199,19 @@ def test_a_preview_follows_the_scheduler() -> None:
     scheduler.step()
     assert current_rates(level, None) == [pytest.approx(r) for r in (0.02, 0.001, 0.02, 0.001)]
     gradient = gradients()
-    point, _ = Preview(level).step([t.detach() for t in tensors], gradient, Preview(level).start())
+    point, _ = OptimizerStep(level).step([t.detach() for t in tensors], gradient, OptimizerStep(level).start())
     take(optimizer, tensors, gradient)
     assert all(close(x, t.detach()) for x, t in zip(point, tensors, strict=True))
 
 
 @pytest.mark.parametrize("name", ["momentum weight decay", "adam weight decay", "adamw weight decay", "adam groups"])
 def test_a_rate_of_ones_own_replaces_only_the_rate(name: str) -> None:
-    """``inner_lr`` with ``inner_step="preview"``: the optimizer with that rate in every group."""
+    """``inner_lr`` with ``inner_step="optimizer"``: the optimizer with that rate in every group."""
     tensors, optimizer, level = warm(name, 2)
     gradient = gradients()
-    point, _ = Preview(level, rate=0.37).step([t.detach().clone() for t in tensors], gradient, Preview(level).start())
+    point, _ = OptimizerStep(level, rate=0.37).step(
+        [t.detach().clone() for t in tensors], gradient, OptimizerStep(level).start()
+    )
     for group in optimizer.param_groups:
         group["lr"] = 0.37
     take(optimizer, tensors, gradient)
@@ -225,7 +227,7 @@ def test_float32_previews_stay_float32(name: str) -> None:
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(0.05, dtype=torch.float64)
     level = Level("Test", "lower", tensors, optimizer)
-    for rule in (Preview(level), GradientDescent(current_rates(level, None))):
+    for rule in (OptimizerStep(level), GradientDescent(current_rates(level, None))):
         point, state = [t.detach().clone() for t in tensors], rule.start()
         for _ in range(2):
             point, state = rule.step(point, [torch.randn(shape) for shape in SHAPES], state)
@@ -242,7 +244,7 @@ def test_adam_counts_exactly_in_a_long_run() -> None:
     take(optimizer, tensors, gradients())
     for state in optimizer.state.values():
         state["step"].fill_(200_000.0)
-    rule = Preview(Level("Test", "lower", tensors, optimizer))
+    rule = OptimizerStep(Level("Test", "lower", tensors, optimizer))
     gradient = gradients()
     point, _ = rule.step([t.detach().clone() for t in tensors], gradient, rule.start())
     take(optimizer, tensors, gradient)
@@ -274,7 +276,7 @@ def test_only_known_optimizers_are_previewed(build: Build, refused: bool) -> Non
             lower=tensors,
             upper_optimizer=torch.optim.SGD([alpha], lr=0.1),
             lower_optimizer=optimizer,
-            inner_step="preview",
+            inner_step="optimizer",
         )
 
     if not refused:
@@ -285,7 +287,7 @@ def test_only_known_optimizers_are_previewed(build: Build, refused: bool) -> Non
     text = str(caught.value)
     assert text.startswith(f"BOME(lower_optimizer={type(optimizer).__name__})")
     assert "SGD, Adam, AdamW" in text
-    assert 'inner_step="plain"' in text
+    assert 'inner_step="gradient"' in text
 
 
 # --- plain gradient descent -------------------------------------------------------------------------------------------
@@ -323,7 +325,7 @@ def test_rules_are_differentiable(name: str, warm_up: int) -> None:
     float64.
     """
     tensors, _, level = warm(name, warm_up)
-    rule = Preview(level)
+    rule = OptimizerStep(level)
     start = rule.start()
     keys = [(i, key) for i, state in enumerate(start) for key in state if key != "step"]
     count = len(SHAPES)
@@ -377,7 +379,7 @@ def test_adam_at_a_gradient_of_zero(options: dict[str, Any], warm_up: int) -> No
         take(optimizer, [x], [torch.tensor([0.5, 0.0, -0.25], dtype=torch.float64)])
     before = x.detach().clone()
     g = torch.tensor([0.5, 0.0, -0.25], dtype=torch.float64)
-    moved, by_point, by_gradient = derivative(Preview(Level("Test", "lower", x, optimizer)), x, g)
+    moved, by_point, by_gradient = derivative(OptimizerStep(Level("Test", "lower", x, optimizer)), x, g)
     kept = 1 - 0.1 * options.get("weight_decay", 0.0)
     assert moved[1].item() == pytest.approx(kept * before[1].item(), rel=1e-15)
     assert by_gradient[1].item() == 0.0
@@ -397,7 +399,7 @@ def test_adam_at_zero_after_a_gradient_was_seen() -> None:
     optimizer = torch.optim.Adam([x], lr=0.1)
     take(optimizer, [x], [torch.tensor([2.0], dtype=torch.float64)])
     level = Level("Test", "lower", x, optimizer)
-    _, _, by_gradient = derivative(Preview(level), x, torch.zeros(1, dtype=torch.float64))
+    _, _, by_gradient = derivative(OptimizerStep(level), x, torch.zeros(1, dtype=torch.float64))
     c1, c2 = 1 - 0.9**2, 1 - 0.999**2
     v = 0.999 * 0.001 * 4.0
     expected = -0.1 / c1 * 0.1 / ((v / c2) ** 0.5 + 1e-8)
@@ -411,7 +413,7 @@ def test_adam_with_decay_at_zero_has_the_derivative_of_its_decay() -> None:
     x = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([x], lr=0.1, weight_decay=0.5, eps=1e-2)
     _, by_point, by_gradient = derivative(
-        Preview(Level("Test", "lower", x, optimizer)), x, torch.zeros(1, dtype=torch.float64)
+        OptimizerStep(Level("Test", "lower", x, optimizer)), x, torch.zeros(1, dtype=torch.float64)
     )
     # First step: m/c1 = d, v/c2 = d^2, so the step is lr d/(|d| + eps) with d = g + wd x = 1; its derivative lr
     # eps/(|d| + eps)^2

@@ -206,7 +206,7 @@ def compare(case: Case, *, steps: int = 4, tolerance: float = 1e-10) -> list[ref
         found = twins.optimizer.directions(upper_batch, *lower_batches)
         close(found.upper.values(), expected.upper, tolerance)
         close(found.lower.values(), expected.lower, tolerance)
-        if case.options.step_from == "inner":
+        if case.options.step_from == "lookahead":
             assert found.start is not None
             close(found.start.values(), expected.start, tolerance)
         else:
@@ -253,30 +253,30 @@ TABLE = {
     "unrolled": with_options(bome, value_gradient="unrolled", inner_steps=2),
     "unrolled, forward": replace(with_options(bome, value_gradient="unrolled", inner_steps=2), product="forward"),
     "unrolled, reverse": replace(with_options(bome, value_gradient="unrolled", inner_steps=2), product="reverse"),
-    "step from inner": with_options(bome, step_from="inner", value_gradient="difference"),
-    "step from inner, adam": replace(with_options(ebomlc, step_from="inner"), lower=ADAM),
-    "preview of momentum": replace(with_options(bome, inner_step="preview", inner_steps=2), lower=MOMENTUM),
-    "preview of dampening": replace(with_options(bome, inner_step="preview", inner_steps=2), lower=DAMPENED),
-    "preview of nesterov": replace(with_options(bome, inner_step="preview", inner_steps=2), lower=NESTEROV),
-    "preview of weight decay": replace(with_options(bome, inner_step="preview"), lower=DECAYED),
-    "preview of adam": replace(with_options(bome, inner_step="preview", inner_steps=2), lower=ADAM),
-    "preview of amsgrad": replace(with_options(bome, inner_step="preview", inner_steps=2), lower=AMSGRAD),
-    "preview of adamw": replace(with_options(bome, inner_step="preview", inner_steps=2), lower=ADAMW),
-    "preview with inner_lr": replace(with_options(bome, inner_step="preview", inner_lr=0.07), lower=ADAMW),
+    "step from inner": with_options(bome, step_from="lookahead", value_gradient="difference"),
+    "step from inner, adam": replace(with_options(ebomlc, step_from="lookahead"), lower=ADAM),
+    "preview of momentum": replace(with_options(bome, inner_step="optimizer", inner_steps=2), lower=MOMENTUM),
+    "preview of dampening": replace(with_options(bome, inner_step="optimizer", inner_steps=2), lower=DAMPENED),
+    "preview of nesterov": replace(with_options(bome, inner_step="optimizer", inner_steps=2), lower=NESTEROV),
+    "preview of weight decay": replace(with_options(bome, inner_step="optimizer"), lower=DECAYED),
+    "preview of adam": replace(with_options(bome, inner_step="optimizer", inner_steps=2), lower=ADAM),
+    "preview of amsgrad": replace(with_options(bome, inner_step="optimizer", inner_steps=2), lower=AMSGRAD),
+    "preview of adamw": replace(with_options(bome, inner_step="optimizer", inner_steps=2), lower=ADAMW),
+    "preview with inner_lr": replace(with_options(bome, inner_step="optimizer", inner_lr=0.07), lower=ADAMW),
     "unrolled preview of momentum": replace(
-        with_options(bome, inner_step="preview", inner_steps=3, value_gradient="unrolled"), lower=MOMENTUM
+        with_options(bome, inner_step="optimizer", inner_steps=3, value_gradient="unrolled"), lower=MOMENTUM
     ),
     "unrolled preview of nesterov": replace(
-        with_options(bome, inner_step="preview", inner_steps=3, value_gradient="unrolled"), lower=NESTEROV
+        with_options(bome, inner_step="optimizer", inner_steps=3, value_gradient="unrolled"), lower=NESTEROV
     ),
     "unrolled preview of adam": replace(
-        with_options(bome, inner_step="preview", inner_steps=3, value_gradient="unrolled"), lower=ADAM
+        with_options(bome, inner_step="optimizer", inner_steps=3, value_gradient="unrolled"), lower=ADAM
     ),
     "unrolled preview of amsgrad": replace(
-        with_options(bome, inner_step="preview", inner_steps=3, value_gradient="unrolled"), lower=AMSGRAD
+        with_options(bome, inner_step="optimizer", inner_steps=3, value_gradient="unrolled"), lower=AMSGRAD
     ),
     "unrolled preview of adamw": replace(
-        with_options(bome, inner_step="preview", inner_steps=3, value_gradient="unrolled"), lower=ADAMW
+        with_options(bome, inner_step="optimizer", inner_steps=3, value_gradient="unrolled"), lower=ADAMW
     ),
     "plain inner step beside momentum": replace(with_options(bome, inner_steps=2), lower=MOMENTUM),
     "plain inner step beside adamw": replace(with_options(bome, inner_steps=2), lower=ADAMW),
@@ -287,11 +287,11 @@ TABLE = {
     "multiplier_max": with_options(bome, delta=2.0, multiplier_max=0.1),
     "ebomlc, multiplier_max before xi": with_options(ebomlc, delta=2.0, multiplier_max=0.1),
     "ebomlc, plain F": replace(ebomlc, mixture=False),
-    "ebomlc, difference from inner": with_options(ebomlc, value_gradient="difference", step_from="inner"),
+    "ebomlc, difference from inner": with_options(ebomlc, value_gradient="difference", step_from="lookahead"),
     "ebomlc, unrolled": with_options(ebomlc, value_gradient="unrolled"),
     "ebomlc, the paper's optimizers": replace(ebomlc, lower=MOMENTUM, upper=UPPER[2]),
     "ebomlc, preview from inner": replace(
-        with_options(ebomlc, inner_step="preview", value_gradient="difference", step_from="inner"), lower=MOMENTUM
+        with_options(ebomlc, inner_step="optimizer", value_gradient="difference", step_from="lookahead"), lower=MOMENTUM
     ),
     "upper momentum": replace(bome, upper=UPPER[1]),
 }
@@ -327,12 +327,12 @@ def cases(draw: st.DrawFn) -> Case:
     options = Options(
         inner_steps=inner_steps,
         inner_lr=draw(st.sampled_from([None, 0.03, 0.2])),
-        inner_step=draw(st.sampled_from(["plain", "preview"])),
+        inner_step=draw(st.sampled_from(["gradient", "optimizer"])),
         barrier="aligned" if aligned else draw(st.sampled_from(["gradient_norm", "value", "aligned"])),
         delta=draw(st.sampled_from([0.0, 0.25, 1.0])),
         xi=draw(st.sampled_from([0.1, 0.5, 1.0])) if aligned else 1.0,
         value_gradient=draw(st.sampled_from(READINGS)),
-        step_from=draw(st.sampled_from(["outer", "inner"])),
+        step_from=draw(st.sampled_from(["current", "lookahead"])),
         eps=draw(st.sampled_from([0.0, 1e-8, 1e-2])),
         cutoff=draw(st.sampled_from([0.0, 1e-12, 1e-3])),
         multiplier_max=draw(st.sampled_from([None, None, 0.3])),
@@ -348,6 +348,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
+@pytest.mark.thorough
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(cases())
 def test_options_in_any_combination_equal_the_reference(case: Case) -> None:

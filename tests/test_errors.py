@@ -132,15 +132,15 @@ CONSTRUCTION: dict[str, Bad] = {
     "inner steps of EBOMLC": (built("ebomlc", inner_steps=2), TypeError, "inner_steps"),
     "a barrier of EBOMLC": (built("ebomlc", barrier=barrier.Value(0.1)), TypeError, "barrier"),
     "an unknown reading": (built(value_gradient="total"), ValueError, "value_gradient='total'.*'value_function'"),
-    "an unknown start": (built(step_from="middle"), ValueError, "step_from='middle'.*'outer', 'inner'"),
-    "an unknown inner step": (built(inner_step="adam"), ValueError, "inner_step='adam'.*'plain', 'preview'"),
+    "an unknown start": (built(step_from="middle"), ValueError, "step_from='middle'.*'current', 'lookahead'"),
+    "an unknown inner step": (built(inner_step="adam"), ValueError, "inner_step='adam'.*'gradient', 'optimizer'"),
     "an unknown route": (built(product="hessian"), ValueError, "product='hessian'.*'auto', 'forward'"),
     "a negative eps": (built(eps=-1e-8), ValueError, r"eps=-1e-08\): must be"),
     "a cutoff that is not a number": (built(cutoff=float("nan")), ValueError, r"cutoff=nan\): must be"),
     "a negative limit": (built(multiplier_max=-1.0), ValueError, r"multiplier_max=-1\.0\): must be"),
     "a preview of an optimizer without one": (
         built_of(lambda p: {
-            "inner_step": "preview", "lower_optimizer": torch.optim.RMSprop(p.classifier.parameters())}),
+            "inner_step": "optimizer", "lower_optimizer": torch.optim.RMSprop(p.classifier.parameters())}),
         ValueError, r"lower_optimizer=RMSprop\): cannot be .* as a function.*SGD, Adam, AdamW"),
     "an option that does not exist": (built(learning_rate=0.1), TypeError, "learning_rate"),
     "an abstract class": (

@@ -242,7 +242,7 @@ def test_schedulers_change_the_steps(case: Case) -> None:
         before = problem.classifier.head.weight.detach().clone()
         optimizer.step(*problem.batches())
         rate = problem.lower_optimizer.param_groups[0]["lr"]
-        from_outer = case.options.get("step_from") != "inner" and "inner_lr" not in case.options
+        from_outer = case.options.get("step_from") != "lookahead" and "inner_lr" not in case.options
         if rate == 0 and from_outer:
             assert torch.equal(problem.classifier.head.weight, before)
         for each in schedulers:

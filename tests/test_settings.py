@@ -18,9 +18,14 @@ LEVELS = {"upper_loss", "lower_loss", "upper", "lower", "upper_optimizer", "lowe
 
 
 def arguments(method: type[Any]) -> list[str]:
-    names = [*inspect.signature(method.__init__).parameters][1:]
-    base = [*inspect.signature(bilevel.BilevelOptimizer.__init__).parameters][1:]
-    return [name for name in dict.fromkeys([*names, *base]) if name != "common"]
+    own = [kind.__init__ for kind in method.__mro__ if "__init__" in vars(kind) and kind is not object]
+    named = [
+        x
+        for f in own
+        for x in inspect.signature(f).parameters.values()
+        if x.kind not in (x.VAR_KEYWORD, x.VAR_POSITIONAL)
+    ]
+    return [name for name in dict.fromkeys(x.name for x in named) if name != "self"]
 
 
 @pytest.mark.parametrize("case", CLASSES.values(), ids=[method.__name__ for method in CLASSES])
@@ -107,7 +112,7 @@ def test_a_preview_set_later_needs_an_optimizer_that_can_be_followed() -> None:
         upper_optimizer=torch.optim.SGD([a], lr=0.1),
         lower_optimizer=torch.optim.RMSprop([w], lr=0.1),
     )
-    optimizer.inner_step = "preview"
+    optimizer.inner_step = "optimizer"
     with pytest.raises(ValueError, match=r"BOME\(lower_optimizer=RMSprop\): cannot be followed"):
         optimizer.step()
 

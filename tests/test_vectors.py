@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bilevel import vectors
-from bilevel.vectors import Vector, add_scaled, all_finite, dot, exchange, own_memory, squared_norm, subtract
+from bilevel.vectors import Tensors, add_scaled, all_finite, dot, exchange, squared_norm, subtract, without_aliasing
 
 oracle = settings(derandomize=True, database=None, deadline=None, max_examples=80)
 
@@ -41,7 +41,7 @@ def triples(draw: st.DrawFn) -> tuple[list[Tensor | None], list[Tensor | None], 
 scalars = st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, 3.0])
 
 
-def same(a: Vector, b: Vector) -> bool:
+def same(a: Tensors, b: Tensors) -> bool:
     """Equal as elements of the space: None counts as zero."""
     for x, y in zip(a, b, strict=True):
         if x is None or y is None:
@@ -53,7 +53,7 @@ def same(a: Vector, b: Vector) -> bool:
     return True
 
 
-def snapshot(a: Vector) -> list[Tensor | None]:
+def snapshot(a: Tensors) -> list[Tensor | None]:
     return [None if x is None else x.clone() for x in a]
 
 
@@ -219,7 +219,7 @@ def test_an_expanded_gradient_counts_every_element() -> None:
         ([torch.ones(0)], [torch.ones(0)]),
     ],
 )
-def test_an_empty_product_is_a_float64_zero(a: Vector, b: Vector) -> None:
+def test_an_empty_product_is_a_float64_zero(a: Tensors, b: Tensors) -> None:
     found = dot(a, b)
     assert found.item() == 0.0
     assert found.shape == ()
@@ -261,7 +261,7 @@ def test_chunks_lose_and_repeat_nothing(chunk: int, monkeypatch: pytest.MonkeyPa
         assert same(second, a)
 
 
-def test_own_memory_separates_what_autograd_shares() -> None:
+def test_without_aliasing_separates_what_autograd_shares() -> None:
     """One gradient for two variables that are added, an expanded one for a sum, a slice of a larger one: in-place
     clipping must be able to scale each of them once.
     """
@@ -270,7 +270,7 @@ def test_own_memory_separates_what_autograd_shares() -> None:
     alone, turned = torch.tensor([7.0, 8.0]), torch.arange(6.0).reshape(2, 3).t()
     vector = [shared, None, shared, shared[:2], expanded, alone, buffer[2:4], turned, torch.tensor(9.0), torch.zeros(0)]
     before = snapshot(vector)
-    found = own_memory(vector)
+    found = without_aliasing(vector)
     assert same(found, before)
     assert [x is None for x in found] == [x is None for x in vector]
     # What is alone in its memory is not copied: the first owner, and dense tensors of any layout.

@@ -22,6 +22,7 @@ KERNELS = {
     "AVX512": {},
 }
 THREADS = (1, 2)
+WHICH = "not (environment or mutation or slow or gpu)"  # all that computes
 
 
 def capabilities(best: str) -> list[str]:
@@ -42,7 +43,7 @@ def main(options: list[str]) -> int:
     for capability in capabilities(torch.backends.cpu.get_cpu_capability()):
         for threads in THREADS:
             begin = time.monotonic()
-            command = [sys.executable, "-m", "pytest", "-q", *options]
+            command = [sys.executable, "-m", "pytest", "-q", "-m", WHICH, *options]
             chosen = environment(capability, threads)
             code = subprocess.run(command, cwd=Path(__file__).parent.parent, env={**os.environ, **chosen}).returncode
             ends.append((code, f"{capability:8} threads {threads}  {time.monotonic() - begin:5.0f} s"))

@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.evaluations import Evaluation
-from ..evaluation.losses import Loss
+from ..evaluation.evaluations import Evaluation, Key, Point, Wrt
 from ..evaluation.oracle import Oracle
 from ..evaluation.substitution import plain_attention
-from ..hypergradient import Step, pull_back
+from ..hypergradient import Step, copied, pull_back
 from ..hypergradient.modes import NoDoubleBackward, refuse_wrong_rules
-from ..lower_steps import Point, Rule
-from ..optimizer.apply import hand_over
-from ..vectors import Vector, add_scaled, exchange
+from ..lower_steps import Rule
+from ..vectors import Tensors, Vector, add_scaled, exchange, present
 from .constants import constants_of_a_loss
 
 Product = tuple[Vector, Vector]
@@ -64,6 +62,15 @@ class Precision:
             stack.extend(parent for parent, _ in node.next_functions)
 
 
+class PlainOracle(Oracle):
+    """An oracle that answers by plain autograd of the closures as they stand, and by nothing else."""
+
+    plain = True
+
+    def _evaluate(self, key: Key, at: Point | None, wrt: Wrt) -> Evaluation:
+        return self._evaluate_as(key, at, "both")
+
+
 class Plain:
     """F and G around a look, with the random states, buffers and held values that the look replays."""
 
@@ -75,30 +82,30 @@ class Plain:
         self.upper_level = oracle.upper_level
         self.lower_level = oracle.lower_level
 
-    def point(self) -> list[Tensor]:
+    def point(self) -> Vector:
         """Return copies of the current lower variables."""
-        return [tensor.detach().clone() for tensor in self.lower_level.tensors]
+        return self._oracle.point().clone()
 
-    def upper(self, at: Point | None = None) -> Evaluation:
+    def upper(self, at: Tensors | None = None) -> Evaluation:
         """F and both its gradients."""
         with self._upper(at) as value:
             return self._differentiated(value)
 
-    def lower(self, index: int = 0, at: Point | None = None, *, trains: bool = False) -> Evaluation:
-        """G on lower batch ``index``, and both its gradients; ``trains`` as in :meth:`Oracle.lower`."""
-        with self._lower(index, at, trains) as value:
+    def lower(self, at: Tensors | None = None, *, batch: int = 0) -> Evaluation:
+        """G on a lower batch, and both its gradients."""
+        with self._lower(batch, at, trains=True) as value:
             return self._differentiated(value)
 
-    def upper_value(self, at: Point | None = None) -> Tensor:
+    def upper_value(self, at: Tensors | None = None) -> Tensor:
         with self._upper(at) as value:
             return value.detach().clone()  # a loss may be a view of a variable, F = w[0]
 
-    def lower_value(self, index: int = 0, at: Point | None = None) -> Tensor:
-        with self._lower(index, at) as value:
+    def lower_value(self, at: Tensors | None = None, *, batch: int = 0) -> Tensor:
+        with self._lower(batch, at) as value:
             return value.detach().clone()  # a loss may be a view of a variable, F = w[0]
 
     def product(
-        self, index: int, direction: Vector, at: Point | None = None, buffers: Buffers | None = None
+        self, direction: Tensors, *, batch: int = 0, at: Tensors | None = None, buffers: Buffers | None = None
     ) -> Product:
         """Return ``(G_aw v, G_ww v)``, by double backward; ``buffers``: what the modules hold meanwhile.
 
@@ -106,65 +113,65 @@ class Plain:
             NoReference: There is no second derivative, or torch's is known to be wrong.
         """
         upper, lower = self.upper_level.tensors, self.lower_level.tensors
-        with plain_attention(), self._lower(index, at, buffers=buffers) as value:
+        with plain_attention(), self._lower(batch, at, buffers=buffers) as value:
             try:
                 gradients = torch.autograd.grad(value, lower, create_graph=True, allow_unused=True)
                 pairs = [(g, v) for g, v in zip(gradients, direction, strict=True) if g is not None and v is not None]
                 pairs = [(g, v.to(g.dtype)) for g, v in pairs if g.requires_grad]
                 if not pairs:
-                    return [None] * len(upper), [None] * len(lower)
+                    return self._vectors([None] * (len(upper) + len(lower)))
                 refuse_wrong_rules([value, *(g for g, _ in pairs)])
                 outputs, weights = zip(*pairs, strict=True)
                 found = torch.autograd.grad(outputs, [*upper, *lower], grad_outputs=weights, allow_unused=True)
             except (RuntimeError, NoDoubleBackward) as error:
                 raise NoReference(str(error).partition("\n")[0]) from error
-        return found[: len(upper)], found[len(upper) :]
+        return self._vectors(found)
 
-    def walk(self, rule: Rule, count: int, *, start: Point | None = None) -> tuple[list[Tensor], list[Step]]:
+    def walk(self, rule: Rule, count: int, *, start: Tensors | None = None) -> tuple[Vector, list[Step]]:
         """Take ``count`` virtual lower steps from the current point, or from ``start``; return the end, and the
         steps.
         """
-        point: Point = self.point() if start is None else start
+        point = self.point() if start is None else self.point().like(start)
         state, steps = rule.start(), []
         for index in range(count):
             at = None if index == 0 and start is None else point
-            gradient = self.lower(index, at).lower
+            gradient = self.lower(at, batch=index).lower
             steps.append(Step(index, at, gradient, state))
-            point, state = rule.step(point, gradient, state)
-        return [x.detach().clone() for x in point], steps
+            moved, state = rule.step(point, gradient, state)
+            point = point.like(moved)
+        return point.clone(), steps
 
     def train(self, count: int, rule: Callable[[], Rule]) -> list[Step]:
         """Take ``count`` real lower steps; return them, with the state of the ``rule`` that is differentiated."""
         steps = []
         for index in range(count):
             point = self.point()
-            state = [{name: s.clone() for name, s in entry.items()} for entry in rule().start()]
+            state = copied(rule)
             self._before[index] = [(b, b.detach().clone()) for module in self._modules() for b in module.buffers()]
-            gradient = self.lower(index, trains=True).lower
+            gradient = self.lower(batch=index).lower
             steps.append(Step(index, point, gradient, state))
-            hand_over(self.lower_level, [None if g is None else g.clone() for g in gradient])
+            self._oracle.train(gradient.clone())
         return steps
 
-    def adjoint(self, rule: Rule, steps: Sequence[Step], cotangent: Vector, *, as_trained: bool = False) -> Product:
+    def adjoint(self, rule: Rule, steps: Sequence[Step], cotangent: Tensors, *, as_trained: bool = False) -> Product:
         """Pull ``dh/dw_k`` back through ``steps``; return ``(dh/dalpha, dh/dw_0)``: one double backward a step.
 
         ``as_trained``: with the buffers that each real step was taken with, which only the graph of the walk knows;
         else with those of the batch's first evaluation, as wherever the library evaluates a batch again.
         """
-        upper: Vector = [None] * len(self.upper_level.tensors)
-        point_bar: Vector = cotangent
-        state_bar: list[dict[str, Tensor]] = [{} for _ in cotangent]
+        upper, _ = self._vectors([None] * (len(self.upper_level.tensors) + len(self.lower_level.tensors)))
+        point_bar = self.point().like(cotangent)
+        state_bar: list[dict[str, Tensor]] | None = None
         for step in reversed(steps):
             point = self.point() if step.point is None else step.point
             through_point, gradient_bar, state_bar = pull_back(rule, step, point, point_bar, state_bar)
-            mixed, hessian = self.product(
-                step.index, gradient_bar, step.point, self._before.get(step.index) if as_trained else None
-            )
-            upper, point_bar = add_scaled(upper, 1.0, mixed), add_scaled(through_point, 1.0, hessian)
+            buffers = self._before.get(step.batch) if as_trained else None
+            mixed, hessian = self.product(gradient_bar, batch=step.batch, at=step.point, buffers=buffers)
+            upper, point_bar = upper + mixed, through_point + hessian
         return upper, point_bar
 
     @contextmanager
-    def shifted(self, size: float, upper: Vector, lower: Vector) -> Iterator[None]:
+    def shifted(self, size: float, upper: Tensors, lower: Tensors) -> Iterator[None]:
         """Move both levels by ``size`` along a direction for the duration."""
         tensors = [*self.upper_level.tensors, *self.lower_level.tensors]
         moved = [x.clone() for x in add_scaled([t.detach() for t in tensors], size, [*upper, *lower]) if x is not None]
@@ -175,31 +182,26 @@ class Plain:
             exchange(tensors, moved)
 
     @contextmanager
-    def _upper(self, at: Point | None) -> Iterator[Tensor]:
-        oracle = self._oracle
-        with self._called(oracle.upper_loss, "upper", oracle._upper_batch, at) as value:
+    def _upper(self, at: Tensors | None) -> Iterator[Tensor]:
+        with self._called(self._oracle._key("upper", 0), at) as value:
             yield value
 
     @contextmanager
     def _lower(
-        self, index: int, at: Point | None, trains: bool = False, buffers: Buffers | None = None
+        self, batch: int, at: Tensors | None, *, trains: bool = False, buffers: Buffers | None = None
     ) -> Iterator[Tensor]:
-        index, batch = self._oracle._lower_batch(index)
-        with self._called(self._oracle.lower_loss, ("lower", index), batch, at, trains, buffers) as value:
+        with self._called(self._oracle._key("lower", batch), at, trains, buffers) as value:
             yield value
 
     @contextmanager
     def _called(
-        self,
-        loss: Loss,
-        key: Any,
-        batch: Any,
-        at: Point | None,
-        trains: bool = False,
-        buffers: Buffers | None = None,
+        self, key: Key, at: Tensors | None, trains: bool = False, buffers: Buffers | None = None
     ) -> Iterator[Tensor]:
+        loss, batch = self._oracle._called(key)
         own = self.lower_level.tensors
-        values = None if at is None else [x.detach().clone() for x in at]  # the exchange must not reach the caller's
+        values = (
+            None if at is None else [x.detach().clone() for x in present(at)]
+        )  # the exchange must not reach the caller's
         replayed = self._oracle.replay.evaluation(key, current=at is None, trains=trains)
         with replayed, torch.enable_grad():
             torch.clear_autocast_cache()
@@ -225,4 +227,8 @@ class Plain:
     def _differentiated(self, value: Tensor) -> Evaluation:
         upper = self.upper_level.tensors
         found = torch.autograd.grad(value, [*upper, *self.lower_level.tensors], allow_unused=True)
-        return Evaluation(value.detach().clone(), found[: len(upper)], found[len(upper) :])
+        return Evaluation(value.detach().clone(), *self._vectors(found))
+
+    def _vectors(self, both: Tensors) -> Product:
+        size = len(self.upper_level.tensors)
+        return Vector(both[:size], self.upper_level.names), Vector(both[size:], self.lower_level.names)

@@ -23,22 +23,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..batches import MISSING
 from ..errors import ClosureError
 from ..levels import Level
-from ..vectors import Vector, exchange
+from ..vectors import Tensors, Vector, exchange, present
 from .inspection import explained
-from .losses import MISSING, Loss, captured, sequence_number
+from .losses import Loss, sequence_number, stale_variables
 from .replay import Replay
 from .substitution import Places, plain_attention
 
 Wrt = Literal["both", "upper", "lower"]
+Side = Literal["upper", "lower"]
+Key = tuple[Side, int]  # of a batch: which loss it is for, and its number
 Point = Sequence[Tensor]
 Graph = tuple[Tensor, Any]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A loss at a point: its value and its gradients, per level (empty where it was not asked for)."""
+    """A loss at a point, and its gradients.
+
+    Attributes:
+        value: The loss, a detached scalar.
+        upper: Its gradient in the upper variables; empty where it was not asked for.
+        lower: Its gradient in the lower variables, likewise.
+        aux: What the loss returned beside its value, detached.
+    """
 
     value: Tensor
     upper: Vector
@@ -81,17 +91,22 @@ class Evaluations:
     Args:
         subject: The losses and levels.
         replay: What evaluations must leave as it was.
-        upper_batch: The batch of F, or ``MISSING``.
-        lower_batches: The batches of G.
+        upper_batches: The batches of F.
+        lower_batches: The batches of G. A side without a batch is called without arguments.
     """
 
-    def __init__(self, subject: Subject, replay: Replay, upper_batch: Any, lower_batches: Sequence[Any]) -> None:
+    def __init__(
+        self, subject: Subject, replay: Replay, upper_batches: Sequence[Any], lower_batches: Sequence[Any]
+    ) -> None:
         self._subject = subject
-        self._upper_batch = upper_batch
-        self._lower_batches = lower_batches or [MISSING]
+        self._batches: dict[Side, Sequence[Any]] = {
+            "upper": upper_batches or [MISSING],
+            "lower": lower_batches or [MISSING],
+        }
         self._devices = subject.devices
         self.owner = subject.owner
         self.substitutes: dict[int, str] = {}  # names of tensors that stood in the places of variables, by id
+        self.latest_lower: Tensor | None = None  # the last value of G
         self.replay = replay
         self.upper_level = subject.upper
         self.lower_level = subject.lower
@@ -103,84 +118,67 @@ class Evaluations:
         """Whether the graphs of the losses are searched for what cannot be served."""
         return False
 
-    def point(self) -> list[Tensor]:
+    def point(self) -> Vector:
         """Return the current values of the lower variables: views, not copies."""
-        return [tensor.detach() for tensor in self.lower_level.tensors]
+        return Vector((tensor.detach() for tensor in self.lower_level.tensors), self.lower_level.names)
 
-    def upper(self, at: Point | None = None, wrt: Wrt = "both") -> Evaluation:
-        """Evaluate F at the current point, or with the lower variables ``at`` other values. One call of the loss."""
-        loss = self.upper_loss
-        evaluation = self._evaluate(loss, "upper", self._upper_batch, at, wrt)
+    def upper(self, at: Tensors | None = None, *, batch: int = 0, wrt: Wrt = "both") -> Evaluation:
+        """Evaluate F, and differentiate it. One call of the loss.
+
+        Args:
+            at: Values of the lower variables; None: the current ones.
+            batch: Which of the step's upper batches; a single one serves every number.
+            wrt: Which gradients: of both levels, or of one. ``"upper"`` is forward-only through the lower model.
+        """
+        evaluation = self._evaluate(self._key("upper", batch), self._point(at), wrt)
         if wrt != "upper":
-            loss.check_use("lower", evaluation.lower)
+            self.upper_loss.check_use("lower", evaluation.lower)
         return evaluation
 
-    def lower(self, index: int = 0, at: Point | None = None, wrt: Wrt = "both", *, trains: bool = False) -> Evaluation:
-        """Evaluate G on lower batch ``index``; a single batch serves every index. One call of the loss.
-
-        ``trains`` marks the gradient of a real lower step: buffers move even if the batch was evaluated before.
-        """
-        index, batch = self._lower_batch(index)
+    def lower(self, at: Tensors | None = None, *, batch: int = 0, wrt: Wrt = "both") -> Evaluation:
+        """Evaluate G, and differentiate it; arguments as of :meth:`upper`. One call of the loss."""
         loss = self.lower_loss
-        evaluation = self._evaluate(loss, ("lower", index), batch, at, wrt, trains)
+        evaluation = self._evaluate(self._key("lower", batch), self._point(at), wrt)
+        self.latest_lower = evaluation.value
         if wrt != "upper":
             loss.check_use("lower", evaluation.lower)
         if wrt != "lower":
             loss.check_use("upper", evaluation.upper)
         return evaluation
 
-    def check_dependence(self, product: Vector) -> None:
+    def check_dependence(self, product: Tensors) -> None:
         """Refuse a lower loss that depends on no upper variable; its mixed derivative alone may well be absent."""
         if all(part is None for part in product):
             self.lower(wrt="upper")
 
     @contextmanager
     def lower_graph(
-        self,
-        index: int,
-        at: Point | None = None,
-        substitute: Point | None = None,
-        *,
-        current: bool = False,
-        trains: bool = False,
+        self, batch: int = 0, at: Tensors | None = None, substitute: Point | None = None, *, current: bool = False
     ) -> Iterator[Graph]:
         """Build the graph of G, and its aux, for derivatives of higher order, to be taken inside the ``with``.
 
         Args:
-            index: Which lower batch, as in :meth:`lower`.
+            batch: Which lower batch, as in :meth:`lower`.
             at: Values to swap in.
             substitute: Instead, tensors to put in the places of the lower variables: dual tensors, or a graph.
             current: Whether these have the current values, so that buffers move as in :meth:`lower`.
-            trains: Whether a real lower step is taken along the gradient, as there.
         """
-        index, batch = self._lower_batch(index)
-        with self._graph(self.lower_loss, ("lower", index), batch, at, substitute, current, trains) as graph:
+        with self._graph(self._key("lower", batch), self._point(at), substitute, current) as graph:
             yield graph
 
     @contextmanager
-    def upper_graph(self, substitute: Point, *, current: bool = False) -> Iterator[Graph]:
-        """Build the graph of F with other tensors in the places of the lower variables, as in :meth:`lower_graph`.
-
-        ``current``: as there.
-        """
-        with self._graph(self.upper_loss, "upper", self._upper_batch, None, substitute, current) as graph:
+    def upper_graph(self, substitute: Point, *, batch: int = 0, current: bool = False) -> Iterator[Graph]:
+        """Build the graph of F with other tensors in the places of the lower variables, as in :meth:`lower_graph`."""
+        with self._graph(self._key("upper", batch), None, substitute, current) as graph:
             yield graph
 
     @contextmanager
-    def _graph(
-        self,
-        loss: Loss,
-        key: Any,
-        batch: Any,
-        at: Point | None,
-        substitute: Point | None,
-        current: bool = False,
-        trains: bool = False,
-    ) -> Iterator[Graph]:
+    def _graph(self, key: Key, at: Point | None, substitute: Point | None, current: bool = False) -> Iterator[Graph]:
         # Copies: a training-mode BatchNorm would write tangents into the user's own buffers, and a kept graph may hold
         # what the next evaluation changes.
         copied = substitute is not None and not current
-        prepared = self._prepared(key, at, current=current, trains=trains, substituted=substitute is not None)
+        loss, batch = self._called(key)
+        prepared = self._prepared(key, at, current=current, trains=current, substituted=substitute is not None)
         with prepared, plain_attention(), explained(loss.name):
             if substitute is None:
                 graph = loss(batch, self._devices)
@@ -211,34 +209,31 @@ class Evaluations:
     def _places(self) -> Places:
         return Places(self._subject.modules, self.lower_level.tensors)
 
-    def _lower_batch(self, index: int) -> tuple[int, Any]:
-        index = min(index, len(self._lower_batches) - 1)
-        return index, self._lower_batches[index]
+    def _key(self, side: Side, batch: int) -> Key:
+        return side, min(batch, len(self._batches[side]) - 1)
 
-    def _evaluate(
-        self, loss: Loss, key: Any, batch: Any, at: Point | None, wrt: Wrt, trains: bool = False
-    ) -> Evaluation:
-        return self._evaluate_as(loss, key, batch, at, wrt, trains, freeze=wrt == "upper")
+    def _called(self, key: Key) -> tuple[Loss, Any]:
+        """Return the loss and the batch of an evaluation."""
+        side, index = key
+        return (self.upper_loss if side == "upper" else self.lower_loss), self._batches[side][index]
 
-    def _evaluate_as(
-        self,
-        loss: Loss,
-        key: Any,
-        batch: Any,
-        at: Point | None,
-        wrt: Wrt,
-        trains: bool = False,
-        *,
-        freeze: bool = False,
-    ) -> Evaluation:
+    @staticmethod
+    def _point(at: Tensors | None) -> list[Tensor] | None:
+        return None if at is None else present(at)
+
+    def _evaluate(self, key: Key, at: Point | None, wrt: Wrt) -> Evaluation:
+        return self._evaluate_as(key, at, wrt, freeze=wrt == "upper")
+
+    def _evaluate_as(self, key: Key, at: Point | None, wrt: Wrt, *, freeze: bool = False) -> Evaluation:
         """Call the loss, and differentiate; ``freeze``: with the lower variables' flags off."""
+        loss, batch = self._called(key)
         upper = list(self.upper_level.tensors) if wrt != "lower" else []
         lower = list(self.lower_level.tensors) if wrt != "upper" else []
-        with self._prepared(key, at, current=at is None, freeze=freeze, trains=trains):
+        with self._prepared(key, at, current=at is None, freeze=freeze, trains=bool(lower)):
             since = sequence_number() if self.checking else 0
             value, aux = loss(batch, self._devices, frozen=not lower)
             if self.checking:
-                self._refuse_captured(loss, value, since)
+                self._refuse_stale(loss, value, since)
             with explained(loss.name):
                 gradients = torch.autograd.grad(value, upper + lower, allow_unused=True)
             number, aux = loss.number(value), self._apart(aux)  # before swapped values are taken out again
@@ -248,16 +243,21 @@ class Evaluations:
                     f"{loss.name} gives {self._names(wrt)[index]} a gradient of layout {gradient.layout}; directions "
                     "are dense. Usual cause: Embedding(sparse=True). Build the layer with sparse=False."
                 )
-        return Evaluation(number, gradients[: len(upper)], gradients[len(upper) :], aux)
+        return Evaluation(
+            number,
+            Vector(gradients[: len(upper)], self.upper_level.names if upper else ()),
+            Vector(gradients[len(upper) :], self.lower_level.names if lower else ()),
+            aux,
+        )
 
     def _names(self, wrt: Wrt) -> list[str]:
         upper = [f"upper variable {name}" for name in self.upper_level.names]
         lower = [f"lower variable {name}" for name in self.lower_level.names]
         return {"both": upper + lower, "upper": upper, "lower": lower}[wrt]
 
-    def _refuse_captured(self, loss: Loss, value: Tensor, since: int) -> None:
+    def _refuse_stale(self, loss: Loss, value: Tensor, since: int) -> None:
         variables = {id(tensor): name for name, tensor in self._subject.named_variables}
-        names = captured(value, since, variables | self.substitutes)
+        names = stale_variables(value, since, variables | self.substitutes)
         if names:
             raise ClosureError(
                 f"{loss.name} reads {', '.join(names)} through a tensor that was computed outside the call, so it "
@@ -268,7 +268,7 @@ class Evaluations:
     @contextmanager
     def _prepared(
         self,
-        key: Any,
+        key: Key,
         at: Point | None,
         *,
         current: bool,
@@ -278,11 +278,13 @@ class Evaluations:
     ) -> Iterator[None]:
         """Surround one evaluation: replay what the batch's first one saw, swap ``at`` in and out.
 
-        ``substituted`` says that other tensors stand in the places of the lower variables meanwhile; except at the
+        ``trains`` says that the evaluation gives the lower gradient, along which a real step may be taken;
+        ``substituted`` that other tensors stand in the places of the lower variables meanwhile; except at the
         current point, copies in those of the buffers too.
         """
         variables = [*self.upper_level.tensors, *self.lower_level.tensors]
         parameters = self.lower_level.tensors
+        trains = trains and key[0] == "lower"
         replayed = self.replay.evaluation(key, current=current, trains=trains, copied=substituted and not current)
         with replayed, torch.enable_grad():
             # An autocast region around the step would go on to serve casts of the values before the exchange.

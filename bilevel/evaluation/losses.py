@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..batches import MISSING
 from ..errors import ClosureError
-
-MISSING: Any = type("Missing", (), {"__repr__": lambda self: "no batch"})()
 
 
 class Loss:
@@ -117,7 +116,7 @@ def sequence_number() -> int:
     return int(probe.grad_fn._sequence_nr()) if probe.grad_fn is not None else 0
 
 
-def captured(value: Tensor, since: float, names: dict[int, str], beyond: Iterable[Tensor] = ()) -> list[str]:
+def stale_variables(value: Tensor, since: float, names: dict[int, str], beyond: Iterable[Tensor] = ()) -> list[str]:
     """Name the variables that reach ``value`` through operations recorded before ``since``.
 
     Such an operation ran outside the call: its result was captured, and would keep the value of the point it was
@@ -146,4 +145,4 @@ def leaves_of(value: Tensor, names: dict[int, str], beyond: Iterable[Tensor] = (
     """Name the variables that the graph of ``value`` ends in, out of those in ``names``; not ``beyond`` these
     tensors.
     """
-    return captured(value, float("inf"), names, beyond)
+    return stale_variables(value, float("inf"), names, beyond)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..batches import unpacked
 from ..errors import ClosureError
 from ..levels import Level
-from .evaluations import Evaluation, Evaluations, Point, Subject, Wrt
+from ..vectors import Vector
+from .evaluations import Evaluation, Evaluations, Key, Point, Side, Subject, Wrt
 from .inspection import inspected, refuse_accumulation_hooks, refuse_one_shot, refuse_shared_memory
 from .losses import Loss, sequence_number
 from .precision import float64, widened, widening
@@ -34,6 +36,20 @@ from .verification import (
 
 # How torch says that a loss differentiates something that has no graph: with the lower variables' flags off.
 NO_GRAPH_INSIDE = ("does not require grad", "not have been used in the graph")
+
+
+class Moves(Protocol):
+    """Who takes real lower steps, and takes them back: ``optimizer/moves.py``."""
+
+    def train(self, direction: Vector, loss: Tensor | None = None) -> None: ...
+
+    def keep_beginning(self) -> None: ...
+
+    def rewind(self) -> None: ...
+
+    def retrace(self, direction: Vector) -> None: ...
+
+    def end_retracing(self) -> None: ...
 
 
 class Evaluator:
@@ -64,17 +80,25 @@ class Evaluator:
         self.verification.forget()
 
     @contextmanager
-    def oracle(self, upper_batch: Any, lower_batches: Sequence[Any], *, verifies: bool = True) -> Iterator[Oracle]:
+    def oracle(
+        self,
+        upper_batches: Sequence[Any],
+        lower_batches: Sequence[Any],
+        *,
+        kind: type[Oracle] | None = None,
+        verifies: bool = True,
+    ) -> Iterator[Oracle]:
         """Look around the current point; whatever goes wrong inside, everything is as before afterwards.
 
-        ``verifies``: whether this is a step that counts for :class:`Verification`.
+        ``kind``: another class of oracle. ``verifies``: whether this is a step that counts for :class:`Verification`.
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "a bilevel step needs gradients, but runs under torch.inference_mode(). Leave that context first."
             )
-        for side, batch in (("upper", upper_batch), *(("lower", batch) for batch in lower_batches)):
-            refuse_one_shot(self.subject.owner, side, batch)
+        for side, batches in (("upper", upper_batches), ("lower", lower_batches)):
+            for batch in batches:
+                refuse_one_shot(self.subject.owner, side, batch)
         if any(tensor._post_accumulate_grad_hooks for tensor in self.subject.variables):
             refuse_accumulation_hooks(self.subject.owner, self.subject.named_variables)
         devices = self.subject.devices
@@ -83,7 +107,7 @@ class Evaluator:
         if verifies:
             self.verification.begin((replay.training, *(torch.is_autocast_enabled(kind) for kind in kinds)))
         try:
-            yield Oracle(self, replay, upper_batch, lower_batches, verifies=verifies)
+            yield (kind or Oracle)(self, replay, upper_batches, lower_batches, verifies=verifies)
         except BaseException:
             replay.undo()
             raise
@@ -92,22 +116,90 @@ class Evaluator:
 
 
 class Oracle(Evaluations):
-    """The evaluations of one step, with verification."""
+    """What a method asks: the two losses around the current point, on the batches of one step.
+
+    ``oracle.upper(...)`` and ``oracle.lower(...)`` are the losses and their gradients, at any point;
+    ``oracle.point()`` is the current one; ``oracle.train(direction)`` really moves the lower variables (``directions``
+    takes it back). What else is asked of it, products and walks, is in :mod:`bilevel.hypergradient`. Every shortcut is
+    compared with plain autograd of the closure (``verification.py``).
+
+    Attributes:
+        plain: Whether plain autograd of the closures as they stand is asked for, and no shortcut at all.
+    """
+
+    plain = False
 
     def __init__(
         self,
         evaluator: Evaluator,
         replay: Replay,
-        upper_batch: Any,
+        upper_batches: Sequence[Any],
         lower_batches: Sequence[Any],
         *,
         verifies: bool = True,
     ) -> None:
-        super().__init__(evaluator.subject, replay, upper_batch, lower_batches)
+        lower, self._lower_numbers = unpacked(lower_batches)
+        upper, self._upper_numbers = unpacked(upper_batches)
+        super().__init__(evaluator.subject, replay, upper, lower)
         self._evaluator = evaluator
         self._verifies = verifies
         self._inspected: set[str] = set()
         self._repeated: set[str] = set()
+        self.moves: Moves | None = None
+
+    def train(self, direction: Vector) -> None:
+        """Take a real lower step: ``direction`` is handed to the lower torch optimizer, hooks included.
+
+        ``directions`` takes it back, and ``step`` as well if something fails later and the method is ``atomic``. The
+        next :meth:`lower` at the new point moves the buffers again, as a training loop does.
+
+        Raises:
+            NonFiniteError: Under ``on_nonfinite="raise"``, before anything moved.
+        """
+        self._real_moves().train(direction, self.latest_lower)
+        self.replay.point_moved()
+
+    @contextmanager
+    def retracing(self) -> Iterator[Callable[[Vector], None]]:
+        """Put the lower variables back where they were, and walk the real steps once more, without keeping points.
+
+        Call what it gives with the direction of each step in turn; rates that hooks changed are as they were at each,
+        and in the end. :meth:`keep_beginning` must have been called before the first step.
+        """
+        moves = self._real_moves()
+        self.replay.point_rewound()
+        moves.rewind()
+        try:
+            yield moves.retrace
+        finally:
+            moves.end_retracing()
+            self.replay.point_rewound()
+
+    def keep_beginning(self) -> None:
+        """Copy the lower variables and their optimizer's state before the first real step, for :meth:`retracing`."""
+        self._real_moves().keep_beginning()
+
+    def lower_index(self, batch: int = 0) -> int:
+        """Return the number of a lower batch that was passed as ``Indexed``."""
+        return self._number("lower", self._lower_numbers, batch)
+
+    def upper_index(self, batch: int = 0) -> int:
+        """Return the number of an upper batch that was passed as ``Indexed``."""
+        return self._number("upper", self._upper_numbers, batch)
+
+    def _number(self, side: Side, numbers: list[int | None], batch: int) -> int:
+        number = numbers[min(batch, len(numbers) - 1)] if numbers else None
+        if number is None:
+            raise TypeError(
+                f"{self.owner}.step: the {side} batch has no number, and this method keeps a table with a row for "
+                "each. Pass bilevel.Indexed(number, batch)."
+            )
+        return number
+
+    def _real_moves(self) -> Moves:
+        if self.moves is None:
+            raise RuntimeError("oracle.train: this oracle only looks; real steps are taken in step and directions.")
+        return self.moves
 
     @property
     def verification(self) -> Verification:
@@ -140,9 +232,9 @@ class Oracle(Evaluations):
         with float64(self._subject.modules, self._subject.variables), widening():
             replay = Replay(self._devices, self._evaluator.modules, self._subject.variables)
             replay.follow(self.replay)
-            batches = [widened(batch) for batch in self._lower_batches]
+            upper, lower = ([widened(batch) for batch in self._batches[side]] for side in ("upper", "lower"))
             try:
-                yield Oracle(self._evaluator, replay, widened(self._upper_batch), batches, verifies=False)
+                yield Oracle(self._evaluator, replay, upper, lower, verifies=False)
             finally:
                 replay.undo()
 
@@ -158,33 +250,33 @@ class Oracle(Evaluations):
                     "register_step_pre_hook of the torch optimizer, scale inside the loss, or use BOME or EBOMLC."
                 )
 
-    def _evaluate(
-        self, loss: Loss, key: Any, batch: Any, at: Point | None, wrt: Wrt, trains: bool = False
-    ) -> Evaluation:
+    def _evaluate(self, key: Key, at: Point | None, wrt: Wrt) -> Evaluation:
+        loss, _ = self._called(key)
         shortcut = f"{loss.name}, forward-only"
-        if wrt == "upper" and shortcut not in self.verification.routes:
+        if wrt == "upper" and shortcut not in self.verification.choices:
             try:
-                found = self._evaluate_as(loss, key, batch, at, wrt, trains, freeze=True)
+                found = self._evaluate_as(key, at, wrt, freeze=True)
             except RuntimeError as error:
                 if not any(mark in str(error) for mark in NO_GRAPH_INSIDE):
                     raise
-                self.verification.routes[shortcut] = "gradients on"  # it differentiates inside: nothing is wrong
+                self.verification.choices[shortcut] = "gradients on"  # it differentiates inside: nothing is wrong
             else:
-                return self._verified(shortcut, found, loss, key, batch, at) if self.comparing else found
-        found = self._evaluate_as(loss, key, batch, at, wrt, trains)
+                return self._verified(shortcut, found, key, at) if self.comparing else found
+        found = self._evaluate_as(key, at, wrt)
         self.verification.held(loss.name, self.replay.held_count(key))
         if self.comparing and loss.name not in self._repeated:
-            self._repeat(found.value, loss, key, batch, at)
+            self._repeat(found.value, key, at)
         return found
 
-    def _repeat(self, value: Tensor, loss: Loss, key: Any, batch: Any, at: Point | None) -> None:
+    def _repeat(self, value: Tensor, key: Key, at: Point | None) -> None:
         """See that a second call of a loss gives the same."""
+        loss, batch = self._called(key)
         self._repeated.add(loss.name)
         try:
             with self.replay.silently(), self._prepared(key, at, current=at is None):
                 since = sequence_number()
                 value_again, _ = loss(batch, self._devices)
-                self._refuse_captured(loss, value_again, since)
+                self._refuse_stale(loss, value_again, since)
                 again = loss.number(value_again)
         except (RuntimeError, MemoryError) as error:
             self._unverified(loss.name, error)
@@ -200,7 +292,7 @@ class Oracle(Evaluations):
             )
 
     @contextmanager
-    def _prepared(self, key: Any, at: Point | None, *, substituted: bool = False, **options: Any) -> Iterator[None]:
+    def _prepared(self, key: Key, at: Point | None, *, substituted: bool = False, **options: Any) -> Iterator[None]:
         """Surround one evaluation; in a look, the first one of a loss must change nothing."""
         prepared = super()._prepared(key, at, substituted=substituted, **options)
         loss, batch = self._called(key)
@@ -213,12 +305,6 @@ class Oracle(Evaluations):
         with prepared, inspected(loss.name, self._watched(), set(map(id, self._subject.variables)), batch):
             yield
 
-    def _called(self, key: Any) -> tuple[Loss, Any]:
-        """Return the loss and the batch of an evaluation."""
-        if key == "upper":
-            return self.upper_loss, self._upper_batch
-        return self.lower_loss, self._lower_batches[key[1]]
-
     def _watched(self) -> list[tuple[str, Tensor]]:
         """The variables and all other parameters of the known modules, as errors call them."""
         found = {id(x): (name, x) for name, x in self._subject.named_variables}
@@ -227,13 +313,12 @@ class Oracle(Evaluations):
                 found.setdefault(id(x), (f"parameter {name} of {type(module).__name__}", x))
         return list(found.values())
 
-    def _verified(
-        self, shortcut: str, found: Evaluation, loss: Loss, key: Any, batch: Any, at: Point | None
-    ) -> Evaluation:
+    def _verified(self, shortcut: str, found: Evaluation, key: Key, at: Point | None) -> Evaluation:
         """Compare a forward-only evaluation with the one that has every flag on, which replaces it if they differ."""
+        loss, _ = self._called(key)
         try:
             with self.replay.silently():
-                plain = self._evaluate_as(loss, key, batch, at, "upper")
+                plain = self._evaluate_as(key, at, "upper")
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -248,14 +333,11 @@ class Oracle(Evaluations):
         def in_float64() -> float:
             with self.in_float64() as wide:
                 point = None if at is None else [x.double() for x in at]
-                _, wide_batch = wide._called(key)
-                a, b = (
-                    wide._evaluate_as(loss, key, wide_batch, point, "upper", freeze=freeze) for freeze in (False, True)
-                )
+                a, b = (wide._evaluate_as(key, point, "upper", freeze=freeze) for freeze in (False, True))
                 return float(_gap(a, b))
 
         if self.differs(shortcut, float(gap), in_float64):
-            self.verification.routes[shortcut] = "gradients on"
+            self.verification.choices[shortcut] = "gradients on"
             self.verification.say(
                 f"{loss.name} is another function where its lower variables need no gradient (by {float(gap):.1e}). "
                 "Usual causes: a condition on requires_grad or torch.is_grad_enabled(), such as a penalty on [p for p "

@@ -59,6 +59,7 @@ class Replay:
         self._first: dict[Hashable, tuple[RandomState, Snapshot, list[Tensor]]] = {}
         self._moved: set[Hashable] = set()  # batches that were evaluated at the current point
         self._silent = False
+        self._trained = False  # since the last evaluation along whose gradient a real step could be taken
         self._flags = [(part, part.training) for part, _ in parts]
         # Old-style weight and spectral norm: a hook computes an attribute of the module from its parameters, anew in
         # each forward.
@@ -83,11 +84,27 @@ class Replay:
     def evaluation(
         self, batch: Hashable, *, current: bool, trains: bool = False, copied: bool = False
     ) -> Iterator[None]:
-        """Surround one evaluation of ``batch``; ``current`` says whether it is at the current point.
+        """Surround one evaluation of ``batch``: what it starts from, and what of its traces stays.
 
-        ``trains`` marks the gradient of a real lower step: buffers go on from where they stand, and move each time.
-        ``copied`` says that the modules hold copies of their buffers meanwhile, so that there is little to put back.
+        Args:
+            batch: Which batch; its first evaluation records what later ones start from.
+            current: Whether it is at the current point, and not at a look-ahead one.
+            trains: Whether a real lower step may be taken along its gradient.
+            copied: Whether the modules hold copies of their buffers meanwhile, so that there is little to put back.
+
+        ============================================ ================================ ===============================
+        evaluation                                   random state and held values     buffers (policy ``"once"``)
+        ============================================ ================================ ===============================
+        a batch's first, current                     recorded, and move               recorded, and move where no
+                                                                                      earlier loss moved them
+        a batch's first, look-ahead                  recorded, and move               recorded, and put back
+        a later one                                  as the first one began           as the first one began, put back
+        the next that trains after a real step       the batch's first one's, if any  as they stand, and move again
+        ============================================ ================================ ===============================
         """
+        trains = trains and current and self._trained and not self._silent
+        if trains:
+            self._trained = False
         random, standing = RandomState(self._device_list), self._standing_buffers()
         free = self._free.snapshot() if self._silent else None
         if again := batch in self._first:
@@ -143,6 +160,14 @@ class Replay:
         """
         for batch, (random, buffers, values) in other._first.items():
             self._first[batch] = (random, buffers, [x.double() if x.is_floating_point() else x for x in values])
+
+    def point_moved(self) -> None:
+        """A real lower step was taken: at the new point the next evaluation that trains moves the buffers again."""
+        self._trained = True
+
+    def point_rewound(self) -> None:
+        """The lower variables are back where they were, to walk the same way once more: nothing moves again."""
+        self._trained = False
 
     def undo_buffers(self) -> None:
         """Take back every move of the buffers since the step began."""

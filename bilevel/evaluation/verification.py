@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..vectors import Vector, dot, squared_norm, subtract
+from ..vectors import Tensors, dot, squared_norm, subtract
 
 Verify = Literal["auto", "always", "never"]
 LONGEST = 1024  # steps between two looks, at the most
@@ -50,7 +50,7 @@ class Verification:
     Attributes:
         mode: ``"auto"``, ``"always"`` (every step is a look) or ``"never"`` (no loss is called for it).
         steps: Steps, and calls of ``directions``, that ended well.
-        routes: Which right route has replaced which shortcut. Part of a checkpoint, so that a resumed run computes the
+        choices: Which right way has replaced which shortcut. Part of a checkpoint, so that a resumed run computes the
             same numbers.
         due: Whether the current step is a look.
         unrepeatable: The losses that gave two values for the same call. Nothing can be compared with them.
@@ -59,7 +59,7 @@ class Verification:
     def __init__(self, mode: Verify) -> None:
         self.mode = mode
         self.steps = 0
-        self.routes: dict[str, str] = {}
+        self.choices: dict[str, str] = {}
         self.due = True
         self.unrepeatable: set[str] = set()
         self._forced = False
@@ -96,7 +96,7 @@ class Verification:
 
     def forget(self) -> None:
         """The set of variables changed: what was found out about the closures no longer holds."""
-        self.routes.clear()
+        self.choices.clear()
         self._noise.clear()
         self._holds.clear()
         self._said.clear()
@@ -144,14 +144,14 @@ class Verification:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs in order to go on with the same numbers."""
-        return {"steps": self.steps, "routes": dict(self.routes)}
+        return {"steps": self.steps, "choices": dict(self.choices)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state`; the next step is a look."""
-        steps, routes = state["steps"], state["routes"]
-        if not isinstance(steps, int) or not all(isinstance(x, str) for x in (*routes, *routes.values())):
-            raise ValueError("the verification's state holds something else than a counter and routes")
-        self.steps, self.routes = steps, dict(routes)
+        steps, choices = state["steps"], state["choices"]
+        if not isinstance(steps, int) or not all(isinstance(x, str) for x in (*choices, *choices.values())):
+            raise ValueError("the verification's state holds something else than a counter and choices")
+        self.steps, self.choices = steps, dict(choices)
         self.look_again()
 
     def _wait_for(self, flag: Tensor) -> None:
@@ -178,7 +178,7 @@ def truncation(dtype: torch.dtype) -> float:
     return TRUNCATION.get(dtype, TRUNCATION_BELOW)
 
 
-def coarsest(tensors: Vector) -> torch.dtype:
+def coarsest(tensors: Tensors) -> torch.dtype:
     """Return the dtype of the fewest digits among ``tensors``."""
     return max((x.dtype for x in tensors if x is not None), key=lambda dtype: torch.finfo(dtype).eps)
 
@@ -190,7 +190,7 @@ def on_host(value: Tensor) -> float:
     return float(READERS[value.dtype].from_address(value.data_ptr()).value)
 
 
-def slopes_agree(slope: Tensor, gradient: Vector, direction: Vector, allowed: float) -> bool:
+def slopes_agree(slope: Tensor, gradient: Tensors, direction: Tensors, allowed: float) -> bool:
     """Whether ``slope`` is so nearly ``<g, v>`` that nothing else need be asked; False on an accelerator."""
     expected = dot(gradient, direction)
     if slope.device.type != "cpu" or expected.device.type != "cpu":
@@ -199,7 +199,7 @@ def slopes_agree(slope: Tensor, gradient: Vector, direction: Vector, allowed: fl
     return abs(on_host(slope) - wanted) <= allowed * abs(wanted)
 
 
-def slope_gap(slope: Tensor, gradient: Vector, direction: Vector, value: Tensor) -> Tensor:
+def slope_gap(slope: Tensor, gradient: Tensors, direction: Tensors, value: Tensor) -> Tensor:
     """Return ``|slope - <g, v>| / (|g| |v|)``: measured against what could be, not against a result that may cancel.
 
     At a minimum g is the rounding of what cancelled there; the loss's ``value`` says how large that may be, for
@@ -212,7 +212,7 @@ def slope_gap(slope: Tensor, gradient: Vector, direction: Vector, value: Tensor)
     return torch.where(scale > 0, difference / torch.where(scale > 0, scale, 1.0), 0.0 * difference)
 
 
-def vector_gap(a: Vector, b: Vector, floor: Tensor | float = 0.0) -> Tensor:
+def vector_gap(a: Tensors, b: Tensors, floor: Tensor | float = 0.0) -> Tensor:
     """Return ``|a - b|`` relative to the larger of the two, or to ``floor`` where both are smaller."""
     difference = squared_norm(subtract(a, b)).sqrt()
     scale = torch.maximum(squared_norm(a), squared_norm(b)).sqrt()

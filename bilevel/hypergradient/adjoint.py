@@ -1,69 +1,80 @@
-"""Lower trajectories: walking ``w_0 ... w_k`` forwards, and pulling a cotangent of ``w_k`` back to ``(alpha, w_0)``."""
+"""The adjoint of a lower trajectory: a cotangent of ``w_k`` pulled back to ``(alpha, w_0)``, one step after another."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..evaluation.evaluations import Evaluation
 from ..evaluation.oracle import Oracle
-from ..lower_steps import Point, Rule, State
-from ..vectors import Vector, add_scaled
-from .modes import Route
-from .products import mixed_product, upper_product
+from ..lower_steps import Rule
+from ..vectors import Tensors, Vector, present
+from .modes import ProductMode
+from .products import hessian_product, mixed_product
+from .start import through_start
+from .trajectory import Step, descend, train
 
 
 @dataclass(frozen=True)
-class Step:
-    """One lower step, as it was before it was taken: lower batch, point (None: the current one), gradient, state."""
+class Unrolling:
+    """F after lower steps, and its derivative through them.
 
-    index: int
-    point: Point | None
-    gradient: Vector
-    state: State
-
-
-@dataclass
-class Trajectory:
-    """The end point of a walk, the state there and, if they were kept, its steps."""
-
-    end: list[Tensor]
-    state: State
-    steps: list[Step] = field(default_factory=list)
-
-
-def descend(
-    oracle: Oracle, rule: Rule, first: Evaluation, count: int, *, start: Point | None = None, keep: int = 0
-) -> Trajectory:
-    """Take ``count`` steps of ``rule`` on G from the current point or from ``start``, moving nothing.
-
-    Step ``t`` uses lower batch ``t``. ``first`` is G at the first point on batch 0, which the caller has already, so
-    the walk costs ``count - 1`` calls of the loss, and one copy of the lower variables, or one for each of the last
-    ``keep`` steps, which are recorded.
+    Attributes:
+        upper: F at the end of the walk, with its own gradient in the upper variables.
+        lower: G at the beginning, on the first batch.
+        through: The derivative of F in the upper variables through the lower steps.
     """
-    point, state, gradient = oracle.point() if start is None else start, rule.start(), first.lower
-    steps: list[Step] = []
-    for index in range(count):
-        if index > 0:
-            gradient = oracle.lower(index, at=point, wrt="lower").lower
-        if index >= count - keep:
-            steps.append(Step(index, start if index == 0 else point, gradient, state))
-        point, state = rule.step(point, gradient, state)
-    # A variable that no gradient moved is still the parameter's own memory; the end point must survive an exchange.
-    own = {tensor.data_ptr() for tensor in oracle.lower_level.tensors}
-    return Trajectory([x.clone() if x.data_ptr() in own else x for x in point], state, steps)
+
+    upper: Evaluation
+    lower: Evaluation
+    through: Vector
+
+
+def unrolled_by_adjoint(
+    oracle: Oracle,
+    rule: Callable[[], Rule],
+    steps: int,
+    *,
+    last: int,
+    start: list[Tensor] | None = None,
+    real: bool = False,
+    product: ProductMode = "auto",
+) -> Unrolling:
+    """Walk, keeping points, and pull F's gradient back: memory of one step beside copies of the lower variables.
+
+    Args:
+        oracle: Where the losses are evaluated.
+        rule: Makes the lower step that is differentiated, as it is at the moment.
+        steps: How many lower steps.
+        last: How many of them are differentiated.
+        start: Where they begin, with its graph in the upper variables; None: at the current point.
+        real: Whether they are the real training.
+        product: By which mode the products of G are computed.
+    """
+    fixed = rule()
+    if real:
+        walk = train(oracle, steps, rule=rule, keep=last)
+        f = oracle.upper()
+    else:
+        begin = None if start is None else [x.detach().clone() for x in start]
+        walk = descend(oracle, fixed, steps, start=begin, keep=last)
+        f = oracle.upper(walk.end)
+    through, bar = adjoint(oracle, fixed, walk.steps, f.lower, product=product, to_start=start is not None)
+    if start is not None:
+        through = through + through_start(start, oracle.upper_level.tensors, bar)
+    return Unrolling(f, walk.first, through)
 
 
 def adjoint(
     oracle: Oracle,
     rule: Rule,
     steps: Sequence[Step],
-    cotangent: Vector,
-    route: Route,
+    cotangent: Tensors,
     *,
+    product: ProductMode = "auto",
     to_start: bool = False,
 ) -> tuple[Vector, Vector]:
     """Pull ``cotangent = dh/dw_k`` back through ``steps``; return ``(dh/dalpha, dh/dw_0)``.
@@ -78,32 +89,45 @@ def adjoint(
         rule: The step that was taken.
         steps: The trajectory's steps, first to last.
         cotangent: ``dh/dw_k``.
-        route: How the products of G are computed.
-        to_start: Whether ``dh/dw_0`` is wanted; without it the first step costs an upper product alone.
+        product: By which mode the products of G are computed.
+        to_start: Whether ``dh/dw_0`` is wanted; without it the first step costs a mixed product alone.
 
     Cost: one product per step; memory of one step beside the trajectory.
     """
-    upper: Vector = [None] * len(oracle.upper_level.tensors)
-    point_bar: Vector = list(cotangent)
-    state_bar: list[dict[str, Tensor]] = [{} for _ in cotangent]
+    upper = Vector([None] * len(oracle.upper_level.names), oracle.upper_level.names)
+    point_bar = oracle.point().like(cotangent)
+    state_bar: list[dict[str, Tensor]] | None = None
     for step in reversed(steps):
         point = oracle.point() if step.point is None else step.point
         through_point, gradient_bar, state_bar = pull_back(rule, step, point, point_bar, state_bar)
         if step is steps[0] and not to_start:
-            product = upper_product(oracle, step.index, gradient_bar, step.point, route, gradient=step.gradient)
+            mixed = mixed_product(
+                oracle, gradient_bar, batch=step.batch, at=step.point, product=product, gradient=step.gradient
+            )
         else:
-            product, through_gradient = mixed_product(oracle, step.index, gradient_bar, step.point, route)
-            point_bar = add_scaled(through_point, 1.0, through_gradient)
-        upper = add_scaled(upper, 1.0, product)
+            mixed, hessian = hessian_product(oracle, gradient_bar, batch=step.batch, at=step.point, product=product)
+            point_bar = through_point + hessian
+        upper = upper + mixed
+    if not to_start:
+        oracle.check_dependence(upper)
     return upper, point_bar
 
 
 def pull_back(
-    rule: Rule, step: Step, point: Point, point_bar: Vector, state_bar: Sequence[dict[str, Tensor]]
+    rule: Rule, step: Step, point: Vector, point_bar: Tensors, state_bar: Sequence[dict[str, Tensor]] | None = None
 ) -> tuple[Vector, Vector, list[dict[str, Tensor]]]:
-    """The transposed derivative of one step with respect to its point, gradient and state."""
+    """The transposed derivative of one step: cotangents of its point, gradient and state.
+
+    Args:
+        rule: The step that was taken.
+        step: Where from.
+        point: The point it was taken at.
+        point_bar: The cotangent of the point it led to.
+        state_bar: The cotangent of the rule's state there; None: zero.
+    """
+    state_bar = [{} for _ in point] if state_bar is None else state_bar
     with torch.enable_grad():
-        leaf_point = [x.detach().requires_grad_() for x in point]
+        leaf_point = [x.detach().requires_grad_() for x in present(point)]
         leaf_gradient = [None if g is None else g.detach().requires_grad_() for g in step.gradient]
         leaf_state = [
             {name: s.detach() if name == "step" else s.detach().requires_grad_() for name, s in entry.items()}
@@ -115,17 +139,17 @@ def pull_back(
     pairs = [(x, bar) for x, bar in pairs if x.requires_grad]
     size = len(point)
     if not pairs:
-        return [None] * size, [None] * size, [{} for _ in point]
-    present = [i for i, g in enumerate(leaf_gradient) if g is not None]
+        return point.like([None] * size), point.like([None] * size), [{} for _ in point]
+    given = [i for i, g in enumerate(leaf_gradient) if g is not None]
     places = [(i, name) for i, entry in enumerate(leaf_state) for name, s in entry.items() if s.requires_grad]
     inputs = [*leaf_point, *(g for g in leaf_gradient if g is not None), *(leaf_state[i][name] for i, name in places)]
     outputs, weights = zip(*pairs, strict=True)
     bars_found = torch.autograd.grad(outputs, inputs, grad_outputs=weights, allow_unused=True)
     new_gradient: list[Tensor | None] = [None] * size
-    for i, bar in zip(present, bars_found[size : size + len(present)], strict=True):
+    for i, bar in zip(given, bars_found[size : size + len(given)], strict=True):
         new_gradient[i] = bar
     new_state: list[dict[str, Tensor]] = [{} for _ in point]
-    for (i, name), bar in zip(places, bars_found[size + len(present) :], strict=True):
+    for (i, name), bar in zip(places, bars_found[size + len(given) :], strict=True):
         if bar is not None:
             new_state[i][name] = bar
-    return list(bars_found[:size]), new_gradient, new_state
+    return point.like(bars_found[:size]), point.like(new_gradient), new_state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,18 +16,63 @@ from ..evaluation.oracle import Oracle
 from ..evaluation.verification import out_of_memory, rounding, value_gap, vector_gap
 from ..levels import Level
 from ..lower_steps import Point, Rule, State
-from ..vectors import Vector
+from ..vectors import Tensors, Vector, present
+from .adjoint import Unrolling
 from .modes import refuse_wrong_rules, two_derivatives
+from .trajectory import copied, descend, train
 
-FIRST_ORDER = 'Use mode="adjoint" with product="difference", or a first-order method such as BOME or FiniteDifference.'
+FIRST_ORDER = (
+    'Use differentiate="adjoint" with product="difference", or a first-order method such as BOME or FiniteDifference.'
+)
 RECOMPUTED = (
-    'A loss uses checkpointing, or other hooks on saved tensors, which mode="graph" cannot keep: what they recompute '
-    'would be of other values. Use mode="adjoint", whose memory does not grow with inner_steps.'
+    'A loss uses checkpointing, or other hooks on saved tensors, which differentiate="graph" cannot keep: what they '
+    'recompute would be of other values. Use differentiate="adjoint", whose memory does not grow with inner_steps.'
 )
 
 
 class Unreached(ClosureError):
     """Substitution gives another function than the closure: it cannot be walked by a kept graph."""
+
+
+def unrolled_by_graph(
+    oracle: Oracle,
+    rule: Callable[[], Rule],
+    steps: int,
+    *,
+    last: int,
+    start: list[Tensor] | None = None,
+    real: bool = False,
+) -> Unrolling:
+    """Walk with the graph of the ``last`` steps kept, and differentiate F once, through all of them.
+
+    Arguments as of :func:`unrolled_by_adjoint`. With ``real`` steps values come from the lower optimizer, derivatives
+    from its rule.
+
+    Raises:
+        Unreached: A loss is another function of tensors that take the places of the lower variables.
+    """
+    skipped, first = steps - last, None
+    state, current = rule().start(), start is None
+    if start is None:
+        point = oracle.point()
+        if skipped and real:
+            first = train(oracle, skipped).first
+        elif skipped:
+            plain = descend(oracle, rule(), skipped)
+            first, point, state, current = plain.first, plain.end, plain.state, False
+        state = copied(rule) if real else state
+        walk = KeptGraph(oracle, rule(), leaves(point), state, chained=False)
+    else:
+        walk = KeptGraph(oracle, rule(), start, state, chained=True)
+    for index in range(skipped, steps):
+        g = walk.step(index, current=current)
+        first = first or g
+        current = real
+        if real:
+            oracle.train(g.lower)
+            walk.follow(oracle.point(), rule().start())
+    f, total = walk.finish(real=real)
+    return Unrolling(f, first or f, total)  # at least one step is differentiated
 
 
 class KeptGraph:
@@ -47,13 +92,13 @@ class KeptGraph:
         self._point, self._state = list(start), state
         self._first = True
 
-    def step(self, index: int, *, current: bool = False, trains: bool = False) -> Evaluation:
-        """Take a step on lower batch ``index``; return G before it. Flags as in :meth:`Oracle.lower_graph`."""
+    def step(self, batch: int, *, current: bool = False) -> Evaluation:
+        """Take a step on a lower batch; return G before it. ``current`` as in :meth:`Oracle.lower_graph`."""
         w = self._point
         versions = [x._version for x in w]
         with torch.enable_grad(), _hooks_refused():
             with (
-                self._oracle.lower_graph(index, substitute=w, current=current, trains=trains) as (value, aux),
+                self._oracle.lower_graph(batch, substitute=w, current=current) as (value, aux),
                 two_derivatives(FIRST_ORDER),
             ):
                 inputs = [*w, *self._oracle.lower_level.tensors]
@@ -67,17 +112,19 @@ class KeptGraph:
             self._refuse_read(self._oracle.lower_loss, found[len(w) :])
             if self._first and self._oracle.checking:  # where the graph begins; later steps hold the earlier ones
                 self._check(value, gradient)
-            here = Evaluation(Loss.number(value), [], [None if g is None else g.detach() for g in gradient], aux)
+            detached = Vector(gradient, self._oracle.lower_level.names).detach()
+            here = Evaluation(Loss.number(value), Vector([]), detached, aux)
+            self._oracle.latest_lower = here.value
             if self._first and self._oracle.comparing:
-                self._compare(here, w, index, current=current)
+                self._compare(here, w, batch, current=current)
             self._first = False
             self._point, self._state = self._rule.step(w, gradient, self._state)
         return here
 
-    def follow(self, point: Point, state: State) -> None:
+    def follow(self, point: Vector, state: State) -> None:
         """Take over the values of a real step, which hooks may have moved elsewhere; no derivative knows of them."""
         with torch.enable_grad():
-            self._point = [_valued(x, value) for x, value in zip(self._point, point, strict=True)]
+            self._point = [_valued(x, value) for x, value in zip(self._point, present(point), strict=True)]
             self._state = [
                 {name: _valued(s, real.get(name, s)) for name, s in entry.items()}
                 for entry, real in zip(self._state, state, strict=True)
@@ -97,12 +144,14 @@ class KeptGraph:
         total, lower = found[: len(upper)], found[len(upper) : len(upper) + len(self._point)]
         self._refuse_read(loss, found[len(upper) + len(self._point) :])
         loss.check_use("lower", lower)
-        here = Evaluation(Loss.number(value), [None] * len(upper), lower, aux)
+        names = self._oracle.upper_level.names
+        nothing = Vector([None] * len(upper), names)  # F's own gradient is in the total
+        here = Evaluation(Loss.number(value), nothing, Vector(lower, self._oracle.lower_level.names), aux)
         if self._oracle.comparing:
             self._compare(here, self._point, None, current=real)
-        return here, total
+        return here, Vector(total, names)
 
-    def _check(self, value: Tensor, gradient: Vector) -> None:
+    def _check(self, value: Tensor, gradient: Tensors) -> None:
         """Check what evaluations and products check in adjoint mode."""
         loss = self._oracle.lower_loss
         loss.check_use("lower", gradient)
@@ -111,20 +160,21 @@ class KeptGraph:
         with two_derivatives(FIRST_ORDER):
             refuse_wrong_rules([value, *(g for g in gradient if g is not None)])
 
-    def _compare(self, here: Evaluation, w: Sequence[Tensor], index: int | None, *, current: bool) -> None:
-        """Compare a loss on substitutes with the closure as it stands: G on lower batch ``index``, or F."""
-        oracle, name = self._oracle, "lower_loss" if index is not None else "upper_loss"
+    def _compare(self, here: Evaluation, w: Sequence[Tensor], batch: int | None, *, current: bool) -> None:
+        """Compare a loss on substitutes with the closure as it stands: G on a lower batch, or F."""
+        oracle, name = self._oracle, "lower_loss" if batch is not None else "upper_loss"
         oracle.substitutes = {id(x): n for n, x in zip(oracle.lower_level.names, w, strict=True)}
 
         def gap(oracle: Oracle, point: Point, other: Evaluation | None) -> Tensor:
             at = None if current and other is not None else point
-            plain = oracle.upper(at, "lower") if index is None else oracle.lower(index, at, "lower")
+            plain = oracle.upper(at, wrt="lower") if batch is None else oracle.lower(at, batch=batch, wrt="lower")
             if other is None:
                 with torch.enable_grad():
                     leaf = leaves(point)
-                    graph = oracle.upper_graph(leaf) if index is None else oracle.lower_graph(index, substitute=leaf)
+                    graph = oracle.upper_graph(leaf) if batch is None else oracle.lower_graph(batch, substitute=leaf)
                     with graph as (value, _):
-                        other = Evaluation(value, [], torch.autograd.grad(value, leaf, allow_unused=True))
+                        gradient = torch.autograd.grad(value, leaf, allow_unused=True)
+                        other = Evaluation(value, Vector([]), Vector(gradient))
             values = value_gap(plain.value, other.value)
             return torch.maximum(values, vector_gap(plain.lower, other.lower).to(values.device))
 
@@ -151,22 +201,22 @@ class KeptGraph:
             raise Unreached(
                 f"{name} is another function of tensors that take the parameters' places (by {float(found):.1e}). "
                 "Usual causes: a condition on the kind or identity of a parameter, or on requires_grad, or a gradient "
-                'hook. Use mode="adjoint".'
+                'hook. Use differentiate="adjoint".'
             )
 
-    def _refuse_read(self, loss: Loss, past: Vector) -> None:
+    def _refuse_read(self, loss: Loss, past: Tensors) -> None:
         """A variable that has a gradient beside its substitute was read past it."""
         missed = [name for name, g in zip(self._oracle.lower_level.names, past, strict=True) if g is not None]
         if missed:
             raise Unreached(
                 f"{loss.name} reads {', '.join(missed)} other than from a module given as lower=, where no substitute "
-                'reaches it. Read the module\'s attribute inside the loss, or use mode="adjoint".'
+                'reaches it. Read the module\'s attribute inside the loss, or use differentiate="adjoint".'
             )
 
 
-def leaves(point: Point) -> list[Tensor]:
+def leaves(point: Tensors) -> list[Tensor]:
     """Return copies of a point from which a graph can begin."""
-    return [x.detach().clone().requires_grad_() for x in point]
+    return [x.detach().clone().requires_grad_() for x in present(point)]
 
 
 def _valued(x: Tensor, value: Tensor) -> Tensor:

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ClosureError
-from ..evaluation.evaluations import Evaluation, Point
+from ..evaluation.evaluations import Evaluation
 from ..evaluation.oracle import Oracle
 from ..evaluation.verification import DECIDED, out_of_memory, rounding, slope_gap, slopes_agree, truncation, vector_gap
-from ..vectors import Vector, add_scaled, dot, squared_norm
-from .modes import NoDoubleBackward, Route, Unserved, refusal
+from ..vectors import Tensors, add_scaled, dot, present, squared_norm
+from .modes import NoDoubleBackward, ProductMode, Unavailable, refusal
 
-Kind = Literal["both", "upper"]
+Kind = Literal["hessian", "mixed"]
 # What the slope of a difference must agree to in float64, and the noise in a difference that is worth a warning.
 STRAIGHT = 1e-5
 NOISY = 0.1
@@ -51,75 +51,82 @@ class Found:
 
     Attributes:
         product: ``G_aw v``, and ``G_ww v`` where both were asked for, in one vector.
-        slope: The slope of G along v as the route saw it, and G; None where they are plain autograd's.
-        gradient: ``grad_w G`` by plain autograd, where the route computed it.
+        slope: The slope of G along v as the mode saw it, and G; None where they are plain autograd's.
+        gradient: ``grad_w G`` by plain autograd, where the mode computed it.
     """
 
-    product: Vector
+    product: Tensors
     slope: tuple[Tensor, Tensor] | None = None
-    gradient: Vector | None = None
+    gradient: Tensors | None = None
 
 
-Way = Callable[[Oracle, Vector, Point | None], Found]
+Way = Callable[[Oracle, Tensors, Tensors | None], Found]
 
 
 @dataclass(frozen=True)
 class Ways:
-    """The three routes of a kind of product, as functions of the look, the direction and the point."""
+    """The three modes of a kind of product, as functions of the look, the direction and the point."""
 
     kind: Kind
-    index: int
+    batch: int
     forward: Way
     reverse: Way
     difference: Way
 
 
-def route_taken(oracle: Oracle, kind: Kind, route: Route) -> str:
-    """Name the route that serves products of this kind, for ``stats``."""
+def mode_taken(oracle: Oracle, kind: Kind, mode: ProductMode) -> str:
+    """Name the mode that serves products of this kind, for ``stats``."""
+    if oracle.plain:
+        return "reverse"
     # Bare tensors are read from the closure's surroundings, where no substitute reaches them: no use in trying.
-    first = "reverse" if kind == "both" or oracle.lower_level.has_bare_tensors else "forward"
-    return oracle.verification.routes.get(f"{kind} product, {route}", first if route == "auto" else route)
+    first = "reverse" if kind == "hessian" or oracle.lower_level.has_bare_tensors else "forward"
+    return oracle.verification.choices.get(f"{kind} product, {mode}", first if mode == "auto" else mode)
 
 
-def by_route(
-    oracle: Oracle, ways: Ways, direction: Vector, at: Point | None, route: Route, gradient: Vector | None = None
-) -> Vector:
-    """Compute a product by its route. If ``auto`` cannot be served, the other exact one serves from then on; what
+def by_mode(
+    oracle: Oracle,
+    ways: Ways,
+    direction: Tensors,
+    at: Tensors | None,
+    mode: ProductMode,
+    gradient: Tensors | None = None,
+) -> Tensors:
+    """Compute a product by its mode. If ``auto`` cannot be served, the other exact one serves from then on; what
     disagrees with plain autograd is replaced by double backward.
 
     ``gradient``: ``grad_w G`` at the point, where the caller has it.
     """
     oracle.refuse_hooks()
-    chosen = route_taken(oracle, ways.kind, route)
+    chosen = mode_taken(oracle, ways.kind, mode)
     if chosen == "difference":
-        return _verified(oracle, ways, direction, at, route, chosen, ways.difference(oracle, direction, at), gradient)
+        return _verified(oracle, ways, direction, at, mode, chosen, ways.difference(oracle, direction, at), gradient)
     way, otherwise = (ways.forward, ways.reverse) if chosen == "forward" else (ways.reverse, ways.forward)
     try:
         found = way(oracle, direction, at)
-    except Unserved as problem:
-        if route != "auto":
+    except Unavailable as problem:
+        if mode != "auto":
             raise refusal(problem) from problem.__cause__
         try:
             found = otherwise(oracle, direction, at)
-        except Unserved as second:
-            no_route = problem if isinstance(problem, NoDoubleBackward) else second
-            raise refusal(no_route) from no_route.__cause__
+        except Unavailable as second:
+            no_mode = problem if isinstance(problem, NoDoubleBackward) else second
+            raise refusal(no_mode) from no_mode.__cause__
         chosen, name = ("reverse", "double backward") if chosen == "forward" else ("forward", "forward mode")
-        oracle.verification.routes[f"{ways.kind} product, {route}"] = chosen
+        oracle.verification.choices[f"{ways.kind} product, {mode}"] = chosen
         oracle.verification.say(f"{problem} Falling back to {name} for this optimizer.")
-    return _verified(oracle, ways, direction, at, route, chosen, found, gradient)
+    return _verified(oracle, ways, direction, at, mode, chosen, found, gradient)
 
 
 def _verified(
     oracle: Oracle,
     ways: Ways,
-    direction: Vector,
-    at: Point | None,
-    route: Route,
+    direction: Tensors,
+    at: Tensors | None,
+    mode: ProductMode,
     chosen: str,
     found: Found,
-    gradient: Vector | None,
-) -> Vector:
+    gradient: Tensors | None,
+) -> Tensors:
     """Return the product that was found, or double backward's if they disagree."""
     if chosen == "reverse" or not oracle.watching or oracle.lower_loss.name in oracle.verification.unrepeatable:
         return found.product
@@ -139,7 +146,7 @@ def _verified(
         try:
             with oracle.replay.silently():
                 plain = ways.reverse(oracle, direction, at)
-        except Unserved:
+        except Unavailable:
             suspicious = chosen == "difference"  # nothing to compare with but float64
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -167,9 +174,9 @@ def _verified(
     told = DISAGREEMENTS[chosen].format(gap=decided[-1].gap if decided else gap)
     try:
         plain = plain or ways.reverse(oracle, direction, at)
-    except Unserved as problem:
+    except Unavailable as problem:
         raise ClosureError(f"{told} Nothing else can serve this loss: {problem}") from problem.__cause__
-    oracle.verification.routes[f"{ways.kind} product, {route}"] = "reverse"
+    oracle.verification.choices[f"{ways.kind} product, {mode}"] = "reverse"
     oracle.verification.say(f"{told} Falling back to double backward for this optimizer.")
     return plain.product
 
@@ -177,8 +184,8 @@ def _verified(
 def _tell_noise(
     oracle: Oracle,
     ways: Ways,
-    direction: Vector,
-    at: Point | None,
+    direction: Tensors,
+    at: Tensors | None,
     found: Found,
     plain: Found | None,
     truncation: float,
@@ -187,7 +194,7 @@ def _tell_noise(
     try:
         with oracle.replay.silently():
             plain = plain or ways.reverse(oracle, direction, at)
-    except Unserved:
+    except Unavailable:
         return
     apart = float(vector_gap(found.product, plain.product))
     if apart > max(NOISY, 3 * truncation):
@@ -202,27 +209,27 @@ def _tell_noise(
 
 @dataclass(frozen=True)
 class _Decision:
-    """How far a route is from plain autograd in float64; of a difference also how far its product is, by truncation."""
+    """How far a mode is from plain autograd in float64; of a difference also how far its product is, by truncation."""
 
     gap: float
     truncation: float = math.inf
 
 
-def _decide(oracle: Oracle, ways: Ways, direction: Vector, at: Point | None, chosen: str) -> _Decision:
-    """Compare a route with plain autograd in float64: of differences the slope, as their product may sit on a kink."""
+def _decide(oracle: Oracle, ways: Ways, direction: Tensors, at: Tensors | None, chosen: str) -> _Decision:
+    """Compare a mode with plain autograd in float64: of differences the slope, as their product may sit on a kink."""
     with oracle.in_float64() as wide:
         v = [None if x is None else x.double() for x in direction]
-        point = None if at is None else [x.double() for x in at]
-        here = wide.lower(ways.index, point, "lower")
+        point = None if at is None else [x.double() for x in present(at)]
+        here = wide.lower(point, batch=ways.batch, wrt="lower")
         gradient = here.lower
         again = (ways.forward if chosen == "forward" else ways.difference)(wide, v, point)
         try:
             plain = ways.reverse(wide, v, point)
             apart = float(vector_gap(again.product, plain.product, _floor(wide, gradient, v)))
-        except Unserved:
+        except Unavailable:
             apart = math.inf
         if chosen == "difference":
-            gap = float(_slope_gap_of_differences(wide, ways.index, here, v, point))
+            gap = float(_slope_gap_of_differences(wide, ways.batch, here, v, point))
             return _Decision(min(gap, apart), apart)
         if math.isfinite(apart) or again.slope is None:
             return _Decision(apart)
@@ -230,7 +237,7 @@ def _decide(oracle: Oracle, ways: Ways, direction: Vector, at: Point | None, cho
 
 
 def _slope_gap_of_differences(
-    wide: Oracle, index: int, here: Evaluation, direction: Vector, at: Point | None
+    wide: Oracle, batch: int, here: Evaluation, direction: Tensors, at: Tensors | None
 ) -> Tensor:
     """How far the slope of G between two points is from the mean of ``<grad_w G, v>`` at the two.
 
@@ -242,8 +249,7 @@ def _slope_gap_of_differences(
     gaps = []
     for step in (1e-5, 1e-6):
         ahead, behind = (
-            wide.lower(index, [x for x in add_scaled(start, sign * step / size, direction) if x is not None], "lower")
-            for sign in (1, -1)
+            wide.lower(add_scaled(start, sign * step / size, direction), batch=batch, wrt="lower") for sign in (1, -1)
         )
         slope = (ahead.value - behind.value).to(size.device) * (size / (2 * step))
         expected = (dot(ahead.lower, direction) + dot(behind.lower, direction)) / 2
@@ -252,7 +258,7 @@ def _slope_gap_of_differences(
     return torch.stack(gaps).min()
 
 
-def _floor(oracle: Oracle, gradient: Vector | None, direction: Vector) -> Tensor:
+def _floor(oracle: Oracle, gradient: Tensors | None, direction: Tensors) -> Tensor:
     """Return a length below which a product is taken for 0: of rounding, where large terms cancel."""
     unit = torch.finfo(oracle.dtype).eps
     size = squared_norm(oracle.point()).sqrt().clamp(min=1.0)

@@ -1,6 +1,6 @@
-"""What the routes of a product are, and what a route cannot serve: in one line, with the name of the operation.
+"""What the modes of a product are, and what a mode cannot serve: in one line, with the name of the operation.
 
-Three routes give the same numbers (the third up to its step):
+Three modes give the same numbers (the third up to its step):
 
 * ``forward``: dual tensors. Needs a forward-mode rule of every operation (for both products, of its backward too), and
   a loss that reads the lower variables from modules.
@@ -25,8 +25,8 @@ from torch.utils.checkpoint import CheckpointError
 from ..errors import ClosureError
 from ..evaluation.oracle import NO_GRAPH_INSIDE
 
-Route = Literal["auto", "forward", "reverse", "difference"]
-ROUTES: tuple[str, ...] = ("auto", "forward", "reverse", "difference")
+ProductMode = Literal["auto", "forward", "reverse", "difference"]
+PRODUCT_MODES: tuple[str, ...] = ("auto", "forward", "reverse", "difference")
 FIRST_ORDER = 'Use product="reverse" or product="difference", or a first-order method such as BOME or FiniteDifference.'
 DIFFERENCE = 'Use product="difference", or a first-order method such as BOME or FiniteDifference.'
 # How torch says that an operation has no forward mode; or that it has, and that fails (mse_loss on torch 2.13).
@@ -46,20 +46,20 @@ WRONG_SECOND_RULES = {
 }
 
 
-class Unserved(Exception):
-    """A route does not serve this loss; the message names the operation or the variable."""
+class Unavailable(Exception):
+    """A mode does not serve this loss; the message names the operation or the variable."""
 
 
-class NoForwardMode(Unserved):
+class NoForwardMode(Unavailable):
     """There is no forward-mode rule, or a variable is not read from a module."""
 
 
-class NoDoubleBackward(Unserved):
+class NoDoubleBackward(Unavailable):
     """There is no second derivative, or a wrong one."""
 
 
-def refusal(problem: Unserved) -> ClosureError:
-    """Phrase the error of a product that no route serves."""
+def refusal(problem: Unavailable) -> ClosureError:
+    """Phrase the error of a product that no mode serves."""
     return ClosureError(f"{problem} {FIRST_ORDER if isinstance(problem, NoForwardMode) else DIFFERENCE}")
 
 

@@ -1,7 +1,7 @@
 """Products of the lower loss: ``d/de grad_(alpha, w) G(w + e v, alpha)`` at ``e = 0``, without a Hessian.
 
-*Mixed products* are both parts, ``(G_aw v, G_ww v)``; an *upper product* is ``G_aw v`` alone, which is cheaper.
-``mode_choice.py`` says by which of three ways.
+A *Hessian product* is both blocks, ``(G_aw v, G_ww v)``; a *mixed product* is ``G_aw v`` alone, which is cheaper.
+``mode_choice.py`` says by which of three modes.
 """
 
 from __future__ import annotations
@@ -13,58 +13,101 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from ..evaluation.evaluations import Evaluation, Point
+from ..evaluation.evaluations import Evaluation
 from ..evaluation.losses import leaves_of
 from ..evaluation.oracle import Oracle
-from ..vectors import Vector, add_scaled, squared_norm, subtract
-from .mode_choice import Found, Ways, by_route
-from .modes import NoForwardMode, Route, dual_numbers, refuse_wrong_rules, second_derivatives
+from ..vectors import Tensors, Vector, add_scaled, present, squared_norm, subtract
+from .mode_choice import Found, Ways, by_mode
+from .modes import NoForwardMode, ProductMode, dual_numbers, refuse_wrong_rules, second_derivatives
 
 Product = tuple[Vector, Vector]
 
 
-def mixed_product(oracle: Oracle, index: int, direction: Vector, at: Point | None, route: Route) -> Product:
-    """Return ``(G_aw v, G_ww v)`` for lower batch ``index``, at the current lower point or ``at`` another.
+def hessian_product(
+    oracle: Oracle, direction: Tensors, *, batch: int = 0, at: Tensors | None = None, product: ProductMode = "auto"
+) -> Product:
+    """Return ``(G_aw v, G_ww v)``, both blocks of the Hessian of G along v.
 
-    Cost: ``forward`` one dual gradient (forward over reverse), ``reverse`` one gradient with its graph and one pass
-    back through it, ``difference`` two plain gradients.
+    Args:
+        oracle: Where G is evaluated.
+        direction: v, like the lower variables.
+        batch: Which lower batch.
+        at: The lower point; None: the current one.
+        product: By which mode; see :mod:`bilevel.hypergradient.modes`.
+
+    Raises:
+        ClosureError: The mode, and with ``"auto"`` every mode, cannot serve this loss.
+
+    Cost:
+        ``forward`` one dual gradient (forward over reverse), ``reverse`` one gradient with its graph and one pass back
+        through it, ``difference`` two plain gradients.
+
+    Example:
+        >>> import bilevel
+        >>> from bilevel.hypergradient import hessian_product
+        >>> problem = bilevel.problems.quadratic(seed=0)
+        >>> with bilevel.testing.oracle(problem) as oracle:
+        ...     _, product = hessian_product(oracle, oracle.point())
+        >>> torch.allclose(product[0], problem.hessian @ problem.lower)
+        True
     """
-    ways = Ways("both", index, partial(_forward, index), partial(_reverse, index), partial(_difference, index))
-    found = by_route(oracle, ways, direction, at, route)
+    ways = Ways("hessian", batch, partial(_forward, batch), partial(_reverse, batch), partial(_difference, batch))
+    found = by_mode(oracle, ways, direction, at, product)
     size = len(oracle.upper_level.tensors)
-    return found[:size], found[size:]
+    return Vector(found[:size], oracle.upper_level.names), Vector(found[size:], oracle.lower_level.names)
 
 
-def upper_product(
+def mixed_product(
     oracle: Oracle,
-    index: int,
-    direction: Vector,
-    at: Point | None,
-    route: Route,
+    direction: Tensors,
     *,
-    gradient: Vector | None = None,
+    batch: int = 0,
+    at: Tensors | None = None,
+    product: ProductMode = "auto",
+    gradient: Tensors | None = None,
     radius: float | None = None,
 ) -> Vector:
     """Return ``G_aw v`` alone, which is cheaper: forward mode then needs no reverse pass through the lower model.
 
-    ``gradient`` is ``grad_w G`` at this point, where the caller has it: it verifies the product at no cost. ``radius``
-    is the distance of the two points of a difference; None: the one that balances truncation against rounding.
+    Args:
+        oracle: Where G is evaluated.
+        direction: v, like the lower variables.
+        batch: Which lower batch.
+        at: The lower point; None: the current one.
+        product: By which mode; see :mod:`bilevel.hypergradient.modes`.
+        gradient: ``grad_w G`` at this point, where the caller has it: it verifies the product at no cost.
+        radius: Distance of the two points of a difference; None: the one that balances truncation against rounding.
 
-    Cost: ``forward`` one dual evaluation through the lower model and one reverse pass through the upper one (reverse
-    over forward), ``reverse`` one double backward, ``difference`` two evaluations that are forward-only through the
-    lower model.
+    Raises:
+        ClosureError: As of :func:`hessian_product`; or the lower loss depends on no upper variable.
+
+    Cost:
+        ``forward`` one dual evaluation through the lower model and one reverse pass through the upper one (reverse
+        over forward), ``reverse`` one double backward, ``difference`` two evaluations that are forward-only through
+        the lower model.
+
+    Example:
+        >>> import bilevel
+        >>> from bilevel.hypergradient import mixed_product
+        >>> problem = bilevel.problems.quadratic(seed=0)
+        >>> with bilevel.testing.oracle(problem) as oracle:
+        ...     product = mixed_product(oracle, oracle.point())
+        >>> torch.allclose(product[0], -problem.coupling.T @ problem.lower)
+        True
     """
-    difference = partial(_upper_difference, index, radius)
-    ways = Ways("upper", index, partial(_forward_upper, index), partial(_reverse_upper, index), difference)
-    return by_route(oracle, ways, direction, at, route, gradient)
+    difference = partial(_mixed_difference, batch, radius)
+    ways = Ways("mixed", batch, partial(_forward_mixed, batch), partial(_reverse_mixed, batch), difference)
+    found = Vector(by_mode(oracle, ways, direction, at, product, gradient), oracle.upper_level.names)
+    oracle.check_dependence(found)
+    return found
 
 
-def _forward(index: int, oracle: Oracle, direction: Vector, at: Point | None) -> Found:
+def _forward(batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
     """Forward over reverse: the gradient of dual tensors carries the product as its tangent."""
     upper, lower = oracle.upper_level.tensors, oracle.lower_level.tensors
     with dual_numbers():
-        leaves = [value.detach().requires_grad_() for value in (at if at is not None else oracle.point())]
-        with oracle.lower_graph(index, substitute=_duals(leaves, direction)) as (value, _):
+        leaves = [value.detach().requires_grad_() for value in present(at if at is not None else oracle.point())]
+        with oracle.lower_graph(batch, substitute=_duals(leaves, direction)) as (value, _):
             gradients = torch.autograd.grad(value, [*upper, *leaves, *lower], allow_unused=True)
         missed = zip(oracle.lower_level.names, gradients[len(upper) + len(leaves) :], strict=True)
         _refuse_unreached([name for name, g in missed if g is not None])
@@ -75,12 +118,12 @@ def _forward(index: int, oracle: Oracle, direction: Vector, at: Point | None) ->
     return Found(tangents, slope, primals)
 
 
-def _forward_upper(index: int, oracle: Oracle, direction: Vector, at: Point | None) -> Found:
+def _forward_mixed(batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
     """Reverse over forward: the tangent of G is ``<grad_w G, v>``, and its graph holds the upper variables alone."""
     upper = oracle.upper_level.tensors
     with dual_numbers():
-        values = [value.detach() for value in (at if at is not None else oracle.point())]
-        with oracle.lower_graph(index, substitute=_duals(values, direction)) as (value, _):
+        values = [value.detach() for value in present(at if at is not None else oracle.point())]
+        with oracle.lower_graph(batch, substitute=_duals(values, direction)) as (value, _):
             if oracle.checking:
                 names = dict(zip(map(id, oracle.lower_level.tensors), oracle.lower_level.names, strict=True))
                 _refuse_unreached(leaves_of(value, names))
@@ -90,7 +133,7 @@ def _forward_upper(index: int, oracle: Oracle, direction: Vector, at: Point | No
             return Found(torch.autograd.grad(tangent, upper, allow_unused=True), slope)
 
 
-def _duals(values: Point, direction: Vector) -> list[Tensor]:
+def _duals(values: Sequence[Tensor], direction: Tensors) -> list[Tensor]:
     # A dual is a view: made under a caller's no_grad it would be cut off from the leaf whose gradient is wanted.
     with torch.enable_grad():
         return [
@@ -121,19 +164,19 @@ def _refuse_unreached(missed: list[str]) -> None:
         )
 
 
-def _reverse(index: int, oracle: Oracle, direction: Vector, at: Point | None) -> Found:
+def _reverse(batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
     upper, lower = oracle.upper_level.tensors, oracle.lower_level.tensors
-    return Found(_double_backward(oracle, index, direction, at, [*upper, *lower]))
+    return Found(_double_backward(oracle, batch, direction, at, [*upper, *lower]))
 
 
-def _reverse_upper(index: int, oracle: Oracle, direction: Vector, at: Point | None) -> Found:
-    return Found(_double_backward(oracle, index, direction, at, oracle.upper_level.tensors))
+def _reverse_mixed(batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
+    return Found(_double_backward(oracle, batch, direction, at, oracle.upper_level.tensors))
 
 
 def _double_backward(
-    oracle: Oracle, index: int, direction: Vector, at: Point | None, inputs: Sequence[Tensor]
-) -> Vector:
-    with oracle.lower_graph(index, at) as (value, _), second_derivatives():
+    oracle: Oracle, batch: int, direction: Tensors, at: Tensors | None, inputs: Sequence[Tensor]
+) -> Tensors:
+    with oracle.lower_graph(batch, at) as (value, _), second_derivatives():
         gradients = torch.autograd.grad(value, oracle.lower_level.tensors, create_graph=True, allow_unused=True)
         pairs = [(g, v) for g, v in zip(gradients, direction, strict=True) if g is not None and v is not None]
         pairs = [(g, v) for g, v in pairs if g.requires_grad]
@@ -145,18 +188,20 @@ def _double_backward(
         return torch.autograd.grad(outputs, inputs, grad_outputs=cotangents, allow_unused=True)
 
 
-def _difference(index: int, oracle: Oracle, direction: Vector, at: Point | None) -> Found:
+def _difference(batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
     step, points = _around(at if at is not None else oracle.point(), direction)
-    ahead, behind = (oracle.lower(index, at=point) for point in points)
+    ahead, behind = (oracle.lower(point, batch=batch) for point in points)
     found = _scaled(0.5 / step, subtract([*ahead.upper, *ahead.lower], [*behind.upper, *behind.lower]))
     # The mean of the two gradients is the one in the middle, up to the square of the step.
     return Found(found, _slope(ahead, behind, step), _scaled(0.5, add_scaled(ahead.lower, 1.0, behind.lower)))
 
 
-def _upper_difference(index: int, radius: float | None, oracle: Oracle, direction: Vector, at: Point | None) -> Found:
+def _mixed_difference(
+    batch: int, radius: float | None, oracle: Oracle, direction: Tensors, at: Tensors | None
+) -> Found:
     """A central difference of two gradients in alpha alone."""
     step, points = _around(at if at is not None else oracle.point(), direction, radius)
-    ahead, behind = (oracle.lower(index, at=point, wrt="upper") for point in points)
+    ahead, behind = (oracle.lower(point, batch=batch, wrt="upper") for point in points)
     return Found(_scaled(0.5 / step, subtract(ahead.upper, behind.upper)), _slope(ahead, behind, step))
 
 
@@ -165,18 +210,18 @@ def _slope(ahead: Evaluation, behind: Evaluation, step: Tensor) -> tuple[Tensor,
     return rise * (0.5 / step), ahead.value
 
 
-def _around(point: Point, direction: Vector, radius: float | None = None) -> tuple[Tensor, list[list[Tensor]]]:
+def _around(point: Tensors, direction: Tensors, radius: float | None = None) -> tuple[Tensor, list[list[Tensor]]]:
     """Return the step of a central difference and the two points."""
     # The cube root of the rounding unit balances truncation against rounding.
-    unit = max(torch.finfo(value.dtype).eps for value in point) ** (1 / 3)
+    unit = max(torch.finfo(value.dtype).eps for value in present(point)) ** (1 / 3)
     size, scale = squared_norm(direction).sqrt(), squared_norm(point).sqrt()
     step = (unit * scale.clamp(min=1.0) if radius is None else radius) / size.clamp(min=1e-30)
     return step, [_moved(point, sign * step, direction) for sign in (1, -1)]
 
 
-def _moved(point: Point, scale: Tensor, direction: Vector) -> list[Tensor]:
-    return [x for x in add_scaled(point, scale, direction) if x is not None]
+def _moved(point: Tensors, scale: Tensor, direction: Tensors) -> list[Tensor]:
+    return present(add_scaled(point, scale, direction))
 
 
-def _scaled(scale: Tensor | float, vector: Vector) -> Vector:
+def _scaled(scale: Tensor | float, vector: Tensors) -> Tensors:
     return add_scaled([None] * len(vector), scale, vector)

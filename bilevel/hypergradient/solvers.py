@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import count, number
-from ..vectors import Vector, add_scaled, dot, squared_norm, subtract
+from ..vectors import Tensors, add_scaled, dot, squared_norm, subtract
 
-Product = Callable[[Vector], Vector]
+Product = Callable[[Tensors], Tensors]
 Rates = Sequence[float | Tensor]
 
 
@@ -34,7 +34,7 @@ class Solution:
             it met; None: this solver does not look.
     """
 
-    x: Vector
+    x: Tensors
     iterations: Tensor
     residual: Tensor
     converged: Tensor
@@ -47,7 +47,7 @@ class Solver(ABC):
     """
 
     @abstractmethod
-    def solve(self, product: Product, right: Vector, start: Vector | None, rates: Rates) -> Solution:
+    def solve(self, product: Product, right: Tensors, start: Tensors | None, rates: Rates) -> Solution:
         """Solve with ``product(v) = H v`` from ``start`` (None: zero); ``rates`` are the lower learning rates.
 
         ``start`` is a guess of any quality: it may come from other variables, or be far worse than zero.
@@ -88,7 +88,7 @@ class ConjugateGradient(Solver):
         _check(self, self.iterations, self.damping)
         number("ConjugateGradient", "tolerance", self.tolerance, minimum=0.0)
 
-    def solve(self, product: Product, right: Vector, start: Vector | None, rates: Rates) -> Solution:
+    def solve(self, product: Product, right: Tensors, start: Tensors | None, rates: Rates) -> Solution:
         """Run the iteration ``x += a p, r -= a (H + d) p`` with ``a = |r|^2 / <p, (H + d) p>``."""
         damped = _damped(product, self.damping)
         scale = squared_norm(right)
@@ -148,7 +148,7 @@ class Neumann(Solver):
         if self.tolerance is not None:
             number("Neumann", "tolerance", self.tolerance, minimum=0.0)
 
-    def solve(self, product: Product, right: Vector, start: Vector | None, rates: Rates) -> Solution:
+    def solve(self, product: Product, right: Tensors, start: Tensors | None, rates: Rates) -> Solution:
         """Run ``x += a (b - (H + d) x)``, which adds the next term of the series; it begins with ``a b``, so that a
         ``start`` means nothing to it.
         """
@@ -198,7 +198,7 @@ class FixedPoint(Solver):
                 f"FixedPoint(momentum={self.momentum}): must be below 1, or the iteration never contracts."
             )
 
-    def solve(self, product: Product, right: Vector, start: Vector | None, rates: Rates) -> Solution:
+    def solve(self, product: Product, right: Tensors, start: Tensors | None, rates: Rates) -> Solution:
         """Run the adjoint of the lower step; for a quadratic G it is the heavy ball on ``<x, H x>/2 - <b, x>``."""
         rates = rates if self.rate is None else [self.rate] * len(right)
         damped = _damped(product, self.damping)
@@ -208,8 +208,8 @@ class FixedPoint(Solver):
 
 def _stationary(
     product: Product,
-    right: Vector,
-    start: Vector | None,
+    right: Tensors,
+    start: Tensors | None,
     steps: int,
     tolerance: float | None,
     rates: Rates,
@@ -250,7 +250,7 @@ def _damped(product: Product, damping: float) -> Product:
     return product if damping == 0 else lambda v: add_scaled(product(v), damping, v)
 
 
-def _times(rates: Rates, vector: Vector) -> list[Tensor | None]:
+def _times(rates: Rates, vector: Tensors) -> list[Tensor | None]:
     return [None if v is None else (v * rate).to(v.dtype) for rate, v in zip(rates, vector, strict=True)]
 
 
@@ -260,7 +260,7 @@ def _may_ask(value: Tensor) -> bool:
 
 
 def _better_start(
-    product: Product, right: Vector, start: Vector, scale: Tensor
+    product: Product, right: Tensors, start: Tensors, scale: Tensor
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """``start`` and its residual, or zero and its: whichever is the smaller one, without asking the device.
 
@@ -282,7 +282,7 @@ def _if(condition: Tensor, one: Tensor | None, other: Tensor | None) -> Tensor |
     return torch.where(where, zero if one is None else one, zero if other is None else other)
 
 
-def _zeros_like(vector: Vector) -> list[Tensor | None]:
+def _zeros_like(vector: Tensors) -> list[Tensor | None]:
     return [None if v is None else torch.zeros_like(v) for v in vector]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import message
 from ..levels import Level
-from ..vectors import Vector
+from ..vectors import Tensors
 
 Start = Callable[[], Iterable[Tensor] | Mapping[str, Tensor]]
 
@@ -40,7 +40,7 @@ def start_of(owner: str, start: Start, lower: Level) -> list[Tensor]:
         return [x + 0 if x.requires_grad else x.detach().requires_grad_() for x in values]
 
 
-def through_start(start: list[Tensor], upper: tuple[Tensor, ...], bars: Vector) -> Vector:
+def through_start(start: list[Tensor], upper: tuple[Tensor, ...], bars: Tensors) -> Tensors:
     """Pull a cotangent of the starting point back through its graph to the upper variables."""
     pairs = [(x, bar) for x, bar in zip(start, bars, strict=True) if bar is not None]
     outputs, weights = zip(*pairs, strict=True)

@@ -5,10 +5,10 @@ from .dynamic_barrier import BarrierStats
 from .ebomlc import EBOMLC
 from .emlc import EMLC
 from .finite_difference import FiniteDifference
+from .hypergradient_method import HypergradientStats
 from .implicit import Implicit, ImplicitStats
 from .mlc import MLC
 from .sama import SAMA
-from .sequential import HypergradientStats
 from .unrolled import Unrolled
 
 __all__ = [

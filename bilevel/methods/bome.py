@@ -6,11 +6,7 @@ from collections.abc import Callable
 from typing import Any, Unpack
 
 from ..barrier import Barrier, GradientNorm
-from ..hypergradient.modes import Route
-from ..lower_steps import InnerStep
-from ..optimizer.base import Common
-from .barrier_terms import ValueGradient
-from .dynamic_barrier import DynamicBarrier, StepFrom
+from .dynamic_barrier import BarrierOptions, DynamicBarrier
 
 
 class BOME(DynamicBarrier):
@@ -41,11 +37,11 @@ class BOME(DynamicBarrier):
         value_gradient: How q is differentiated. ``"value_function"`` (default, BOME): w_T is a constant, ``grad_w q =
             grad_w G(w)``. ``"difference"``: ``grad_w G(w) - grad_w G(w_T)``. ``"unrolled"``: the total derivative,
             through the inner steps, in both levels.
-        step_from: ``"outer"`` (default): the lower step starts from w. ``"inner"``: it starts from w_T.
+        step_from: ``"current"`` (default): the lower step starts from w. ``"lookahead"``: it starts from w_T.
         eps: Added to ``|grad q|^2``; default 1e-8, as in the paper's code.
         cutoff: lambda is 0 where ``|grad q|^2 <= cutoff``; default 1e-12.
         multiplier_max: Largest lambda, or None (default).
-        product: Route of the mixed products that ``"unrolled"`` needs: ``"auto"``, ``"forward"``, ``"reverse"``,
+        product: Mode of the mixed products that ``"unrolled"`` needs: ``"auto"``, ``"forward"``, ``"reverse"``,
             ``"difference"``.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
             ``upper_buffers``, ``lower_buffers``: see :class:`bilevel.BilevelOptimizer`.
@@ -86,30 +82,8 @@ class BOME(DynamicBarrier):
         lower_loss: Callable[..., Any],
         *,
         inner_steps: int = 1,
-        inner_lr: float | None = None,
-        inner_step: InnerStep = "plain",
         barrier: Barrier | None = None,
-        value_gradient: ValueGradient = "value_function",
-        step_from: StepFrom = "outer",
-        eps: float = 1e-8,
-        cutoff: float = 1e-12,
-        multiplier_max: float | None = None,
-        product: Route = "auto",
-        **common: Unpack[Common],
+        **options: Unpack[BarrierOptions],
     ) -> None:
-        super().__init__(
-            upper_loss,
-            lower_loss,
-            barrier=GradientNorm(0.5) if barrier is None else barrier,
-            inner_steps=inner_steps,
-            inner_lr=inner_lr,
-            inner_step=inner_step,
-            value_gradient=value_gradient,
-            step_from=step_from,
-            damping=1.0,
-            eps=eps,
-            cutoff=cutoff,
-            multiplier_max=multiplier_max,
-            product=product,
-            **common,
-        )
+        barrier = GradientNorm(0.5) if barrier is None else barrier
+        super().__init__(upper_loss, lower_loss, barrier=barrier, inner_steps=inner_steps, **options)

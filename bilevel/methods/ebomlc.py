@@ -7,11 +7,7 @@ from typing import Any, Unpack
 
 from ..barrier import Aligned
 from ..errors import number
-from ..hypergradient.modes import Route
-from ..lower_steps import InnerStep
-from ..optimizer.base import Common
-from .barrier_terms import ValueGradient
-from .dynamic_barrier import DynamicBarrier, StepFrom
+from .dynamic_barrier import BarrierOptions, DynamicBarrier
 
 
 class EBOMLC(DynamicBarrier):
@@ -38,18 +34,18 @@ class EBOMLC(DynamicBarrier):
         xi: Damping of the multiplier, >= 0; default 0.5 (paper, which recommends 0.1 to 0.5). ``stats.multiplier`` is
             ``xi * beta``.
         inner_lr: Rate of the inner step; default: the lower optimizer's current learning rate, per parameter group.
-        inner_step: ``"plain"`` gradient descent (default, as printed) or ``"preview"`` of the lower optimizer (the
+        inner_step: ``"gradient"`` descent (default, as printed) or the step of the lower ``"optimizer"`` (the
             authors' code).
-        value_gradient: ``"value_function"`` (default): w_1 is a constant, ``grad_w Q = grad_w G(w)``, BOME's reading.
+        value_gradient: ``"value_function"`` (default, BOME's): w_1 is a constant, ``grad_w Q = grad_w G(w)``.
             ``"difference"``: ``grad_w G(w) - grad_w G(w_1)``, which the paper's proofs and its code use; taken from w
-            it learns from the clean set almost alone, so combine it with ``step_from="inner"``. ``"unrolled"``: the
-            total derivative.
-        step_from: ``"outer"`` (default, as printed): the lower step starts from w. ``"inner"``: from w_1, as the
+            it learns from the clean set almost alone, so combine it with ``step_from="lookahead"``. ``"unrolled"``:
+            the total derivative.
+        step_from: ``"current"`` (default, as printed): the lower step starts from w. ``"lookahead"``: from w_1, as the
             authors' code does.
         eps: Added to ``|grad Q|^2``; default 1e-8, as in the authors' code.
         cutoff: beta is 0 where ``|grad Q|^2 <= cutoff``; default 1e-12.
         multiplier_max: Largest beta (before xi), or None (default).
-        product: Route of the mixed products that ``"unrolled"`` needs.
+        product: Mode of the mixed products that ``"unrolled"`` needs.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
             ``upper_buffers``, ``lower_buffers``: see :class:`bilevel.BilevelOptimizer`.
 
@@ -88,33 +84,10 @@ class EBOMLC(DynamicBarrier):
         *,
         delta: float = 0.25,
         xi: float = 0.5,
-        inner_lr: float | None = None,
-        inner_step: InnerStep = "plain",
-        value_gradient: ValueGradient = "value_function",
-        step_from: StepFrom = "outer",
-        eps: float = 1e-8,
-        cutoff: float = 1e-12,
-        multiplier_max: float | None = None,
-        product: Route = "auto",
-        **common: Unpack[Common],
+        **options: Unpack[BarrierOptions],
     ) -> None:
         self._check(delta=delta, xi=xi)
-        super().__init__(
-            upper_loss,
-            lower_loss,
-            barrier=Aligned(delta),
-            inner_steps=1,
-            inner_lr=inner_lr,
-            inner_step=inner_step,
-            value_gradient=value_gradient,
-            step_from=step_from,
-            damping=xi,
-            eps=eps,
-            cutoff=cutoff,
-            multiplier_max=multiplier_max,
-            product=product,
-            **common,
-        )
+        super().__init__(upper_loss, lower_loss, barrier=Aligned(delta), inner_steps=1, damping=xi, **options)
 
     @property
     def delta(self) -> float:

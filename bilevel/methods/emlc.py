@@ -11,22 +11,17 @@ from torch import Tensor
 
 from ..checks.plain import Plain
 from ..directions import Directions
-from ..evaluation.evaluations import Evaluation
 from ..evaluation.oracle import Oracle
-from ..hypergradient.modes import Route
-from ..hypergradient.products import upper_product
-from ..lower_steps import GradientDescent, Rule, current_rates
-from ..optimizer.apply import hand_over
+from ..hypergradient import ProductMode, Trajectory, mixed_product, mode_taken, train
 from ..optimizer.base import Common
 from ..optimizer.hooks import ONLY_REAL
-from ..optimizer.undo import Groups, Saved
 from ..settings import Setting, chosen, numeric
-from ..vectors import Vector, add_scaled
+from ..vectors import Vector
 from .formulas import Formula, summed
-from .sequential import HypergradientStats, Sequential
+from .hypergradient_method import HypergradientMethod, HypergradientStats
 
 
-class EMLC(Sequential[HypergradientStats]):
+class EMLC(HypergradientMethod[HypergradientStats]):
     r"""The exact one-step meta-gradient, and its discounted k-step form, for any lower loss.
 
     .. math::
@@ -50,7 +45,7 @@ class EMLC(Sequential[HypergradientStats]):
             takes the k steps a second time, from the same parameter groups: two copies whatever k is, k more
             gradients. The lower optimizer's hooks run twice; rates that they change end as after k steps, while what
             they keep elsewhere (the counter of a scheduler) counts 2k.
-        product: Route of the products of G: ``"auto"`` is forward mode, with double backward behind one warning that
+        product: Mode of the products of G: ``"auto"`` is forward mode, with double backward behind one warning that
             names what has no forward rule; ``"forward"`` fails there instead.
         atomic: Whether a step that fails half-way is taken back; see the concepts page. Default True.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
@@ -82,8 +77,8 @@ class EMLC(Sequential[HypergradientStats]):
         <https://arxiv.org/abs/2305.12961>`_, ICCV 2023, propositions 1 and 3, equations 10 and 11.
     """
 
-    trains_first = True
-    _ignores_clipping = ONLY_REAL
+    virtual_walk = False
+    ignores_clipping = ONLY_REAL
     memory = Setting[Literal["store", "replay"]](chosen("store", "replay"))
     discount = Setting[float | None](numeric(0.0, 1.0, optional=True))
 
@@ -95,73 +90,67 @@ class EMLC(Sequential[HypergradientStats]):
         inner_steps: int = 1,
         discount: float | None = None,
         memory: Literal["store", "replay"] = "store",
-        product: Route = "auto",
+        product: ProductMode = "auto",
         atomic: bool = True,
         **common: Unpack[Common],
     ) -> None:
+        self.inner_steps = inner_steps
         self.memory = memory
         self.discount = discount
-        self._last: Vector | None = None
-        super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, product=product, atomic=atomic)
+        self.product = product
+        self.atomic = atomic
+        super().__init__(upper_loss, lower_loss, **common)
 
-    def _train_and_look(self, oracle: Oracle, *, real: bool) -> Directions[HypergradientStats]:
-        beginning = Saved([self._lower]) if self.memory == "replay" else None
-        groups: list[Groups] = []  # before each step, then at the end: hooks may change rates, and run twice
+    def compute(self, oracle: Oracle) -> Directions[HypergradientStats]:
+        stored = self.memory == "store"
+        if not stored:
+            oracle.keep_beginning()
+        walk = train(oracle, self.inner_steps, keep=self.inner_steps if stored else 0, gradients="last")
+        rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in self.lower_rates()]
+        f, g = oracle.upper(), walk.first
+        weighted = [self._weighted(f.lower, rates, age) for age in reversed(range(self.inner_steps))]
+        through = self._stored(oracle, walk, weighted) if stored else self._replayed(oracle, weighted)
+        taken = mode_taken(oracle, "mixed", self.product)
+        return Directions(
+            upper=f.upper - through,
+            stats=HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=taken),
+        )
 
-        def note() -> None:
-            if beginning:
-                groups.append(Groups(self._lower))
+    def _stored(self, oracle: Oracle, walk: Trajectory, weighted: list[Vector]) -> Vector:
+        """Sum the products at the points that were kept."""
+        products = [
+            mixed_product(oracle, v, batch=s.batch, at=s.point, product=self.product, gradient=s.gradient or None)
+            for v, s in zip(weighted, walk.steps, strict=True)
+        ]
+        return sum(products[1:], products[0])
 
-        first, steps = self._train(oracle, real=real, keep=0 if beginning else self.inner_steps, before=note)
-        note()
-        rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in current_rates(self._lower, None)]
-        f = oracle.upper()
-        if beginning:
-            beginning.restore()
-        through: Vector = [None] * len(self._upper.tensors)
-        for index in range(self.inner_steps):
-            point = None if beginning else steps[index].point
-            weighted = self._weighted(f.lower, rates, age=self.inner_steps - 1 - index)
-            known = self._last if index == self.inner_steps - 1 else None
-            product = upper_product(oracle, index, weighted, point, self.product, gradient=known)
-            through = add_scaled(through, -1.0, product)
-            if beginning:  # the next of the k steps once more
-                gradient = oracle.lower(index, wrt="lower").lower
-                groups[index].restore()
-                hand_over(self._lower, gradient)
-        if beginning:
-            groups[-1].restore()
-        self._last = None
-        return self._directions(oracle, f, first, through)
-
-    def _train_along(self, g: Evaluation, *, real: bool, kept: bool) -> None:
-        """Keep the gradient, which is in ``.grad`` anyway, as long as no hook changes it: it verifies a product."""
-        versions = [None if x is None else x._version for x in g.lower]
-        super()._train_along(g, real=real, kept=kept)
-        intact = versions == [None if x is None else x._version for x in g.lower]
-        self._last = g.lower if intact and self.memory == "store" else None
+    def _replayed(self, oracle: Oracle, weighted: list[Vector]) -> Vector:
+        """Take the k steps a second time, with each product at the point where its step begins."""
+        products = []
+        with oracle.retracing() as step_again:
+            for index, v in enumerate(weighted):
+                products.append(mixed_product(oracle, v, batch=index, product=self.product))
+                step_again(oracle.lower(batch=index, wrt="lower").lower)
+        return sum(products[1:], products[0])
 
     def _weighted(self, g: Vector, rates: list[float | Tensor], age: int) -> Vector:
         """Return ``lr * discount^age * g``, the direction of the product at the step ``age`` steps before the last."""
         discounts = [1 - rate if self.discount is None else self.discount for rate in rates]
-        return [
+        return g.like(
             None if x is None else (x * (rate * discount**age)).to(x.dtype)
             for x, rate, discount in zip(g, rates, discounts, strict=True)
-        ]
+        )
 
-    def _formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:
+    def formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:
         """The equation above: each product at its own point, with its own discount."""
-        steps = plain.train(self.inner_steps, self._rule)
+        steps = plain.train(self.inner_steps, self.inner_rule)
         f = plain.upper()
-        total: Vector = [None] * len(f.upper)
+        total = f.upper.like([None] * len(f.upper))
         for step in steps:
             direction: list[Tensor | None] = []
-            for group, g in zip(self._lower.groups(), f.lower, strict=True):
+            for group, g in zip(self.lower_groups(), f.lower, strict=True):
                 rate = float(group["lr"])
                 discount = 1 - rate if self.discount is None else self.discount
-                direction.append(None if g is None else rate * discount ** (self.inner_steps - 1 - step.index) * g)
-            total = add_scaled(total, 1.0, plain.product(step.index, direction, step.point)[0])
+                direction.append(None if g is None else rate * discount ** (self.inner_steps - 1 - step.batch) * g)
+            total = total + plain.product(direction, batch=step.batch, at=step.point)[0]
         return summed(f.upper, -1.0, total)
-
-    def _rule(self) -> Rule:
-        return GradientDescent(current_rates(self._lower, None))

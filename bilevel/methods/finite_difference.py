@@ -7,25 +7,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Unpack
 
-from ..checks.check_directions import Check
-from ..checks.claims import Claim
+from ..checks.check import Check
+from ..checks.checker import Checker
 from ..checks.plain import Plain
 from ..directions import Directions
 from ..evaluation.evaluations import Evaluation
 from ..evaluation.oracle import Oracle
-from ..hypergradient import Step, pull_back
-from ..hypergradient.mode_choice import route_taken
-from ..hypergradient.products import upper_product
+from ..hypergradient import Step, mixed_product, mode_taken, pull_back
 from ..lower_steps import InnerStep
+from ..optimizer import orders
 from ..optimizer.base import Common
 from ..optimizer.hooks import VIRTUAL
 from ..settings import Setting, numeric
 from ..vectors import Vector
-from .formulas import Formula, central_difference, difference_claims, summed
-from .sequential import HypergradientStats, Sequential
+from .formulas import Formula, central_difference, difference_checks, summed
+from .hypergradient_method import HypergradientMethod, HypergradientStats
 
 
-class FiniteDifference(Sequential[HypergradientStats]):
+class FiniteDifference(HypergradientMethod[HypergradientStats]):
     r"""One virtual lower step, differentiated without any second-order graph.
 
     .. math::
@@ -43,8 +42,8 @@ class FiniteDifference(Sequential[HypergradientStats]):
         upper_loss: F, called once per step, at :math:`w'`; see :class:`bilevel.BilevelOptimizer`.
         lower_loss: G, called four times per step, twice of them forward-only through the lower model.
         inner_lr: Rate of that step; default None: the lower optimizer's current rates.
-        inner_step: ``"preview"``: the lower optimizer's own step; ``"plain"``: gradient descent. Default None: plain if
-            ``inner_lr`` is given, else preview, as in DARTS.
+        inner_step: ``"optimizer"``: the lower optimizer's own step; ``"gradient"``: gradient descent. Default None:
+            gradient if ``inner_lr`` is given, else optimizer, as in DARTS.
         radius: r > 0, distance of the two points from w; default 0.01 (DARTS).
         atomic: Whether a step that fails half-way is taken back; see the concepts page. Default True.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
@@ -73,6 +72,7 @@ class FiniteDifference(Sequential[HypergradientStats]):
         Liu, Simonyan and Yang, `DARTS <https://arxiv.org/abs/1806.09055>`_, ICLR 2019, equations 7 and 8, and its code.
     """
 
+    order = orders.LOOK_THEN_TRAIN
     follows_maximize = True
     radius = Setting[float](numeric(0.0, exclusive=True))
 
@@ -87,42 +87,47 @@ class FiniteDifference(Sequential[HypergradientStats]):
         atomic: bool = True,
         **common: Unpack[Common],
     ) -> None:
+        self.inner_lr = inner_lr
+        self.inner_step = self._default_inner_step(inner_step)
         self.radius = radius
-        super().__init__(
-            upper_loss, lower_loss, common, inner_steps=1, inner_lr=inner_lr, inner_step=inner_step, atomic=atomic
-        )
-        self._check_rule()
+        self.atomic = atomic
+        super().__init__(upper_loss, lower_loss, **common)
+        self.inner_rule()  # refuses an optimizer that cannot be followed
 
     @property
-    def _ignores_clipping(self) -> str | None:  # type: ignore[override]
-        return VIRTUAL if self.inner_lr is None else None  # a rate of its own was chosen for what it is
+    def ignores_clipping(self) -> str | None:
+        """Virtual steps do; but a rate of its own was chosen for what it is."""
+        return VIRTUAL if self.inner_lr is None else None
 
-    def _look_ahead(self, oracle: Oracle) -> Directions[HypergradientStats]:
-        g = oracle.lower(wrt="lower")
-        rule = self._rule()
+    def compute(self, oracle: Oracle) -> Directions[HypergradientStats]:
+        w, g = oracle.point(), oracle.lower(wrt="lower")
+        rule = self.inner_rule()
         step = Step(0, None, g.lower, rule.start())
-        ahead, _ = rule.step(oracle.point(), g.lower, step.state)
-        f = oracle.upper(at=ahead)
-        _, direction, _ = pull_back(rule, step, oracle.point(), f.lower, [{} for _ in ahead])
-        through = upper_product(oracle, 0, direction, None, "difference", gradient=g.lower, radius=self.radius)
-        route = route_taken(oracle, "upper", "difference")
-        stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=route)
-        return self._directions(oracle, f, g, through, stats)
+        ahead, _ = rule.step(w, g.lower, step.state)
+        f = oracle.upper(ahead)
+        _, v, _ = pull_back(rule, step, w, f.lower)
+        through = mixed_product(oracle, v, product="difference", gradient=g.lower, radius=self.radius)
+        taken = mode_taken(oracle, "mixed", "difference")
+        return Directions(
+            upper=f.upper + through,
+            stats=HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=taken),
+        )
 
-    def _formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:
+    def formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:
         """The same difference, of plain gradients; or the product itself, where that took its place."""
-        f, direction = self._plain_direction(plain)
+        f, v = self._plain_direction(plain)
         if answer.stats.product != "difference":
-            return summed(f.upper, 1.0, plain.product(0, direction)[0])
-        return summed(f.upper, 1.0, central_difference(plain, 0, direction, self.radius))
+            return summed(f.upper, 1.0, plain.product(v)[0])
+        return summed(f.upper, 1.0, central_difference(plain, 0, v, self.radius))
 
-    def _more_claims(self, check: Check, answer: Directions[HypergradientStats]) -> Iterator[Claim]:
+    def more_checks(self, checker: Checker, answer: Directions[HypergradientStats]) -> Iterator[Check]:
+        """Whether the difference is, for a small radius, the derivative."""
         if answer.stats.product == "difference":
-            with check.plain() as plain:
-                yield from difference_claims(check, plain, 0, self._plain_direction(plain)[1])
+            with checker.plain() as plain:
+                yield from difference_checks(checker, plain, 0, self._plain_direction(plain)[1])
 
     def _plain_direction(self, plain: Plain) -> tuple[Evaluation, Vector]:
         """F at w', and v."""
-        end, (step,) = plain.walk(self._rule(), 1)
-        f = plain.upper(at=end)
-        return f, pull_back(self._rule(), step, plain.point(), f.lower, [{} for _ in end])[1]
+        end, (step,) = plain.walk(self.inner_rule(), 1)
+        f = plain.upper(end)
+        return f, pull_back(self.inner_rule(), step, plain.point(), f.lower)[1]

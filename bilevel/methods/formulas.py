@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks.check_directions import Check
-from ..checks.claims import Claim, Measured, Slope, Unknown
+from ..checks.check import Check, Measured, Slope, Unknown
+from ..checks.checker import Checker
 from ..checks.plain import NoReference, Plain
 from ..hypergradient import through_start
 from ..lower_steps import Rule
-from ..vectors import Vector, add_scaled, dot, squared_norm, subtract
+from ..vectors import Tensors, Vector, add_scaled, dot, squared_norm, subtract
 
 GraphStart = Callable[[], list[Tensor]] | None
 
@@ -28,8 +28,8 @@ class Formula:
 
 def summed(gradient: Vector, scale: float, through: Vector) -> Formula:
     """``gradient + scale through``: F's own gradient and the part through the lower level."""
-    size = float(squared_norm(gradient).sqrt()) + abs(scale) * float(squared_norm(through).sqrt())
-    return Formula(add_scaled(gradient, scale, through), size)
+    size = float(gradient.norm()) + abs(scale) * float(through.norm())
+    return Formula(gradient + scale * through, size)
 
 
 def derivative(plain: Plain, rule: Rule, steps: int, *, last: int | None = None, start: GraphStart = None) -> Formula:
@@ -40,46 +40,46 @@ def derivative(plain: Plain, rule: Rule, steps: int, *, last: int | None = None,
     """
     first = None if start is None else start()
     end, taken = plain.walk(rule, steps, start=None if first is None else [x.detach() for x in first])
-    f = plain.upper(at=end)
+    f = plain.upper(end)
     through, bars = plain.adjoint(rule, taken if last is None else taken[-last:], f.lower)
     if first is not None:
-        through = add_scaled(through, 1.0, through_start(first, plain.upper_level.tensors, bars))
+        through = through + through_start(first, plain.upper_level.tensors, bars)
     return summed(f.upper, 1.0, through)
 
 
-def derivative_claims(
-    check: Check,
+def derivative_checks(
+    checker: Checker,
     rule: Callable[[], Rule],
     steps: int,
-    upper: Vector,
+    upper: Tensors,
     *,
     exact: bool,
     compared: bool,
     tolerance: float = 0.0,
     start: GraphStart = None,
-) -> Iterator[Claim]:
+) -> Iterator[Check]:
     """The total derivative of F after virtual lower steps: an exact method's number, or how far the others are from it.
 
     ``compared``: whether the method's own number is what is compared with differences, or that of plain autograd.
     """
     name = "<dF/dalpha, u>" if exact else f"exact {steps}-step <dF/dalpha, u>"
-    with check.plain() as plain:
+    with checker.plain() as plain:
         still = [None] * len(plain.lower_level.names)
-        reference: Vector | None = None
+        reference: Tensors | None = None
         try:
             reference = derivative(plain, rule(), steps, start=start).upper
         except NoReference as problem:
             if not exact:
                 yield Unknown(name, float("nan"), str(problem))
                 return
-        for up, _ in check.probes:
+        for up, _ in checker.probes:
 
-            def along(size: float, up: Vector = up) -> Tensor:
+            def along(size: float, up: Tensors = up) -> Tensor:
                 with plain.shifted(size, up, still):
                     first = None if start is None else [x.detach() for x in start()]
-                    return plain.upper_value(at=plain.walk(rule(), steps, start=first)[0])
+                    return plain.upper_value(plain.walk(rule(), steps, start=first)[0])
 
-            def slope(size: float, up: Vector = up) -> Tensor:
+            def slope(size: float, up: Tensors = up) -> Tensor:
                 with plain.shifted(size, up, still):
                     return dot(derivative(plain, rule(), steps, start=start).upper, up)
 
@@ -91,34 +91,32 @@ def derivative_claims(
         yield Measured("relative error", squared_norm(subtract(upper, reference)).sqrt() / size, 0.0)
 
 
-def central_difference(plain: Plain, index: int, direction: Vector, radius: float) -> Vector:
+def central_difference(plain: Plain, batch: int, direction: Tensors, radius: float) -> Vector:
     """``(grad_alpha G(w + e v) - grad_alpha G(w - e v)) / 2e`` with ``e = radius / |v|``, of plain gradients."""
     length = float(squared_norm(direction).sqrt())
     if length == 0:
-        return [None] * len(plain.upper_level.names)
+        return Vector([None] * len(plain.upper_level.names), plain.upper_level.names)
     e = radius / length
-    ahead, behind = (
-        plain.lower(index, [x for x in add_scaled(plain.point(), sign * e, direction) if x is not None]).upper
-        for sign in (1, -1)
-    )
-    return add_scaled([None] * len(ahead), 0.5 / e, subtract(ahead, behind))
+    v = plain.point().like(direction)
+    ahead, behind = (plain.lower(plain.point() + sign * e * v, batch=batch).upper for sign in (1.0, -1.0))
+    return (0.5 / e) * (ahead - behind)
 
 
-def difference_claims(check: Check, plain: Plain, index: int, direction: Vector) -> Iterator[Claim]:
+def difference_checks(checker: Checker, plain: Plain, batch: int, direction: Tensors) -> Iterator[Check]:
     """Whether a difference of ``grad_alpha G`` along ``direction`` is, for a small radius, its derivative."""
     length = squared_norm(direction).sqrt()
     size = sum(x.numel() for x in direction if x is not None) ** 0.5
     along_w = add_scaled([None] * len(direction), size / torch.where(length > 0, length, 1.0), direction)
     still = [None] * len(plain.upper_level.names)
-    for up, _ in check.probes:
+    for up, _ in checker.probes:
 
-        def gradient(shift: float, up: Vector = up) -> Tensor:
+        def gradient(shift: float, up: Tensors = up) -> Tensor:
             with plain.shifted(shift, still, along_w):
-                return dot(plain.lower(index).upper, up)
+                return dot(plain.lower(batch=batch).upper, up)
 
-        def product(shift: float, up: Vector = up) -> Tensor:
+        def product(shift: float, up: Tensors = up) -> Tensor:
             with plain.shifted(shift, still, along_w):
-                return dot(plain.product(index, along_w)[0], up)
+                return dot(plain.product(along_w, batch=batch)[0], up)
 
         try:
             now = product(0.0)

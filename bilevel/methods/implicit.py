@@ -4,29 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor
 
-from ..checks.check_directions import Check
-from ..checks.claims import DIFFERENCE, Claim, Same, Unknown
+from ..checks.check import DIFFERENCE, Check, Same, Unknown
+from ..checks.checker import Checker
 from ..checks.plain import NoReference, Plain
 from ..directions import Directions
 from ..errors import message
 from ..evaluation.evaluations import Evaluation
 from ..evaluation.oracle import Oracle
-from ..hypergradient import ConjugateGradient, Solver
-from ..hypergradient.mode_choice import route_taken
-from ..hypergradient.modes import Route
-from ..hypergradient.products import mixed_product, upper_product
-from ..lower_steps import GradientDescent, Rule, current_rates
+from ..hypergradient import (
+    ConjugateGradient,
+    ProductMode,
+    Solver,
+    hessian_product,
+    mixed_product,
+    mode_taken,
+    train,
+)
 from ..optimizer.base import Common
-from ..optimizer.undo import Saved
 from ..settings import Setting, chosen, counted
-from ..vectors import Vector, add_scaled, squared_norm, subtract
+from ..vectors import Tensors, Vector
 from .formulas import Formula, summed
-from .sequential import HypergradientStats, Sequential
+from .hypergradient_method import HypergradientMethod, HypergradientStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,12 @@ class ImplicitStats(HypergradientStats):
     converged: Tensor
     indefinite: Tensor | None = None
 
+    @classmethod
+    def unknown(cls, lower_loss: Tensor) -> Self:
+        """As of :class:`Stats`; no iteration was made, and nothing converged."""
+        nan, none = torch.full_like(lower_loss, float("nan")), torch.zeros_like(lower_loss)
+        return cls(nan, lower_loss, skipped=True, iterations=none, residual=nan, converged=none.to(torch.bool))
+
 
 def _check_solver(owner: str, argument: str, value: object) -> None:
     if not isinstance(value, Solver):
@@ -61,7 +70,7 @@ def _check_solver(owner: str, argument: str, value: object) -> None:
         raise TypeError(message(owner, argument, value, advice))
 
 
-class Implicit(Sequential[ImplicitStats]):
+class Implicit(HypergradientMethod[ImplicitStats]):
     r"""Lower steps, then the implicit-function hypergradient at the point they reach.
 
     .. math::
@@ -80,7 +89,7 @@ class Implicit(Sequential[ImplicitStats]):
         warm_start: Start the solver from the last p (default True: the system changes slowly between steps), or from 0
             where that leaves the smaller residual, as after variables were set by hand. The last p is part of
             ``state_dict``, and what ``apply`` and ``Directions.mean`` carry on.
-        product: Route of the products of G.
+        product: Mode of the products of G.
         atomic: Whether a step that fails half-way is taken back; see the concepts page. Default True.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
             ``upper_buffers``, ``lower_buffers``: see :class:`bilevel.BilevelOptimizer`.
@@ -111,7 +120,7 @@ class Implicit(Sequential[ImplicitStats]):
         <https://arxiv.org/abs/1911.02590>`_, AISTATS 2020.
     """
 
-    trains_first = True
+    virtual_walk = False
     inner_steps = Setting[int](counted(0))
     solver = Setting[Solver](_check_solver)
     warm_start = Setting[bool](chosen(True, False))
@@ -124,79 +133,71 @@ class Implicit(Sequential[ImplicitStats]):
         inner_steps: int = 1,
         solver: Solver | None = None,
         warm_start: bool = True,
-        product: Route = "auto",
+        product: ProductMode = "auto",
         atomic: bool = True,
         **common: Unpack[Common],
     ) -> None:
+        self.inner_steps = inner_steps
         self.solver = ConjugateGradient() if solver is None else solver
         self.warm_start = warm_start
-        super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, product=product, atomic=atomic)
-        # Any start is right, so that the mean over tasks is too.
-        self._last = self.lower_state("last", reduction="mean")
+        self.product = product
+        self.atomic = atomic
+        super().__init__(upper_loss, lower_loss, **common)
+        self._last = self.lower_state(
+            "last", reduction="mean"
+        )  # any start is right, so that the mean over tasks is too
 
-    def _train_and_look(self, oracle: Oracle, *, real: bool) -> Directions[ImplicitStats]:
-        first, _ = self._train(oracle, real=real)
+    def compute(self, oracle: Oracle) -> Directions[ImplicitStats]:
+        g = train(oracle, self.inner_steps).first
         last = self.lower_batches - 1
         f = oracle.upper()
 
-        def hessian(v: Vector) -> Vector:
-            return mixed_product(oracle, last, v, None, self.product)[1]
+        def hessian(v: Tensors) -> Tensors:
+            return hessian_product(oracle, v, batch=last, product=self.product)[1]
 
-        start = self._last.vector() if self.warm_start and self._last.value else None
-        found = self.solver.solve(hessian, f.lower, start, current_rates(self._lower, None))
-        through = upper_product(oracle, last, found.x, None, self.product)
-        oracle.check_dependence(through)
-        stats = ImplicitStats(
-            f.value,
-            first.value,
-            upper_aux=f.aux,
-            lower_aux=first.aux,
-            product=route_taken(oracle, "both", self.product),
-            iterations=found.iterations,
-            residual=found.residual,
-            converged=found.converged,
-            indefinite=found.indefinite,
-        )
-        upper, solution = self._named(subtract(f.upper, through), found.x)
-        return Directions(upper, {}, stats, state={"last": solution})
-
-    def _stats_of_skipped(self, lower_loss: Tensor) -> ImplicitStats:
-        unknown = torch.full_like(lower_loss, float("nan"))
-        none = torch.zeros_like(lower_loss)
-        return ImplicitStats(
-            unknown, lower_loss, skipped=True, iterations=none, residual=unknown, converged=none.to(torch.bool)
+        start = self._last.value if self.warm_start and self._last.known else None
+        found = self.solver.solve(hessian, f.lower, start, self.lower_rates())
+        p = f.lower.like(found.x)
+        return Directions(
+            upper=f.upper - mixed_product(oracle, p, batch=last, product=self.product),
+            state={"last": p},
+            stats=ImplicitStats(
+                f.value,
+                g.value,
+                upper_aux=f.aux,
+                lower_aux=g.aux,
+                product=mode_taken(oracle, "hessian", self.product),
+                iterations=found.iterations,
+                residual=found.residual,
+                converged=found.converged,
+                indefinite=found.indefinite,
+            ),
         )
 
-    def _formula(self, plain: Plain, answer: Directions[ImplicitStats]) -> Formula:
+    def formula(self, plain: Plain, answer: Directions[ImplicitStats]) -> Formula:
         r""":math:`\nabla_\alpha F - G_{\alpha w}\, p` with the p that the solver found."""
         f, p = self._solved(plain, answer)
-        return summed(f.upper, -1.0, plain.product(self.lower_batches - 1, p)[0])
+        return summed(f.upper, -1.0, plain.product(p, batch=self.lower_batches - 1)[0])
 
-    def _more_claims(self, check: Check, answer: Directions[ImplicitStats]) -> Iterator[Claim]:
+    def more_checks(self, checker: Checker, answer: Directions[ImplicitStats]) -> Iterator[Check]:
         """The residual of that p in ``(G_ww + damping I) p = grad_w F``."""
-        saved = Saved([self._lower])
         try:
-            with check.plain() as plain:
+            with checker.plain() as plain:
                 f, p = self._solved(plain, answer)
-                curved = plain.product(self.lower_batches - 1, p)[1]
+                curved = plain.product(p, batch=self.lower_batches - 1)[1]
         except NoReference as problem:
             yield Unknown("residual", float(answer.stats.residual), str(problem))
             return
-        finally:
-            saved.restore()
-        damped = add_scaled(curved, float(getattr(self.solver, "damping", 0.0)), p)
-        size = float(squared_norm(f.lower).sqrt())
-        residual = squared_norm(subtract(f.lower, damped)).sqrt() / (size if size > 0 else 1.0)
+        damped = curved + float(getattr(self.solver, "damping", 0.0)) * p
+        size = float(f.lower.norm())
+        residual = (f.lower - damped).norm() / (size if size > 0 else 1.0)
         loose = DIFFERENCE if self.product == "difference" else 0.0
         # Of terms as long as the right-hand side: rounding leaves that much of a residual that is 0.
         yield Same("residual", [answer.stats.residual], [residual], size=1.0, tolerance=loose)
 
     def _solved(self, plain: Plain, answer: Directions[ImplicitStats]) -> tuple[Evaluation, Vector]:
         """F after the real steps, and p."""
-        plain.train(self.inner_steps, self._rule)
+        plain.train(self.inner_steps, self.inner_rule)
         if self.inner_steps == 0:
             plain.lower()
         return plain.upper(), self._last.of(answer)
-
-    def _rule(self) -> Rule:
-        return GradientDescent(current_rates(self._lower, None))

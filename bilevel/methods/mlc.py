@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from typing import Any, Unpack
 
 import torch
-from torch import Tensor
 
-from ..checks.check_directions import Check
-from ..checks.claims import DIFFERENCE, Claim, Same, Unknown
+from ..checks.check import DIFFERENCE, Check, Same, Unknown
+from ..checks.checker import Checker
 from ..checks.plain import NoReference, Plain
-from ..directions import Directions, StateValue
+from ..directions import Directions
 from ..evaluation.oracle import Oracle
-from ..hypergradient import Step, pull_back
-from ..hypergradient.mode_choice import route_taken
-from ..hypergradient.modes import ROUTES, Route
-from ..hypergradient.products import upper_product
-from ..lower_steps import Preview, check_preview
+from ..hypergradient import ProductMode, Step, mixed_product, mode_taken, pull_back
+from ..hypergradient.modes import PRODUCT_MODES
+from ..lower_steps import check_followed
 from ..optimizer.base import BilevelOptimizer, Common
 from ..optimizer.hooks import VIRTUAL
-from ..settings import Setting, chosen, counted
-from ..vectors import Vector, add_scaled, dot, squared_norm
-from .formulas import Formula, derivative_claims, summed
-from .sequential import HypergradientStats
+from ..settings import Setting, chosen
+from ..vectors import Vector, squared_norm
+from .formulas import Formula, derivative_checks, summed
+from .hypergradient_method import HypergradientStats
 
 
 class MLC(BilevelOptimizer[HypergradientStats]):
@@ -44,7 +41,7 @@ class MLC(BilevelOptimizer[HypergradientStats]):
         lower_loss: G, called once per step.
         inner_steps: Calls of ``step`` per upper update, >= 1; default 1 (MLC on CIFAR; 5 on Clothing1M). With 1, gamma
             plays no part and :math:`g_0` is not computed, unlike in the paper's code.
-        product: Route of the product of G.
+        product: Mode of the product of G.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
             ``upper_buffers``, ``lower_buffers``: see :class:`bilevel.BilevelOptimizer`.
 
@@ -73,9 +70,9 @@ class MLC(BilevelOptimizer[HypergradientStats]):
     """
 
     follows_maximize = True
-    _ignores_clipping = VIRTUAL
-    inner_steps = Setting[int](counted(1))
-    product = Setting[Route](chosen(*ROUTES))
+    ignores_clipping = VIRTUAL
+    product = Setting[ProductMode](chosen(*PRODUCT_MODES))
+    lower_batches = 1  # inner_steps counts calls
 
     def __init__(
         self,
@@ -83,74 +80,72 @@ class MLC(BilevelOptimizer[HypergradientStats]):
         lower_loss: Callable[..., Any],
         *,
         inner_steps: int = 1,
-        product: Route = "auto",
+        product: ProductMode = "auto",
         **common: Unpack[Common],
     ) -> None:
         self.inner_steps = inner_steps
         self.product = product
+        self.inner_step = "optimizer"
         super().__init__(upper_loss, lower_loss, **common)
-        check_preview("MLC", self.lower_optimizer, "EMLC, which follows none")
+        check_followed("MLC", self.lower_optimizer, "EMLC, which follows none")
         self._accumulated = self.upper_state("accumulated", reduction="mean")  # linear in what each call adds
         self._calls = self.scalar_state("calls")
 
-    def _answer(self, oracle: Oracle) -> Directions[HypergradientStats]:
+    def compute(self, oracle: Oracle) -> Directions[HypergradientStats]:
         return self._estimate(oracle)[0]
 
-    def _estimate(self, oracle: Oracle) -> tuple[Directions[HypergradientStats], dict[str, Tensor]]:
+    def _estimate(self, oracle: Oracle) -> tuple[Directions[HypergradientStats], Vector]:
         """Return the directions of this call and the accumulated estimate m."""
-        g = oracle.lower(wrt="lower")
-        rule = Preview(self._lower)
+        w, g = oracle.point(), oracle.lower(wrt="lower")
+        rule = self.inner_rule()
         step = Step(0, None, g.lower, rule.start())
-        ahead, _ = rule.step(oracle.point(), g.lower, rule.start())
-        f = oracle.upper(at=ahead)
-        _, through_step, _ = pull_back(rule, step, oracle.point(), f.lower, [{} for _ in ahead])
-        product = upper_product(oracle, 0, through_step, None, self.product, gradient=g.lower)
-        oracle.check_dependence(product)
-        m: Vector = add_scaled(f.upper, 1.0, product)
+        ahead, _ = rule.step(w, g.lower, step.state)
+        f = oracle.upper(ahead)
+        _, minus_s_g1, _ = pull_back(rule, step, w, f.lower)
+        m = f.upper + mixed_product(oracle, minus_s_g1, product=self.product, gradient=g.lower)
         value, aux = f.value, f.aux
         if self.inner_steps > 1:
             here = oracle.upper()
             value, aux = here.value, here.aux
-            squared = squared_norm(here.lower)
-            projection = dot(add_scaled(f.lower, 1.0, through_step), here.lower)
+            squared = here.lower.squared_norm()
+            projection = (f.lower + minus_s_g1).dot(here.lower)
             gamma = torch.where(squared > 0, projection / torch.where(squared > 0, squared, 1.0), 0.0)
-            m = add_scaled(m, gamma, self._accumulated.vector())
-        estimate, lower = self._named(m, g.lower)
+            m = m + gamma * self._accumulated.value
         calls = self._calls.value + 1
         due = calls >= self.inner_steps
-        stats = HypergradientStats(
-            value, g.value, upper_aux=aux, lower_aux=g.aux, product=route_taken(oracle, "upper", self.product)
+        taken = mode_taken(oracle, "mixed", self.product)
+        directions = Directions(
+            upper=m if due else {},
+            lower=g.lower,
+            state={"accumulated": {} if due else m, "calls": 0 if due else calls},
+            stats=HypergradientStats(value, g.value, upper_aux=aux, lower_aux=g.aux, product=taken),
         )
-        state: dict[str, StateValue] = {"accumulated": {} if due else estimate, "calls": 0 if due else calls}
-        return Directions(estimate if due else {}, lower, stats, state=state), estimate
+        return directions, m
 
-    def _claims(self, check: Check) -> Generator[Claim, None, None]:
+    def checks(self, checker: Checker) -> Iterator[Check]:
         """The estimate m, whether it is due or not; with ``inner_steps=1`` it is the exact derivative."""
-        with check.oracle() as oracle:
-            _, estimate = self._estimate(oracle)
-        m = [estimate.get(name) for name in self._upper.names]
+        with checker.oracle() as oracle:
+            _, m = self._estimate(oracle)
         exact, loose = self.inner_steps == 1, DIFFERENCE if self.product == "difference" else 0.0
         try:
-            with check.plain() as plain:
+            with checker.plain() as plain:
                 formula = self._formula(plain)
             yield Same("upper direction", m, formula.upper, formula.size, tolerance=loose)
         except NoReference as problem:
-            yield Unknown("upper direction", float(squared_norm(m).sqrt()), str(problem))
-        yield from derivative_claims(
-            check, lambda: Preview(self._lower), 1, m, exact=exact, compared=exact, tolerance=loose
-        )
+            yield Unknown("upper direction", float(m.norm()), str(problem))
+        yield from derivative_checks(checker, self.inner_rule, 1, m, exact=exact, compared=exact, tolerance=loose)
 
     def _formula(self, plain: Plain) -> Formula:
         """The equations above by plain autograd, with gamma and the estimate so far."""
-        rule = Preview(self._lower)
+        rule = self.inner_rule()
         end, (step,) = plain.walk(rule, 1)
-        f = plain.upper(at=end)
-        _, minus_s_g1, _ = pull_back(rule, step, plain.point(), f.lower, [{} for _ in end])
-        found = summed(f.upper, 1.0, plain.product(0, minus_s_g1)[0])
+        f = plain.upper(end)
+        _, minus_s_g1, _ = pull_back(rule, step, plain.point(), f.lower)
+        found = summed(f.upper, 1.0, plain.product(minus_s_g1)[0])
         if self.inner_steps == 1:
             return found
         g0 = plain.upper().lower
         squared = float(squared_norm(g0))
-        gamma = float(dot(add_scaled(f.lower, 1.0, minus_s_g1), g0)) / squared if squared > 0 else 0.0
-        total = summed(found.upper, gamma, self._accumulated.vector())
+        gamma = float((f.lower + minus_s_g1).dot(g0)) / squared if squared > 0 else 0.0
+        total = summed(found.upper, gamma, self._accumulated.value)
         return Formula(total.upper, found.size + total.size)

@@ -8,26 +8,23 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..checks.check_directions import Check
-from ..checks.claims import Claim
+from ..checks.check import Check
+from ..checks.checker import Checker
 from ..checks.plain import Plain
 from ..directions import Directions
 from ..evaluation.evaluations import Evaluation
 from ..evaluation.oracle import Oracle
-from ..hypergradient import Step
-from ..hypergradient.mode_choice import route_taken
-from ..hypergradient.products import upper_product
-from ..lower_steps import GradientDescent, Preview, Rule, check_preview, current_rates
+from ..hypergradient import Step, mixed_product, mode_taken, train
+from ..lower_steps import OptimizerStep, check_followed
 from ..optimizer.base import Common
 from ..optimizer.hooks import ONLY_REAL
-from ..optimizer.undo import Saved
 from ..settings import Setting, numeric
-from ..vectors import Vector, subtract
-from .formulas import Formula, central_difference, difference_claims, summed
-from .sequential import HypergradientStats, Sequential
+from ..vectors import Vector
+from .formulas import Formula, central_difference, difference_checks, summed
+from .hypergradient_method import HypergradientMethod, HypergradientStats
 
 
-class SAMA(Sequential[HypergradientStats]):
+class SAMA(HypergradientMethod[HypergradientStats]):
     r"""Lower steps, then a first-order hypergradient that knows the lower optimizer.
 
     .. math::
@@ -76,8 +73,8 @@ class SAMA(Sequential[HypergradientStats]):
         the code in Betty.
     """
 
-    trains_first = True
-    _ignores_clipping = ONLY_REAL
+    virtual_walk = False
+    ignores_clipping = ONLY_REAL
     radius = Setting[float](numeric(0.0, exclusive=True))
 
     def __init__(
@@ -90,64 +87,67 @@ class SAMA(Sequential[HypergradientStats]):
         atomic: bool = True,
         **common: Unpack[Common],
     ) -> None:
+        self.inner_steps = inner_steps
         self.radius = radius
-        super().__init__(upper_loss, lower_loss, common, inner_steps=inner_steps, atomic=atomic)
-        check_preview("SAMA", self.lower_optimizer, "Neumann(0) in Implicit, which knows no optimizer")
+        self.atomic = atomic
+        super().__init__(upper_loss, lower_loss, **common)
+        check_followed("SAMA", self.lower_optimizer, "Neumann(0) in Implicit, which knows no optimizer")
 
-    def _train_and_look(self, oracle: Oracle, *, real: bool) -> Directions[HypergradientStats]:
-        g, steps = self._train(oracle, real=real, rule=lambda: Preview(self._lower), keep=1)
-        f = oracle.upper()
-        direction = self._adapted(steps[-1], f.lower)
-        product = upper_product(oracle, self.lower_batches - 1, direction, None, "difference", radius=self.radius)
-        route = route_taken(oracle, "upper", "difference")
-        stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=route)
-        return self._directions(oracle, f, g, subtract([None] * len(product), product), stats)
+    def compute(self, oracle: Oracle) -> Directions[HypergradientStats]:
+        walk = train(oracle, self.inner_steps, rule=self._real_step, keep=1)
+        f, g = oracle.upper(), walk.first
+        u = self._adapted(walk.steps[-1], f.lower)
+        last = self.lower_batches - 1
+        product = mixed_product(oracle, u, batch=last, product="difference", radius=self.radius)
+        taken = mode_taken(oracle, "mixed", "difference")
+        return Directions(
+            upper=f.upper - product,
+            stats=HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=taken),
+        )
+
+    def formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:
+        """The same difference, of plain gradients, along D as the moments give it; or the product itself, where that
+        took its place.
+        """
+        f, u = self._plain_direction(plain)
+        last = self.lower_batches - 1
+        if answer.stats.product != "difference":
+            return summed(f.upper, -1.0, plain.product(u, batch=last)[0])
+        return summed(f.upper, -1.0, central_difference(plain, last, u, self.radius))
+
+    def more_checks(self, checker: Checker, answer: Directions[HypergradientStats]) -> Iterator[Check]:
+        """Whether the difference is, for a small radius, the derivative."""
+        if answer.stats.product == "difference":
+            with checker.plain() as plain:
+                u = self._plain_direction(plain)[1]
+                yield from difference_checks(checker, plain, self.lower_batches - 1, u)
+
+    def _real_step(self) -> OptimizerStep:
+        return OptimizerStep(self._lower)
 
     def _adapted(self, last: Step, upper: Vector) -> Vector:
         """Return ``u = D grad_w F``."""
         if isinstance(self.lower_optimizer, torch.optim.SGD):
             return upper
-        point = [] if last.point is None else last.point
-        terms = zip(self._lower.groups(), point, last.gradient, last.state, upper, strict=True)
-        return [None if u is None or g is None else _adam_slope(group, x, g, s) * u for group, x, g, s, u in terms]
-
-    def _formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:
-        """The same difference, of plain gradients, along D as the moments give it; or the product itself, where that
-        took its place.
-        """
-        f, direction = self._plain_direction(plain)
-        if answer.stats.product != "difference":
-            return summed(f.upper, -1.0, plain.product(self.lower_batches - 1, direction)[0])
-        return summed(f.upper, -1.0, central_difference(plain, self.lower_batches - 1, direction, self.radius))
-
-    def _more_claims(self, check: Check, answer: Directions[HypergradientStats]) -> Iterator[Claim]:
-        if answer.stats.product != "difference":
-            return
-        saved = Saved([self._lower])
-        try:
-            with check.plain() as plain:
-                direction = self._plain_direction(plain)[1]
-                yield from difference_claims(check, plain, self.lower_batches - 1, direction)
-        finally:
-            saved.restore()
+        terms = zip(self.lower_groups(), last.point or [], last.gradient, last.state, upper, strict=True)
+        return upper.like(
+            None if u is None or g is None or x is None else _adam_slope(group, x, g, s) * u
+            for group, x, g, s, u in terms
+        )
 
     def _plain_direction(self, plain: Plain) -> tuple[Evaluation, Vector]:
         """F after the real steps, and u. With the moments m_+ and v_+ that include g, D is
         ``lr ((1 - b1) v_+ - (1 - b2) g m_+) / (sqrt(v_+) + eps)^3``.
         """
-        last = plain.train(self.inner_steps, lambda: Preview(self._lower))[-1]
+        last = plain.train(self.inner_steps, self._real_step)[-1]
         f = plain.upper()
         if isinstance(self.lower_optimizer, torch.optim.SGD):
             return f, f.lower
-        direction: list[Tensor | None] = []
-        for group, x, g, before, u in zip(
-            self._lower.groups(), last.point or [], last.gradient, last.state, f.lower, strict=True
-        ):
-            direction.append(None if u is None or g is None else _slope_after(group, x, g, before) * u)
-        return f, direction
-
-    def _rule(self) -> Rule:
-        return GradientDescent(current_rates(self._lower, None))
+        terms = zip(self.lower_groups(), last.point or [], last.gradient, last.state, f.lower, strict=True)
+        return f, f.lower.like(
+            None if u is None or g is None or x is None else _slope_after(group, x, g, before) * u
+            for group, x, g, before, u in terms
+        )
 
 
 def _adam_slope(group: dict[str, Any], x: Tensor, g: Tensor, state: dict[str, Tensor]) -> Tensor:

@@ -10,24 +10,31 @@ from torch import Tensor
 from ..checks.plain import Plain
 from ..directions import Directions
 from ..errors import choice, count, message
-from ..evaluation.evaluations import Evaluation
 from ..evaluation.oracle import Oracle
-from ..hypergradient import KeptGraph, Start, Unreached, adjoint, descend, leaves, start_of, through_start
+from ..hypergradient import (
+    ProductMode,
+    Start,
+    Unreached,
+    Unrolling,
+    mode_taken,
+    start_of,
+    unrolled_by_adjoint,
+    unrolled_by_graph,
+)
 from ..hypergradient.mode_choice import Kind
-from ..hypergradient.modes import Route
-from ..lower_steps import InnerStep
+from ..lower_steps import InnerStep, check_followed
+from ..optimizer import orders
 from ..optimizer.base import Common
 from ..optimizer.hooks import ONLY_REAL, VIRTUAL
 from ..settings import Fixed, Setting, chosen
-from ..vectors import Vector, add_scaled
 from .formulas import Formula, GraphStart, derivative, summed
-from .sequential import HypergradientStats, Sequential
+from .hypergradient_method import HypergradientMethod, HypergradientStats
 
-Mode = Literal["auto", "adjoint", "graph"]
+Differentiate = Literal["auto", "adjoint", "graph"]
 KEPT_GRAPH = "the kept graph"  # as a shortcut that verification may replace
 
 
-class Unrolled(Sequential[HypergradientStats]):
+class Unrolled(HypergradientMethod[HypergradientStats]):
     r"""The exact derivative of F after k lower steps.
 
     .. math::
@@ -42,22 +49,22 @@ class Unrolled(Sequential[HypergradientStats]):
         lower_loss: G.
         inner_steps: k >= 1. Default 1, as in MW-Net and L2RW.
         inner_lr: Rate of :math:`\Phi`; default None: the lower optimizer's current rates, schedules included. Needs
-            ``restore=True``.
-        inner_step: ``"preview"``: :math:`\Phi` is the lower optimizer's step. ``"plain"``: gradient descent without
-            momentum or weight decay, as in MW-Net; needs ``restore=True``. Default None: plain if ``inner_lr`` is
-            given, else preview.
+            ``virtual=True``.
+        inner_step: ``"optimizer"``: :math:`\Phi` is the lower optimizer's step. ``"gradient"``: gradient descent
+            without momentum or weight decay, as in MW-Net; needs ``virtual=True``. Default None: gradient if
+            ``inner_lr`` is given, else optimizer.
         truncate: Differentiate the last ``truncate`` steps only, 1 to k; default None: all.
-        restore: True (default): the steps are virtual; w then takes its ordinary step, on the first lower batch, with
+        virtual: True (default): the steps are virtual; w then takes its ordinary step, on the first lower batch, with
             the new upper variables. False: the k steps are the real training (hooks included, which are not
             differentiated), and the upper update follows them.
         start: A function without arguments that computes the starting lower variables from the upper ones, as a
             mapping by name or in parameter order; it is differentiated through (MAML). The lower variables themselves
             then never move, nor do the buffers of their modules.
-        mode: ``"adjoint"`` stores the k points and walks back with one product of G per step: memory of one step beside
-            copies of the lower variables. ``"graph"`` keeps the graph of all steps, as other libraries do: their
-            memory, and no second evaluation. ``"auto"`` (default) is the faster one as measured: adjoint for one
+        differentiate: ``"adjoint"`` stores the k points and walks back with one product of G per step: memory of one
+            step beside copies of the lower variables. ``"graph"`` keeps the graph of all steps, as other libraries do:
+            their memory, and no second evaluation. ``"auto"`` (default) is the faster one as measured: adjoint for one
             differentiated step, graph for more; adjoint where lower variables are in no module.
-        product: Route of the products of G in adjoint mode.
+        product: Mode of the products of G in adjoint mode.
         atomic: Whether a step that fails half-way is taken back; see the concepts page. Default True.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
             ``upper_buffers``, ``lower_buffers``: see :class:`bilevel.BilevelOptimizer`.
@@ -67,7 +74,7 @@ class Unrolled(Sequential[HypergradientStats]):
 
     Cost:
         k gradients of G and one of F. Adjoint: one upper product of G for the first step and one mixed product for each
-        later one. Graph: the way back through all of them. With ``restore=True`` one more gradient of G for the
+        later one. Graph: the way back through all of them. With ``virtual=True`` one more gradient of G for the
         ordinary step.
 
     Example:
@@ -89,10 +96,10 @@ class Unrolled(Sequential[HypergradientStats]):
     """
 
     follows_maximize = True
-    mode = Setting[Mode](chosen("auto", "adjoint", "graph"))
+    differentiate = Setting[Differentiate](chosen("auto", "adjoint", "graph"))
     # These are checked together, at construction.
     truncate = Fixed[int | None]()
-    restore = Fixed[bool]()
+    virtual = Fixed[bool]()
     start = Fixed[Start | None]()
 
     def __init__(
@@ -104,133 +111,82 @@ class Unrolled(Sequential[HypergradientStats]):
         inner_lr: float | None = None,
         inner_step: InnerStep | None = None,
         truncate: int | None = None,
-        restore: bool = True,
+        virtual: bool = True,
         start: Start | None = None,
-        mode: Mode = "auto",
-        product: Route = "auto",
+        differentiate: Differentiate = "auto",
+        product: ProductMode = "auto",
         atomic: bool = True,
         **common: Unpack[Common],
     ) -> None:
-        self.mode = mode
-        choice("Unrolled", "restore", restore, (True, False))
-        if truncate is not None:
-            count("Unrolled", "truncate", truncate, minimum=1)
-            if isinstance(inner_steps, int) and truncate > inner_steps:
-                raise ValueError(
-                    message("Unrolled", "truncate", truncate, f"must be at most inner_steps={inner_steps}.")
-                )
-        for argument, value, given in (
-            ("inner_lr", inner_lr, inner_lr is not None),
-            ("inner_step", inner_step, inner_step == "plain"),
-        ):
-            if given and not restore:
-                advice = "needs restore=True: real steps are the lower optimizer's. EMLC differentiates plain ones."
-                raise ValueError(message("Unrolled", argument, value, advice))
-        if start is not None:
-            if not callable(start):
-                raise TypeError(message("Unrolled", "start", start, "must be a function of no arguments."))
-            if not restore or (truncate is not None and truncate != inner_steps):
-                advice = "needs restore=True and no truncation: the whole walk from it is differentiated."
-                raise ValueError(message("Unrolled", "start", "...", advice))
-        super().__init__(
-            upper_loss,
-            lower_loss,
-            common,
-            inner_steps=inner_steps,
-            inner_lr=inner_lr,
-            inner_step=inner_step,
-            product=product,
-            atomic=atomic,
-        )
-        self._check_rule('inner_step="plain" for gradient descent' if restore else "EMLC, which follows none")
-        self.__dict__.update(truncate=truncate, start=start, restore=restore)
+        _check_together(inner_steps, inner_lr, inner_step, truncate, virtual, start)
+        self.inner_steps, self.inner_lr = inner_steps, inner_lr
+        self.inner_step = self._default_inner_step(inner_step)
+        self.differentiate, self.product, self.atomic = differentiate, product, atomic
+        self.__dict__.update(truncate=truncate, start=start, virtual=virtual)
+        super().__init__(upper_loss, lower_loss, **common)
+        if self.inner_step == "optimizer":
+            otherwise = 'inner_step="gradient" for gradient descent' if virtual else "EMLC, which follows none"
+            check_followed("Unrolled", self.lower_optimizer, otherwise)
 
     @property
-    def _ignores_clipping(self) -> str | None:  # type: ignore[override]
-        if not self.restore:
+    def order(self) -> orders.Order:  # type: ignore[override]
+        """With a ``start``, w is computed from the upper variables: there is nothing to train."""
+        return orders.LOOK_THEN_TRAIN if self.virtual and self.start is None else orders.TRAIN_THEN_CORRECT
+
+    @property
+    def ignores_clipping(self) -> str | None:
+        """Real steps follow a clip and the derivative does not; virtual ones do not follow it."""
+        if not self.virtual:
             return ONLY_REAL
         return VIRTUAL if self.inner_lr is None else None  # a rate of its own was chosen for what it is
 
-    def _look_ahead(self, oracle: Oracle) -> Directions[HypergradientStats]:
-        start = None if self.start is None else start_of("Unrolled", self.start, self._lower)
-        if self._keeps_graph:
+    def compute(self, oracle: Oracle) -> Directions[HypergradientStats]:
+        found, product = self._unrolled(oracle)
+        f, g = found.upper, found.lower
+        return Directions(
+            upper=f.upper + found.through,
+            stats=HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=product),
+        )
+
+    def _unrolled(self, oracle: Oracle) -> tuple[Unrolling, str]:
+        """F after the lower steps, its derivative through the last of them, and what it was computed by."""
+        last, real = self._differentiated, not self.virtual
+        if self._keeps_graph(oracle):
             try:
-                return self._look_ahead_by_graph(oracle, start)
+                start = self._started()
+                return unrolled_by_graph(
+                    oracle, self.inner_rule, self.inner_steps, last=last, start=start, real=real
+                ), "graph"
             except Unreached as problem:
-                if self.mode != "auto":
+                if self.differentiate != "auto" or real:
                     raise
-                oracle.verification.routes[KEPT_GRAPH] = "adjoint"
+                oracle.verification.choices[KEPT_GRAPH] = "adjoint"
                 oracle.verification.say(f"{problem} Falling back to it for this optimizer.")
-                if self.start is not None:
-                    start = start_of("Unrolled", self.start, self._lower)
-        point = None if start is None else [x.detach().clone() for x in start]
-        g = oracle.lower(at=point, wrt="lower")
-        rule = self._rule()
-        walk = descend(oracle, rule, g, self.inner_steps, start=point, keep=self._differentiated)
-        f = oracle.upper(at=walk.end)
-        through, start_bar = adjoint(oracle, rule, walk.steps, f.lower, self.product, to_start=start is not None)
-        if start is not None:
-            through = add_scaled(through, 1.0, through_start(start, self._upper.tensors, start_bar))
-        return self._directions(oracle, f, g, through)
+        found = unrolled_by_adjoint(
+            oracle,
+            self.inner_rule,
+            self.inner_steps,
+            last=last,
+            start=self._started(),
+            real=real,
+            product=self.product,
+        )
+        return found, mode_taken(oracle, self.product_kind, self.product)
 
-    def _look_ahead_by_graph(self, oracle: Oracle, start: list[Tensor] | None) -> Directions[HypergradientStats]:
-        rule, skipped = self._rule(), self.inner_steps - self._differentiated
-        first: Evaluation | None = None
-        state = rule.start()
-        at_current = start is None
-        if start is None:
-            point = oracle.point()
-            if skipped:
-                first = oracle.lower(wrt="lower")
-                plain = descend(oracle, rule, first, skipped)
-                point, state = plain.end, plain.state
-            start = leaves(point)
-        walk = KeptGraph(oracle, rule, start, state, chained=not at_current)
-        for index in range(skipped, self.inner_steps):
-            g = walk.step(index, current=at_current and index == 0)
-            first = first or g
-        assert first is not None  # at least one step is differentiated
-        return self._by_graph(oracle, first, *walk.finish())
+    def _started(self) -> list[Tensor] | None:
+        return None if self.start is None else start_of("Unrolled", self.start, self._lower)
 
-    def _train_and_look(self, oracle: Oracle, *, real: bool) -> Directions[HypergradientStats]:
-        if self._keeps_graph:
-            return self._train_and_look_by_graph(oracle, real=real)
-        rule = self._rule()
-        g, steps = self._train(oracle, real=real, rule=self._rule, keep=self._differentiated)
-        f = oracle.upper()
-        through, _ = adjoint(oracle, rule, steps, f.lower, self.product)
-        return self._directions(oracle, f, g, through)
-
-    def _train_and_look_by_graph(self, oracle: Oracle, *, real: bool) -> Directions[HypergradientStats]:
-        """Values come from the lower optimizer, derivatives from its rule."""
-        first: Evaluation | None = None
-        walk: KeptGraph | None = None
-        for index in range(self.inner_steps):
-            if index == self.inner_steps - self._differentiated:
-                rule = self._rule()
-                state = [{name: s.clone() for name, s in entry.items()} for entry in rule.start()]
-                walk = KeptGraph(oracle, rule, leaves(oracle.point()), state, chained=False)
-            g = (
-                oracle.lower(index, wrt="lower", trains=True)
-                if walk is None
-                else walk.step(index, current=True, trains=True)
-            )
-            first = first or g
-            self._train_along(g, real=real, kept=walk is not None)
-            if walk is not None:
-                walk.follow(oracle.point(), self._rule().start())
-        assert first is not None  # at least one step is taken,
-        assert walk is not None  # and one differentiated
-        return self._by_graph(oracle, first, *walk.finish(real=True))
-
-    def _by_graph(self, oracle: Oracle, g: Evaluation, f: Evaluation, total: Vector) -> Directions[HypergradientStats]:
-        stats = HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product="graph")
-        return self._directions(oracle, f, g, total, stats)
+    def _keeps_graph(self, oracle: Oracle) -> bool:
+        if self.differentiate != "auto":
+            return self.differentiate == "graph" and not oracle.plain
+        several = self._differentiated > 1 or self.start is not None
+        unfit = self._lower.has_bare_tensors or KEPT_GRAPH in oracle.verification.choices
+        return several and not unfit and not oracle.plain
 
     @property
-    def trains_first(self) -> bool:  # type: ignore[override]
-        """Whether the steps are real."""
-        return not self.restore
+    def virtual_walk(self) -> bool:  # type: ignore[override]
+        """Whether the steps are virtual."""
+        return self.virtual
 
     @property
     def exact(self) -> bool:  # type: ignore[override]
@@ -240,36 +196,55 @@ class Unrolled(Sequential[HypergradientStats]):
     @property
     def product_kind(self) -> Kind:  # type: ignore[override]
         """The first step alone needs no product with G_ww, unless it is differentiated back to a start."""
-        return "upper" if self._differentiated == 1 and self.start is None else "both"
-
-    @property
-    def _keeps_graph(self) -> bool:
-        if self.mode == "auto":
-            several = self._differentiated > 1 or self.start is not None
-            unfit = self._lower.has_bare_tensors or KEPT_GRAPH in self._evaluator.verification.routes
-            return several and not unfit
-        return self.mode == "graph"
+        return "mixed" if self._differentiated == 1 and self.start is None else "hessian"
 
     @property
     def _differentiated(self) -> int:
         return self.inner_steps if self.truncate is None else min(self.truncate, self.inner_steps)
 
-    def _correct_then_train(self, oracle: Oracle) -> HypergradientStats:
-        if self.start is None:
-            return super()._correct_then_train(oracle)
-        return self._move(self._look_ahead(oracle), oracle)  # w is computed from the upper variables: nothing to train
-
     @property
-    def _graph_start(self) -> GraphStart:
+    def graph_start(self) -> GraphStart:
+        """The function that computes the starting point."""
         start = self.start
         return None if start is None else lambda: start_of("Unrolled", start, self._lower)
 
-    def _formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:
+    def formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:
         """Back through the last ``truncate`` steps, one product after the other."""
-        if not self.trains_first:
-            return derivative(plain, self._rule(), self.inner_steps, last=self._differentiated, start=self._graph_start)
-        steps = plain.train(self.inner_steps, self._rule)
+        if self.virtual:
+            return derivative(
+                plain, self.inner_rule(), self.inner_steps, last=self._differentiated, start=self.graph_start
+            )
+        steps = plain.train(self.inner_steps, self.inner_rule)
         f = plain.upper()
+        as_trained = answer.stats.product == "graph"
         last = steps[-self._differentiated :]
-        through = plain.adjoint(self._rule(), last, f.lower, as_trained=self._keeps_graph)[0]
-        return summed(f.upper, 1.0, through)
+        return summed(f.upper, 1.0, plain.adjoint(self.inner_rule(), last, f.lower, as_trained=as_trained)[0])
+
+
+def _check_together(
+    inner_steps: Any,
+    inner_lr: float | None,
+    inner_step: InnerStep | None,
+    truncate: int | None,
+    virtual: bool,
+    start: Start | None,
+) -> None:
+    """Refuse combinations of arguments that mean nothing."""
+    choice("Unrolled", "virtual", virtual, (True, False))
+    if truncate is not None:
+        count("Unrolled", "truncate", truncate, minimum=1)
+        if isinstance(inner_steps, int) and truncate > inner_steps:
+            raise ValueError(message("Unrolled", "truncate", truncate, f"must be at most inner_steps={inner_steps}."))
+    for argument, value, given in (
+        ("inner_lr", inner_lr, inner_lr is not None),
+        ("inner_step", inner_step, inner_step == "gradient"),
+    ):
+        if given and not virtual:
+            advice = "needs virtual=True: real steps are the lower optimizer's. EMLC differentiates plain ones."
+            raise ValueError(message("Unrolled", argument, value, advice))
+    if start is not None:
+        if not callable(start):
+            raise TypeError(message("Unrolled", "start", start, "must be a function of no arguments."))
+        if not virtual or (truncate is not None and truncate != inner_steps):
+            advice = "needs virtual=True and no truncation: the whole walk from it is differentiated."
+            raise ValueError(message("Unrolled", "start", "...", advice))

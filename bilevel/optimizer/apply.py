@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..directions import Directions
 from ..errors import NonFiniteError, message
 from ..levels import Level
-from ..vectors import Vector, all_finite, own_memory
+from ..vectors import Tensors, all_finite, without_aliasing
 
 
-def match(owner: str, level: Level, named: Mapping[str, Tensor]) -> Vector:
+def match(owner: str, level: Level, named: Mapping[str, Tensor]) -> Tensors:
     """Return the named directions as a vector of ``level``, or refuse names, shapes and dtypes that do not fit."""
     unknown = [name for name in named if name not in level.names]
     if unknown:
@@ -31,7 +32,7 @@ def match(owner: str, level: Level, named: Mapping[str, Tensor]) -> Vector:
     return [named.get(name) for name in level.names]
 
 
-def checked(directions: Directions) -> dict[str, Vector]:
+def checked(directions: Directions) -> dict[str, Tensors]:
     """Name what of ``directions`` must be finite."""
     stats = directions.stats
     return {
@@ -41,14 +42,14 @@ def checked(directions: Directions) -> dict[str, Vector]:
         "the lower direction": list(directions.lower.values()),
         "the inner point": list((directions.start or {}).values()),
         **{
-            f"the {name} estimate": list(value.values())
+            f"the {name} estimate": tree_leaves(value)
             for name, value in directions.state.items()
             if isinstance(value, Mapping)
         },
     }
 
 
-def are_finite(owner: str, checks: Mapping[str, Vector], must_be: bool, moved: str) -> bool:
+def are_finite(owner: str, checks: Mapping[str, Tensors], must_be: bool, moved: str) -> bool:
     """Return whether all named vectors are finite; waits for the device once. Raises instead if ``must_be``, and says
     what was ``moved``.
     """
@@ -96,12 +97,12 @@ def check_groups(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> 
             raise ValueError(f"its options {added} are not those of {kind}, and {missing} are missing")
 
 
-def place(level: Level, values: Mapping[str, Tensor]) -> None:
+def set_values(level: Level, values: Mapping[str, Tensor]) -> None:
     """Put ``values`` into the variables, for a step that starts from another point."""
     torch._foreach_copy_([tensor.data for tensor in level.tensors], [values[name] for name in level.names])
 
 
-def hand_over(level: Level, direction: Vector) -> None:
+def step_along(level: Level, direction: Tensors) -> None:
     """What a training loop does: zero_grad, fill ``.grad``, step. Stale gradients of frozen parameters go too.
 
     By hand, as ``zero_grad`` of optimizers outside torch need not know ``set_to_none``.
@@ -109,6 +110,6 @@ def hand_over(level: Level, direction: Vector) -> None:
     for group in level.optimizer.param_groups:
         for tensor in group["params"]:
             tensor.grad = None
-    for tensor, part in zip(level.tensors, own_memory(direction), strict=True):
+    for tensor, part in zip(level.tensors, without_aliasing(direction), strict=True):
         tensor.grad = part
     level.optimizer.step()

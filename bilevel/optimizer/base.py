@@ -1,59 +1,34 @@
-"""``BilevelOptimizer``: the state, the checks and the torch optimizers around a method's mathematics."""
+"""``BilevelOptimizer``: a method, and the torch optimizers that move the variables along its directions."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from abc import ABC
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, ClassVar, Generic, Literal, Required, TypedDict, TypeVar
+from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
-
-from ..checks.check_directions import Check, loss_claims
-from ..checks.claims import Claim, Unknown
+from ..batches import MISSING, sorted_batches
 from ..compiler import eager
-from ..directions import Directions, Reduction, S, T
-from ..errors import choice, message
-from ..evaluation.losses import MISSING
-from ..evaluation.oracle import Evaluator, Oracle
-from ..evaluation.replay import Policy
-from ..evaluation.verification import Verify
-from ..levels import Level, Variables, check_disjoint
-from ..settings import Fixed, Setting, chosen
-from ..vectors import Vector, own_memory, squared_norm
+from ..directions import Directions, S, T
+from ..errors import message
+from ..evaluation.oracle import Oracle
+from ..levels import check_disjoint
 from ..wrappers import unwrapped, warn_of_processes
-from .apply import are_finite, check_groups, check_state, checked, hand_over, match, place
-from .hooks import HookWatch
-from .method_state import LevelState, MethodState, Remembered, ScalarState
+from .checkpoint import Parts, load, saved
+from .method import Common, Method
+from .moves import Moved, Moves, SkippedStep
 
-OnNonFinite = Literal["raise", "skip", "ignore"]
-Losses = Callable[..., Any]
-E = TypeVar("E", bound=Remembered[Any])
+__all__ = ["BilevelOptimizer", "Common"]
 
 
-class Common(TypedDict, total=False):
-    """The keyword arguments that every method passes on to :class:`BilevelOptimizer`, which documents them."""
-
-    upper: Required[Variables]
-    lower: Required[Variables]
-    upper_optimizer: Required[torch.optim.Optimizer]
-    lower_optimizer: Required[torch.optim.Optimizer]
-    on_nonfinite: OnNonFinite
-    other: nn.Module | Iterable[nn.Module]
-    upper_buffers: Policy
-    lower_buffers: Policy
-    verify: Verify
-
-
-class BilevelOptimizer(ABC, Generic[S]):
+class BilevelOptimizer(Method[S], ABC):
     """Moves upper variables ``alpha`` to lower ``F(w, alpha)`` where ``w`` (approximately) minimises ``G(w, alpha)``.
 
-    A method is a subclass that answers :meth:`_answer`: it looks at the two losses around the current point and
-    returns directions for both levels. Everything else (which tensors, where closures are evaluated, what may change,
-    the torch optimizers, checkpoints) is here.
+    A method is a subclass with :meth:`compute`: it asks an oracle about the two losses around the current point and
+    answers with directions. Everything else (which tensors, where closures are evaluated, what may change, the torch
+    optimizers, checkpoints) is here. "Write your own method" in the docs builds one.
 
     Args:
         upper_loss: F, a closure that takes the upper batch and returns a scalar tensor or ``(scalar, aux)``.
@@ -76,65 +51,6 @@ class BilevelOptimizer(ABC, Generic[S]):
             no loss beyond the documented number.
     """
 
-    follows_maximize: ClassVar[bool] = False  # whether a lower optimizer may walk uphill
-    on_nonfinite = Setting[OnNonFinite](chosen("raise", "skip", "ignore"))
-    upper_loss, lower_loss, upper, lower, other = Fixed[Any](), Fixed[Any](), Fixed[Any](), Fixed[Any](), Fixed[Any]()
-    upper_buffers, lower_buffers = Fixed[Any](), Fixed[Any]()
-    verify = Setting[Verify](chosen("auto", "always", "never"))
-    _after_failure = "nothing was moved"
-    _ignores_clipping: str | None = None  # what a clip on the lower optimizer makes wrong, said once it acts
-
-    def __init__(
-        self,
-        upper_loss: Losses,
-        lower_loss: Losses,
-        *,
-        upper: Variables,
-        lower: Variables,
-        upper_optimizer: torch.optim.Optimizer,
-        lower_optimizer: torch.optim.Optimizer,
-        on_nonfinite: OnNonFinite = "raise",
-        other: nn.Module | Iterable[nn.Module] = (),
-        upper_buffers: Policy = "once",
-        lower_buffers: Policy = "once",
-        verify: Verify = "auto",
-    ) -> None:
-        owner = type(self).__name__
-        self.on_nonfinite = on_nonfinite
-        self.verify = verify
-        for argument, policy in (("upper_buffers", upper_buffers), ("lower_buffers", lower_buffers)):
-            choice(owner, argument, policy, ("once", "every", "never"))
-        self._upper = Level(owner, "upper", upper, upper_optimizer)
-        self._lower = Level(owner, "lower", lower, lower_optimizer, may_maximize=self.follows_maximize)
-        check_disjoint(self._upper, self._lower)
-        extra = [other] if isinstance(other, nn.Module) or not isinstance(other, Iterable) else list(other)
-        for item in extra:
-            if not isinstance(item, nn.Module):
-                advice = "must be modules. Tensors need no mention: nothing moves them."
-                raise TypeError(message(owner, "other", type(item).__name__, advice))
-        modules: list[tuple[nn.Module, Policy]] = [(module, lower_buffers) for module in self._lower.modules]
-        modules += [(module, upper_buffers) for module in self._upper.modules]
-        modules += [(module, "once") for module in extra]
-        self._evaluator = Evaluator(owner, upper_loss, lower_loss, self._upper, self._lower, modules, verify)
-        self._state = MethodState()
-        self._warned_of_processes = False
-        self._hooks = HookWatch(owner, self._lower)
-
-    @property
-    def upper_optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimizer of the upper level, as it was passed."""
-        return self._upper.optimizer
-
-    @property
-    def lower_optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimizer of the lower level, as it was passed."""
-        return self._lower.optimizer
-
-    @property
-    def lower_batches(self) -> int:
-        """How many lower batches :meth:`step` takes, if not a single one."""
-        return 1
-
     @eager
     def step(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING) -> S:
         """Take one step: directions at the current point, handed to the two torch optimizers.
@@ -153,8 +69,12 @@ class BilevelOptimizer(ABC, Generic[S]):
             ClosureError: A loss broke its contract; nothing changed.
             NonFiniteError: Under ``on_nonfinite="raise"``; nothing changed.
         """
-        with self._oracle(batches, upper, lower) as oracle:
-            return self._step(oracle)
+        with self._oracle(batches, upper, lower) as oracle, self._moving(oracle) as moves:
+            try:
+                return self.order.step(self.compute, oracle, moves)
+            except SkippedStep as bad:
+                moves.undo()
+                return cast(S, self.stats_class.unknown(bad.loss))
 
     @eager
     def directions(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING) -> Directions[S]:
@@ -163,9 +83,8 @@ class BilevelOptimizer(ABC, Generic[S]):
         Parameters, buffers, ``.grad``, optimizer state, random state, ``requires_grad`` and training flags are as
         before, bit for bit.
         """
-        with self._oracle(batches, upper, lower) as oracle:
-            answer = self._answer(oracle)
-            oracle.replay.undo()
+        with self._oracle(batches, upper, lower) as oracle, self._looking(oracle):
+            answer = self.compute(oracle)
             return replace(answer, mark=self._state.mark())
 
     @eager
@@ -196,7 +115,7 @@ class BilevelOptimizer(ABC, Generic[S]):
             lower={name: d.clone() for name, d in directions.lower.items()},
             state=deepcopy(dict(directions.state)),
         )
-        return self._move(own, None)
+        return Moves(self._moved(), None).apply(own)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state of both torch optimizers and of the method; modules are saved by their own
@@ -204,14 +123,7 @@ class BilevelOptimizer(ABC, Generic[S]):
 
         Unlike torch's, it shares no tensor with the running optimizers: later steps leave it as it is.
         """
-        return {
-            "format": 1,
-            "method": type(self).__name__,
-            "upper_optimizer": deepcopy(self._upper.optimizer.state_dict()),
-            "lower_optimizer": deepcopy(self._lower.optimizer.state_dict()),
-            "state": self._state.copy(),
-            "verification": self._evaluator.verification.state(),
-        }
+        return saved(self._parts())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; a state that does not fit is refused and changes nothing.
@@ -219,130 +131,63 @@ class BilevelOptimizer(ABC, Generic[S]):
         Raises:
             ValueError: The state is of another method, of a newer format, or does not fit the optimizers.
         """
-        owner = f"{type(self).__name__}.load_state_dict"
-        expected = {"format", "method", "upper_optimizer", "lower_optimizer", "state", "verification"}
-        if not isinstance(state_dict, Mapping) or set(state_dict) != expected:
-            found = sorted(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
-            advice = f"must have the keys {sorted(expected)}. A module's state? Pass the result of state_dict()."
-            raise ValueError(message(owner, "state_dict", found, advice))
-        if state_dict["format"] != 1:
-            advice = "is a format that this version of bilevel does not know. Update bilevel."
-            raise ValueError(message(owner, "format", state_dict["format"], advice))
-        if state_dict["method"] != type(self).__name__:
-            advice = f"is the state of another method; this optimizer is {type(self).__name__}."
-            raise ValueError(message(owner, "method", state_dict["method"], advice))
+        load(self._parts(), state_dict)
+
+    def _parts(self) -> Parts:
+        return Parts(type(self).__name__, self._upper, self._lower, self._state, self._evaluator.verification)
+
+    def _moved(self) -> Moved:
+        return Moved(
+            type(self).__name__,
+            self._upper,
+            self._lower,
+            self._state,
+            self._hooks,
+            self.on_nonfinite,
+            self.atomic,
+            self.ignores_clipping,
+        )
+
+    @contextmanager
+    def _moving(self, oracle: Oracle) -> Iterator[Moves]:
+        """Let a step move the variables; what it moved is taken back if it fails."""
+        oracle.moves = moves = Moves(self._moved(), oracle.replay)
         try:
-            state = self._state.fitted(deepcopy(state_dict["state"]), complete=True)
-        except Exception as error:
-            advice = f"does not fit ({error}). Name and shape the variables as they were when the state was saved."
-            raise ValueError(message(owner, "state", "...", advice)) from error
-        before = [(level.optimizer, level.optimizer.state_dict()) for level in (self._upper, self._lower)]
+            yield moves
+        except BaseException:
+            moves.undo()
+            raise
+
+    @contextmanager
+    def _looking(self, oracle: Oracle) -> Iterator[None]:
+        """Let the method move what it likes, and take it back."""
+        oracle.moves = moves = Moves(self._moved(), oracle.replay, looking=True)
         try:
-            # Copies, because torch keeps the tensors it is given and would write into the caller's checkpoint.
-            for level in (self._upper, self._lower):
-                loaded = deepcopy(state_dict[f"{level.side}_optimizer"])
-                check_groups(level.optimizer, loaded)
-                level.optimizer.load_state_dict(loaded)
-                check_state(level.optimizer)
-                level.check_direction()
-            self._evaluator.verification.load(state_dict["verification"])
-            self._state.commit(state)
-        except Exception as error:
-            for optimizer, state in before:
-                optimizer.load_state_dict(state)
-            advice = f"does not fit ({error}). Build the torch optimizers as they were when the state was saved."
-            raise ValueError(message(owner, "state_dict", "...", advice)) from error
-
-    @abstractmethod
-    def _answer(self, oracle: Oracle) -> Directions[S]:
-        """Look at the two losses around the current point and answer with directions."""
-
-    def _step(self, oracle: Oracle) -> S:
-        """Move both levels; methods that move them one after the other have an order of their own."""
-        return self._move(self._answer(oracle), oracle)
-
-    def _claims(self, check: Check) -> Generator[Claim, None, None]:
-        """What ``check_directions`` compares, one by one; a method adds what its directions should be.
-
-        Without that, the gradients of both losses are compared, and the directions are said to have no verdict.
-        """
-        with check.oracle() as oracle:
-            directions, lower, upper = self._answer(oracle), oracle.lower(), oracle.upper()
-        with check.plain() as plain:
-            plain.lower_value()  # the lower loss first, as in a step
-            yield from loss_claims(check, plain, upper, lower)
-        size = float(squared_norm([*directions.upper.values(), *directions.lower.values()]).sqrt())
-        yield Unknown("directions", size, f"{type(self).__name__} does not say what they should be compared with.")
-
-    def _levels(self) -> tuple[Level, Level]:
-        return self._upper, self._lower
-
-    def _all_modules(self) -> list[nn.Module]:
-        return [module for module, _ in self._evaluator.modules]
-
-    def upper_state(self, name: str, reduction: Reduction | None = None) -> LevelState:
-        """Declare tensors like the upper variables that the method remembers; at first there are none.
-
-        Args:
-            name: Their name in ``Directions.state`` and in ``state_dict``.
-            reduction: ``"mean"`` if :meth:`Directions.mean` may average them over tasks; None: it refuses.
-        """
-        return self._declared(LevelState(name, self._upper, reduction))
-
-    def lower_state(self, name: str, reduction: Reduction | None = None) -> LevelState:
-        """Declare tensors like the lower variables; see :meth:`upper_state`."""
-        return self._declared(LevelState(name, self._lower, reduction))
-
-    def scalar_state(self, name: str, start: int = 0, reduction: Reduction | None = "same") -> ScalarState:
-        """Declare an integer, such as a counter; ``"same"``: tasks that are averaged must agree on it."""
-        return self._declared(ScalarState(name, start, reduction))
-
-    def _declared(self, entry: E) -> E:
-        self._state.declare(entry)
-        return entry
-
-    def _named(self, upper: Vector, lower: Vector) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Name the tensors of two vectors, leaving out variables without direction."""
-        named_upper = {n: d for n, d in zip(self._upper.names, own_memory(upper), strict=True) if d is not None}
-        named_lower = {n: d for n, d in zip(self._lower.names, own_memory(lower), strict=True) if d is not None}
-        return named_upper, named_lower
+            yield
+        finally:
+            moves.undo()
+            oracle.replay.undo()
 
     @contextmanager
     def _oracle(
-        self, batches: Sequence[Any], upper: Any = MISSING, lower: Any = MISSING, *, verifies: bool = True
+        self,
+        batches: Sequence[Any],
+        upper: Any = MISSING,
+        lower: Any = MISSING,
+        *,
+        kind: type[Oracle] = Oracle,
+        verifies: bool = True,
     ) -> Iterator[Oracle]:
-        upper_batch, lower_batches = self._sort_batches(batches, upper, lower)
+        owner = type(self).__name__
+        uppers, lowers = sorted_batches(f"{owner}.step", batches, upper, lower, self.lower_batches)
         self._refresh()
         if not self._warned_of_processes:
             self._warned_of_processes = True
-            warn_of_processes(type(self).__name__)
+            warn_of_processes(owner)
         self._evaluator.verification.mode = self.verify
-        looking = self._evaluator.oracle(upper_batch, lower_batches, verifies=verifies)
-        with looking as oracle, unwrapped(type(self).__name__):
+        looking = self._evaluator.oracle(uppers, lowers, kind=kind, verifies=verifies)
+        with looking as oracle, unwrapped(owner):
             yield oracle
-
-    def _sort_batches(self, batches: Sequence[Any], upper: Any, lower: Any) -> tuple[Any, list[Any]]:
-        owner = f"{type(self).__name__}.step"
-        rest = list(batches)
-        if upper is not MISSING and rest:
-            raise TypeError(
-                f"{owner}: got upper= and {len(rest)} positional batch(es). Pass them by position or by name."
-            )
-        upper_batch = rest.pop(0) if rest else upper
-        if lower is not MISSING and rest:
-            raise TypeError(f"{owner}: got lower= and {len(rest)} positional lower batch(es). Pass lower batches once.")
-        lower_batches = rest if lower is MISSING else [lower]
-        expected = self.lower_batches
-        if len(lower_batches) not in (0, 1, expected):
-            allowed = (
-                "1 lower batch"
-                if expected == 1
-                else f"1 lower batch for all inner steps or exactly {expected}, one each"
-            )
-            raise TypeError(
-                f"{owner}: got {len(lower_batches)} lower batches, expected {allowed} (inner_steps={expected})."
-            )
-        return upper_batch, lower_batches
 
     def _refresh(self) -> None:
         """Pick up variables that were frozen, unfrozen or added to an optimizer since the last step, or refuse them."""
@@ -351,37 +196,3 @@ class BilevelOptimizer(ABC, Generic[S]):
                 self._evaluator.forget_checks()
         # Each time: what was refused once must not pass the next time, when it is no longer a change.
         check_disjoint(self._upper, self._lower)
-
-    def _hand_to_lower(self, direction: Vector) -> None:
-        """Take a real lower step, and say once if hooks make it another one than this method thinks."""
-        if self.on_nonfinite == "ignore" and any(x.device.type != "cpu" for x in self._lower.tensors):
-            # Nothing may be read back from the device.
-            hand_over(self._lower, direction)
-            return
-        with self._hooks(direction, self._ignores_clipping):
-            hand_over(self._lower, direction)
-
-    def _are_finite(self, checks: Mapping[str, Vector]) -> bool:
-        """Apply ``on_nonfinite`` to the named vectors; False means that the step is to be skipped."""
-        if self.on_nonfinite == "ignore":
-            return True
-        return are_finite(type(self).__name__, checks, self.on_nonfinite == "raise", self._after_failure)
-
-    def _move(self, directions: Directions[T], oracle: Oracle | None) -> T:
-        """Hand directions to the torch optimizers, if they are finite, and remember their state."""
-        owner = type(self).__name__
-        upper = match(owner, self._upper, directions.upper)
-        lower = match(owner, self._lower, directions.lower)
-        state = self._state.fitted(directions.state)
-        if not self._are_finite(checked(directions)):
-            if oracle is not None:
-                oracle.replay.undo_buffers()
-            return replace(directions.stats, upper_moved=False, skipped=True)
-        if directions.start is not None:
-            place(self._lower, directions.start)
-        if directions.upper:
-            hand_over(self._upper, upper)
-        if directions.lower:
-            self._hand_to_lower(lower)
-        self._state.commit(state)
-        return replace(directions.stats, upper_moved=bool(directions.upper))

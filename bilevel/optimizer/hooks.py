@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..evaluation.verification import on_host
 from ..levels import Level
-from ..vectors import Vector
+from ..vectors import Tensors
 
 PROJECTED = (
     "a post-step hook of the lower optimizer moved the lower variables (clamping?). Such a projection is unknown to "
@@ -27,7 +27,7 @@ PROJECTED = (
 CLIPPED = "a pre-step hook of the lower optimizer changed the gradient (clipping?), which {} Clip inside the loss, {}."
 VIRTUAL = CLIPPED.format(
     "virtual steps do not follow: they are as long as the gradient before it, maybe many times too long.",
-    "give the virtual step a rate of its own (inner_lr=), lower the rate, or take real steps (Unrolled(restore=False))",
+    "give the virtual step a rate of its own (inner_lr=), lower the rate, or take real steps (Unrolled(virtual=False))",
 )
 ONLY_REAL = CLIPPED.format("the real steps follow and the derivative does not.", "or lower the rate")
 # On a device that must not be waited for, what was found is read at these steps only, as a look would.
@@ -44,7 +44,7 @@ class HookWatch:
         self._steps = 0
 
     @contextmanager
-    def __call__(self, direction: Vector, clipped: str | None) -> Iterator[None]:
+    def __call__(self, direction: Tensors, clipped: str | None) -> Iterator[None]:
         """Surround one step along ``direction``; ``clipped`` is what a clip makes wrong, None if nothing."""
         optimizer = self._level.optimizer
         before = clipped is not None and "clipped" not in self._said and bool(optimizer._optimizer_step_pre_hooks)
@@ -77,7 +77,7 @@ class HookWatch:
             self._note("projected", stepped, self._level.tensors)
         self._report({"clipped": clipped or "", "projected": PROJECTED})
 
-    def _note(self, kind: str, old: Vector, new: Vector) -> None:
+    def _note(self, kind: str, old: Tensors, new: Tensors) -> None:
         """Remember, on the device, whether anything differs; NaN is another error's business."""
         for a, b in zip(old, new, strict=True):
             if a is None:

@@ -7,84 +7,183 @@ Only moving commits them: looking twice remembers nothing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar, cast
 
+import torch
 from torch import Tensor
 
-from ..directions import Directions, Mark, NamedTensors, Reduction, StateValue
+from ..directions import Directions, Mark, NamedTensors, Reduction, Rows
 from ..levels import Level
 from ..vectors import Vector
 
-V = TypeVar("V", bound=StateValue)
+V = TypeVar("V", bound=NamedTensors | int)
+StateStart = Literal["nothing", "zeros", "variables"]
 
 
 class Remembered(ABC, Generic[V]):
-    """One value of a method's state; it is replaced, never written into."""
+    """One value of a method's state; it is replaced, never written into (a table's rows apart)."""
 
     def __init__(self, name: str, start: V, reduction: Reduction | None) -> None:
         self.name = name
         self.reduction = reduction
-        self.value = start
+        self.stored = start
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was remembered yet."""
+        return bool(self.stored)
 
     def saved(self) -> V:
-        """Return the value as a checkpoint needs it."""
-        return self.value
+        """Return what is stored as a checkpoint needs it."""
+        return self.stored
+
+    def commit(self, value: Any) -> None:
+        """Replace what is stored by what :meth:`fitted` returned."""
+        self.stored = value
 
     @abstractmethod
-    def fitted(self, value: Any) -> V:
+    def fitted(self, value: Any) -> Any:
         """Return ``value`` where it belongs (device, dtype), or raise ValueError if it does not fit."""
+
+    def loaded(self, value: Any) -> V:
+        """The same for what :meth:`saved` returned."""
+        found: V = self.fitted(value)
+        return found
 
 
 class LevelState(Remembered[NamedTensors]):
-    """Tensors named and shaped like variables of a level; a variable may be without one."""
+    """Tensors named and shaped like the variables of a level.
 
-    def __init__(self, name: str, level: Level, reduction: Reduction | None) -> None:
+    Attributes:
+        value: What is remembered, as a vector. What is not known yet is as ``start`` says.
+    """
+
+    def __init__(self, name: str, level: Level, start: StateStart, reduction: Reduction | None) -> None:
         super().__init__(name, {}, reduction)
-        self._level = level
+        self._level, self._start = level, start
 
-    def vector(self) -> Vector:
-        """Return the tensors in the order of the level's variables."""
-        return [self.value.get(name) for name in self._level.names]
+    @property
+    def value(self) -> Vector:
+        variables = zip(self._level.names, self._level.tensors, strict=True)
+        return Vector((self.stored.get(n, self._beginning(x)) for n, x in variables), self._level.names)
 
     def saved(self) -> NamedTensors:
         """Without variables that were frozen since: an optimizer that is built anew does not know them."""
         names = set(self._level.trainable())
-        return {name: x for name, x in self.value.items() if name in names}
+        return {name: x for name, x in self.stored.items() if name in names}
 
     def of(self, directions: Directions[Any]) -> Vector:
-        """Return the tensors that ``directions`` would commit, in the order of the level's variables."""
+        """Return the tensors that ``directions`` would commit."""
         value = directions.state.get(self.name, {})
-        return [value.get(name) for name in self._level.names] if isinstance(value, Mapping) else []
-
-    def named(self, vector: Vector) -> NamedTensors:
-        """Name a vector of the level, for ``Directions.state``."""
-        return {name: x.detach() for name, x in zip(self._level.names, vector, strict=True) if x is not None}
+        named: Any = value if isinstance(value, Mapping) else {}
+        return Vector((named.get(name) for name in self._level.names), self._level.names)
 
     def fitted(self, value: Any) -> NamedTensors:
         if not isinstance(value, Mapping):
             raise ValueError(f"the state {self.name} is a {type(value).__name__}, expected tensors by name")
-        variables = dict(zip(self._level.names, self._level.tensors, strict=True))
-        for name, x in value.items():
-            if name not in variables:
-                raise ValueError(f"the state {self.name} names {name}, which is no {self._level.side} variable")
-            expected = tuple(variables[name].shape)
-            if not isinstance(x, Tensor) or not x.is_floating_point():
-                kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(f"the state {self.name} of {name} is {kind}, expected a floating-point tensor")
-            if tuple(x.shape) != expected:
-                raise ValueError(f"the state {self.name} of {name} has shape {tuple(x.shape)}, expected {expected}")
-        return {name: x.to(variables[name].device, variables[name].dtype) for name, x in value.items()}
+        return _fitted(f"the state {self.name}", value, self._level)
+
+    def _beginning(self, variable: Tensor) -> Tensor | None:
+        if self._start == "nothing":
+            return None
+        return variable.detach().clone() if self._start == "variables" else torch.zeros_like(variable)
 
 
 class ScalarState(Remembered[int]):
-    """An integer, such as a counter."""
+    """An integer, such as a counter.
+
+    Attributes:
+        value: The integer.
+    """
+
+    @property
+    def value(self) -> int:
+        return self.stored
 
     def fitted(self, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"the state {self.name} is {value!r}, expected an integer >= 0")
         return value
+
+
+class TableState(Remembered[NamedTensors]):
+    """A row like the variables of a level for each batch of a data set: the memory of variance reduction.
+
+    Rows that were never written are zero. ``Directions.state`` names the rows that a step writes: ``{index: vector}``.
+    Memory: ``rows`` copies of the level, made at the first write.
+    """
+
+    def __init__(self, name: str, level: Level, rows: int) -> None:
+        super().__init__(name, {}, None)
+        self._level, self.rows = level, rows
+
+    def __getitem__(self, index: int) -> Vector:
+        """Return a row; not a copy, so read it before the step that writes it is over."""
+        self._check_index(index)
+        variables = zip(self._level.names, self._level.tensors, strict=True)
+        found = (self.stored[n][index] if n in self.stored else torch.zeros_like(x) for n, x in variables)
+        return Vector(found, self._level.names)
+
+    def mean(self) -> Vector:
+        """Return the mean of all rows; it costs a pass over the table."""
+        variables = zip(self._level.names, self._level.tensors, strict=True)
+        found = (self.stored[n].mean(0) if n in self.stored else torch.zeros_like(x) for n, x in variables)
+        return Vector(found, self._level.names)
+
+    def saved(self) -> NamedTensors:
+        names = set(self._level.trainable())
+        return {name: x for name, x in self.stored.items() if name in names}
+
+    def commit(self, value: Rows | NamedTensors) -> None:
+        """Write rows, or put a whole table in the place of this one."""
+        if all(isinstance(key, str) for key in value):
+            self.stored = cast(NamedTensors, value)
+            return
+        variables = dict(zip(self._level.names, self._level.tensors, strict=True))
+        table = dict(self.stored)
+        for index, row in cast(Rows, value).items():
+            for name, x in row.items():
+                if name not in table:
+                    table[name] = variables[name].detach().new_zeros((self.rows, *x.shape))
+                table[name][index] = x
+        self.stored = table
+
+    def fitted(self, value: Any) -> Rows:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"the state {self.name} is a {type(value).__name__}, expected rows by number")
+        for index in value:
+            self._check_index(index)
+        what = f"the state {self.name}, row"
+        return {index: _fitted(f"{what} {index}", row, self._level) for index, row in value.items()}
+
+    def loaded(self, value: Any) -> NamedTensors:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"the state {self.name} is a {type(value).__name__}, expected tensors by name")
+        return _fitted(f"the state {self.name}", value, self._level, self.rows)
+
+    def overwritten(self, rows: Iterable[int]) -> Rows:
+        """Return copies of rows, to undo that they are written."""
+        return {index: self[index].clone().named() for index in rows}
+
+    def _check_index(self, index: Any) -> None:
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < self.rows:
+            raise ValueError(f"the state {self.name} has the rows 0 to {self.rows - 1}, got {index!r}")
+
+
+def _fitted(what: str, value: NamedTensors, level: Level, *leading: int) -> NamedTensors:
+    variables = dict(zip(level.names, level.tensors, strict=True))
+    for name, x in value.items():
+        if name not in variables:
+            raise ValueError(f"{what} names {name}, which is no {level.side} variable")
+        expected = (*leading, *variables[name].shape)
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{what} of {name} is {kind}, expected a floating-point tensor")
+        if tuple(x.shape) != expected:
+            raise ValueError(f"{what} of {name} has shape {tuple(x.shape)}, expected {expected}")
+    return {name: x.to(variables[name].device, variables[name].dtype) for name, x in value.items()}
 
 
 class MethodState:
@@ -95,6 +194,8 @@ class MethodState:
         self._version = 0
 
     def declare(self, entry: Remembered[Any]) -> None:
+        if entry.name in self._entries:
+            raise ValueError(f"the state {entry.name} is declared twice. Give each its own name.")
         self._entries[entry.name] = entry
 
     def mark(self) -> Mark:
@@ -105,30 +206,43 @@ class MethodState:
         """Whether the state moved since ``mark``, or is that of another optimizer."""
         return mark is not None and (mark.owner, mark.version) != (id(self), self._version)
 
-    def fitted(self, values: Mapping[str, Any], *, complete: bool = False) -> dict[str, Any]:
-        """Return ``values`` checked and cast, without a change; ``complete``: every declared one must be there."""
-        unknown = sorted(set(values) - set(self._entries))
-        missing = sorted(set(self._entries) - set(values)) if complete else []
-        if unknown or missing:
-            raise ValueError(f"the method's state is {sorted(self._entries)}, got {sorted(values)}")
+    def fitted(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return new ``values`` checked and cast, without a change."""
+        self._check_names(values, complete=False)
         return {name: self._entries[name].fitted(value) for name, value in values.items()}
 
-    def commit(self, values: Mapping[str, Any]) -> None:
-        """Replace what ``values`` name."""
-        for name, value in self.fitted(values).items():
-            self._entries[name].value = value
+    def loaded(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The same for what :meth:`copy` returned: every declared one must be there."""
+        self._check_names(values, complete=True)
+        return {name: self._entries[name].loaded(value) for name, value in values.items()}
+
+    def commit(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Replace what ``values`` name; return what undoes it."""
+        before = {name: self._entries[name].stored for name in values}
+        for name, value in values.items():
+            entry = self._entries[name]
+            if isinstance(entry, TableState) and not all(isinstance(key, str) for key in value):
+                before[name] = entry.overwritten(value)
+            entry.commit(value)
         self._version += bool(values)
+        return before
 
     def put_back(self, values: Mapping[str, Any]) -> None:
-        """Undo commits since :meth:`values` returned ``values``."""
+        """Undo a commit, from what it returned."""
         for name, value in values.items():
-            self._entries[name].value = value
-        self._version += 1
+            self._entries[name].commit(value)
+        self._version += bool(values)
 
-    def values(self) -> dict[str, Any]:
-        """Return all values by name; tensors are shared, and never written."""
-        return {name: entry.value for name, entry in self._entries.items()}
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors that are remembered."""
+        return [x for e in self._entries.values() if isinstance(e.stored, Mapping) for x in e.stored.values()]
 
     def copy(self) -> dict[str, Any]:
         found = {name: entry.saved() for name, entry in self._entries.items()}
         return deepcopy({name: dict(v) if isinstance(v, Mapping) else v for name, v in found.items()})
+
+    def _check_names(self, values: Mapping[str, Any], *, complete: bool) -> None:
+        unknown = sorted(set(values) - set(self._entries))
+        missing = sorted(set(self._entries) - set(values)) if complete else []
+        if unknown or missing:
+            raise ValueError(f"the method's state is {sorted(self._entries)}, got {sorted(values)}")

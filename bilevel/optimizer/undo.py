@@ -20,15 +20,12 @@ class Saved:
     """
 
     def __init__(self, levels: Iterable[Level]) -> None:
-        self._levels = [_SavedLevel(level) for level in levels]
-
-    def add(self, level: Level) -> None:
-        """Copy one more level, right before it moves."""
-        self._levels.append(_SavedLevel(level))
+        self.levels = list(levels)
+        self._copies = [_SavedLevel(level) for level in self.levels]
 
     def restore(self) -> None:
         """Put everything back, bit for bit, into the tensors that held it."""
-        for level in self._levels:
+        for level in self._copies:
             level.restore()
 
 

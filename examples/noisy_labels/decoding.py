@@ -31,6 +31,12 @@ def bayes(predicted: Tensor, transition: Tensor, given: Tensor) -> Tensor:
     return joint / joint.sum(1, keepdim=True).clamp_min(torch.finfo(joint.dtype).tiny)
 
 
+def blend(predicted: Tensor, given: Tensor, belief: Tensor) -> Tensor:
+    """Return belief * onehot(given) + (1 - belief) * predicted: one row an image, each with a belief of its own."""
+    share = belief.to(predicted).unsqueeze(1)
+    return ((1 - share) * predicted).scatter_add(1, given.unsqueeze(1), share)
+
+
 def transition_on_trusted(predicted: Tensor, labels: Tensor) -> Tensor:
     """Return T from what a classifier trained on noisy labels predicts on trusted images of every class."""
     of_class = torch.zeros_like(predicted[:1]).repeat(predicted.shape[1], 1).index_add_(0, labels, predicted)

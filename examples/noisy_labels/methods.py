@@ -16,6 +16,18 @@ With one:
 - ``ebomlc-released``: what the authors' released code computes, with the clean gradient as a gradient (the code
   flips its sign, scales it by the learning rate and adds the momentum buffer to it).
 - ``mlc-d``: MLC by plain BOME: rho = 1, no damping, several look-ahead steps on one batch.
+- ``mlc``: Meta Label Correction, as in its code; see meta_label_correction.py.
+- ``emlc``: Enhanced Meta Label Correction: a teacher with a gate, five lower steps for an upper one;
+  ``emlc-one-step``: the same with one; see enhanced_label_correction.py.
+
+Sample weights from trusted images:
+
+- ``l2rw``: Learning to Reweight: new weights for each batch; see learning_to_reweight.py.
+- ``mwnet``: Meta-Weight-Net: a network from the loss to the weight; see meta_weight_net.py.
+
+Two networks, no trusted images:
+
+- ``coteaching-plus``: Co-teaching+: each learns what the other finds easy; see co_teaching.py.
 
 ``docs/examples/paper_and_code.md`` says what is printed, what the code does, and how these differ from both.
 """
@@ -29,14 +41,15 @@ PRINTED: dict[str, Any] = {
     "delta": 0.25,
     "rho": 0.2,
     "value_gradient": "value_function",
-    "step_from": "outer",
-    "inner_step": "plain",
+    "step_from": "current",
+    "inner_step": "gradient",
     "mixture": "probability",
     "features": "held",
     "mix_clean": 0.0,
     "corrector": "mlc",
     "buffers": "once",
     "clean_weight": 1.0,
+    "inner_steps": 5,
 }
 EACH_COUNTS_ONCE = PRINTED | {"clean_weight": 0.03}  # about the trusted images' share
 
@@ -52,8 +65,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ebomlc-released": PRINTED
     | {
         "value_gradient": "difference",
-        "step_from": "inner",
-        "inner_step": "preview",
+        "step_from": "lookahead",
+        "inner_step": "optimizer",
         "mixture": "code",
         "features": "recomputed",
         "mix_clean": 0.5,
@@ -62,4 +75,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "clean_weight": 1.0,
     },
     "mlc-d": PRINTED | {"delta": 0.5, "rho": 1.0},  # delta is not printed for it; the released code has 0.5
+    "mlc": PRINTED | {"rho": 1.0, "inner_steps": 1, "mix_clean": 0.5},
+    "emlc": PRINTED,
+    "emlc-one-step": PRINTED | {"inner_steps": 1},
+    "l2rw": PRINTED,
+    "mwnet": PRINTED,
+    "coteaching-plus": PRINTED,
 }

@@ -14,17 +14,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import bilevel
-from examples.noisy_labels import models
+from examples.noisy_labels import meta_label_correction, models, noise
 from examples.noisy_labels.batches import Batch
+from examples.noisy_labels.co_teaching import CoTeachingPlus
 from examples.noisy_labels.data import Task
+from examples.noisy_labels.enhanced_label_correction import EnhancedLabelCorrection, Teacher
 from examples.noisy_labels.expectation_maximization import ExpectationMaximization
 from examples.noisy_labels.gold_loss_correction import GoldLossCorrection
 from examples.noisy_labels.label_correction import LabelCorrection, split
+from examples.noisy_labels.learning_to_reweight import LearningToReweight
+from examples.noisy_labels.meta_weight_net import MetaWeightNet
 from examples.noisy_labels.mixed import Mixed
 from examples.noisy_labels.precision import mixed_precision
 from examples.noisy_labels.recipe import Recipe, Scalars, decay, descent
 from examples.noisy_labels.released_sign import UpdateForGradient
 from examples.noisy_labels.settings import Settings
+
+NUMBERS = ("upper_loss", "lower_loss", "multiplier", "constraint")  # of a bilevel step, as far as the method has them
 
 
 class Supervised(Recipe):
@@ -73,7 +79,7 @@ class MetaLabelCorrection(Recipe):
     def step(self, noisy: Batch, clean: Batch) -> Scalars:
         upper, joining = split(clean, self.mix_clean)
         stats = self.bilevel.step(upper, (noisy, joining))
-        return {name: getattr(stats, name) for name in ("upper_loss", "lower_loss", "multiplier", "constraint")}
+        return {name: getattr(stats, name) for name in NUMBERS if hasattr(stats, name)}
 
     def correct(self, inputs: Tensor, given: Tensor) -> Tensor:
         probabilities: Tensor = self.corrected(self.classify(inputs)[1], given)
@@ -87,7 +93,7 @@ def build(settings: Settings, classes: int, device: torch.device, task: Task | N
         settings: Options.
         classes: Number of labels.
         device: Where the networks shall be.
-        task: The images; only ``em`` and ``glc`` ask for them.
+        task: The images; only some methods ask for them.
     """
     torch.manual_seed(settings.seed)  # first weights are drawn on the CPU, so they are the same on every device
     network = models.classifier(settings.network, classes)
@@ -102,12 +108,22 @@ def build(settings: Settings, classes: int, device: torch.device, task: Task | N
             return Supervised(settings, network, noisy=True, clean=True)
         case "ce-mixed":
             return Mixed(settings, network)
-        case "em" | "glc":
+        case "em" | "glc" | "coteaching-plus" | "dividemix":
             if task is None:
-                raise ValueError(f"build(task=None): {settings.method} estimates T on the images. Hand it the task.")
+                raise ValueError(f"build(task=None): {settings.method} has to know the images. Hand it the task.")
             if settings.method == "em":
                 return ExpectationMaximization(settings, network, classes, len(task.noisy))
-            return GoldLossCorrection(settings, network, task)
+            if settings.method == "glc":
+                return GoldLossCorrection(settings, network, task)
+            second = models.classifier(settings.network, classes).to(device)
+            return CoTeachingPlus(settings, network, second, noise.realised_rate(task.true, task.given))
+        case "emlc" | "emlc-one-step":
+            teacher = Teacher(models.classifier(settings.network, classes), network.features, classes).to(device)
+            return EnhancedLabelCorrection(settings, network, teacher)
+        case "l2rw":
+            return LearningToReweight(settings, network)
+        case "mwnet":
+            return MetaWeightNet(settings, network)
     return MetaLabelCorrection(settings, network, corrector)
 
 
@@ -117,7 +133,7 @@ def bilevel_optimizer(
     corrector: nn.Module,
     upper: torch.optim.Optimizer,
     lower: torch.optim.SGD,
-) -> bilevel.BOME | bilevel.EBOMLC:
+) -> bilevel.BOME | bilevel.EBOMLC | bilevel.MLC:
     """Wrap the two losses and the two torch optimizers in the bilevel method that the settings name."""
     losses = LabelCorrection(
         mixed_precision(network, settings.amp),
@@ -134,18 +150,22 @@ def bilevel_optimizer(
     def lower_loss(parts: tuple[Batch, Batch | None]) -> Tensor:
         return losses.lower_loss(*parts)
 
-    options: dict[str, Any] = {
+    common: dict[str, Any] = {
         "upper": corrector,
         "lower": network,
         "upper_optimizer": upper,
         "lower_optimizer": lower,
+        "upper_buffers": settings.buffers,
+        "lower_buffers": settings.buffers,
+        "on_nonfinite": settings.policy(next(network.parameters()).device.type),
+    }
+    if settings.method == "mlc":
+        return meta_label_correction.optimizer(upper_loss, lower_loss, inner_steps=settings.inner_steps, **common)
+    options = common | {
         "value_gradient": settings.value_gradient,
         "step_from": settings.step_from,
         "inner_step": settings.inner_step,
         "multiplier_max": settings.multiplier_max,
-        "upper_buffers": settings.buffers,
-        "lower_buffers": settings.buffers,
-        "on_nonfinite": settings.policy(next(network.parameters()).device.type),
     }
     if settings.method == "mlc-d":
         barrier = bilevel.barrier.GradientNorm(settings.delta)

@@ -27,6 +27,7 @@ NOISE_OF_ONE_DATASET = {
 }
 NETWORKS = ("resnet32", "small", "mlp")
 CLEAN_GRADIENTS = ("gradient", "released")
+CORRUPTIONS = ("none", "random", "adversarial")
 ON_NONFINITE = ("auto", "raise", "ignore")
 GROUPS = {  # first option of a group: its title in --help
     "method": "method, images and labels",
@@ -95,11 +96,17 @@ class Settings:
     value_gradient: str = by_method(
         "value_gradient", "how Q is differentiated in w", ("value_function", "difference", "unrolled")
     )
-    step_from: str = by_method("step_from", "where the step on w starts: at w or at the look-ahead", ("outer", "inner"))
+    step_from: str = by_method("step_from", "where the step on w starts: at w or at the look-ahead", ("current", "lookahead"))
     inner_step: str = by_method(
-        "inner_step", "look-ahead: a gradient step, or SGD's with momentum and weight decay", ("plain", "preview")
+        "inner_step", "look-ahead: a gradient step, or SGD's with momentum and weight decay", ("gradient", "optimizer")
     )
-    inner_steps: int = option(5, "look-ahead steps (mlc-d; ebomlc takes one)", kind=int, within="[1, inf)")
+    inner_steps: int = by_method(
+        "inner_steps",
+        "look-ahead steps (mlc-d; ebomlc takes one); lower steps for an upper one (mlc, emlc)",
+        kind=int,
+        within="[1, inf)",
+    )
+    corruption: str = option("random", "of every second trusted label that the gate is shown (emlc)", CORRUPTIONS)
     multiplier_max: float | None = option(None, "largest multiplier, before xi [none]", kind=float, within="[0, inf)")
     clean_gradient: str = option(
         "gradient", "released: the defect of ebomlc's code, to see what it does; see released_sign.py", CLEAN_GRADIENTS
@@ -261,10 +268,13 @@ DIGITS_BY_METHOD: dict[str, dict[str, Any]] = {
     "ce-clean": {"lr": 0.1, "epochs": 5},
     "ebomlc": {"lr": 0.1, "epochs": 30},
 }
+# With the preset's meta_lr, chosen for ebomlc, the corrector of mlc runs away before the classifier has learned much.
+DIGITS_META_LR = {"mlc": 3e-4}  # as published
 
 
 def preset(name: str, dataset: str, method: str) -> dict[str, Any]:
     """Return the options that a preset sets. The digits have one of their own, whatever the name."""
     if dataset != "digits":
         return PRESETS[name]
-    return PRESETS["digits"] | DIGITS_BY_METHOD.get(method, DIGITS_BY_METHOD["ebomlc"])
+    chosen = PRESETS["digits"] | DIGITS_BY_METHOD.get(method, DIGITS_BY_METHOD["ebomlc"])
+    return chosen | ({"meta_lr": DIGITS_META_LR[method]} if method in DIGITS_META_LR else {})

@@ -35,8 +35,9 @@ class Run:
         for network in self.recipe.networks.values():
             network.to(memory_format=settings.memory_format)  # type: ignore[call-overload]
         self.epochs = self.recipe.phases * settings.epochs
-        self.noisy = self._batches("noisy batches", task.noisy, task.given)
-        self.clean = self._batches("clean batches", task.clean, task.labels[task.clean], settings.corrupt_clean)
+        size = settings.batch_size
+        self.noisy = self._batches("noisy batches", task.noisy, task.given, size * self.recipe.noisy_batches)
+        self.clean = self._batches("clean batches", task.clean, task.labels[task.clean], size, settings.corrupt_clean)
         self.epoch, self.step, self.seconds = 0, 0, 0.0  # completed epochs; steps and seconds within the current one
         self.sums: dict[str, Tensor] = {}
 
@@ -93,8 +94,8 @@ class Run:
         self.epoch, self.step, self.seconds = progress["epoch"], progress["step"], progress["seconds"]
         self.sums = {name: value.to(device) for name, value in progress["sums"].items()}
 
-    def _batches(self, purpose: str, index: Tensor, labels: Tensor, corrupt: float = 0.0) -> Batches:
-        size, seed, augment = self.settings.batch_size, self.settings.seed, self.settings.augment
+    def _batches(self, purpose: str, index: Tensor, labels: Tensor, size: int, corrupt: float = 0.0) -> Batches:
+        seed, augment = self.settings.seed, self.settings.augment
         return Batches(
             self.task, index, labels, size=size, seed=seed, purpose=purpose, augment=augment, corrupt=corrupt
         )

@@ -32,7 +32,8 @@ class WaitedError(AssertionError):
 class Watch(TorchDispatchMode):
     """Refuses every operation that would wait for an accelerator, if its tensors were there.
 
-    Adam's step counters are let through: torch keeps them on the host, whatever the device of the parameters.
+    Adam's step counters are let through: torch keeps them on the host, whatever the device of the parameters. So are
+    copies that name a layout: with one, forward mode makes a tensor of a zero tangent, on the device of the tensor.
     """
 
     READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique", "_unique2", "item")
@@ -45,12 +46,14 @@ class Watch(TorchDispatchMode):
         states = [state for optimizer in optimizers for state in optimizer.state.values()]
         self.counters = {id(state["step"]) for state in states if "step" in state}
         self.operations = 0
+        self.stays = False  # within a call of `to` that names the tensor's own device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
         self.operations += 1
         if id(args[0] if args else None) not in self.counters:
-            if name in self.READS or (name in self.COPIES and kwargs.get("device") is not None):
+            named = kwargs.get("device") is not None and kwargs.get("layout") is None and not self.stays
+            if name in self.READS or (name in self.COPIES and named):
                 raise WaitedError(str(func))
             if name.startswith("index") and any(one is not None and one.dtype == torch.bool for one in _indices(args)):
                 raise WaitedError(f"{func} with a mask")  # its result has as many entries as the mask has ones
@@ -68,7 +71,7 @@ def watched(run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     with monkeypatch.context() as patch:
         for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__"):
             patch.setattr(Tensor, name, _guarded(getattr(Tensor, name), name, watch))
-        patch.setattr(torch.Tensor, "to", _guarded_to(Tensor.to))
+        patch.setattr(torch.Tensor, "to", _guarded_to(Tensor.to, watch))
         with watch:
             yield watch
 
@@ -82,12 +85,18 @@ def _guarded(original: Callable[..., Any], name: str, watch: Watch) -> Callable[
     return guarded
 
 
-def _guarded_to(original: Callable[..., Any]) -> Callable[..., Any]:
+def _guarded_to(original: Callable[..., Any], watch: Watch) -> Callable[..., Any]:
+    """Let a tensor change its dtype on its own device, as long as that is not named by a word."""
+
     def guarded(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         places = [one for one in (*args, kwargs.get("device")) if isinstance(one, torch.device | str)]
-        if places and any(torch.device(one) != self.device for one in places):
+        if any(isinstance(one, str) or one != self.device for one in places):
             raise WaitedError(f"to({places[0]})")
-        return original(self, *args, **kwargs)
+        watch.stays, before = bool(places), watch.stays
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            watch.stays = before
 
     return guarded
 

@@ -15,6 +15,8 @@ if sys.platform == "win32":
 from examples.noisy_labels import checkpoint, files, interruption
 from killing import End, assert_same, log_of, run
 
+pytestmark = pytest.mark.kill
+
 SETTING = ["--dataset", "digits", "--log-interval", "5", "--corrupt-clean", "0.2"]
 SHORT = [*SETTING, "--epochs", "3"]
 LONG = [*SETTING, "--epochs", "12"]

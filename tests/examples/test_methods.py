@@ -38,8 +38,8 @@ def test_every_recipe_decides_the_same_options() -> None:
     "option",
     [
         {"value_gradient": "unrolled"},
-        {"step_from": "inner"},
-        {"inner_step": "preview"},
+        {"step_from": "lookahead"},
+        {"inner_step": "optimizer"},
         {"multiplier_max": 0.3},
     ],
 )
@@ -111,7 +111,7 @@ def test_the_variants_of_the_measured_tables_are_settings(variant: str) -> None:
     arguments = ["--preset", "quick", *noisy_labels_table.VARIANTS[variant]]
     settings = command_line.parse(arguments).settings
     assert variant.startswith(settings.method)
-    assert (settings.step_from == "inner") == ("w1" in variant or "released" in variant)
+    assert (settings.step_from == "lookahead") == ("w1" in variant or "released" in variant)
     assert (settings.delta * settings.xi == 0.125) == ("printed constants" in variant)
 
 

@@ -172,6 +172,7 @@ def assert_same(one: Path, other: Path) -> None:
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.kill
 @pytest.mark.usefixtures("_no_pictures")
 @pytest.mark.parametrize("kind", ["table", "images"])
 def test_a_killed_run_is_resumed_exactly(
@@ -208,6 +209,7 @@ def dying(advance: Advance, steps: int) -> Advance:
     return step
 
 
+@pytest.mark.kill
 @pytest.mark.usefixtures("_no_pictures")
 def test_an_interrupted_run_saves_the_very_step(
     files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -363,6 +363,7 @@ def test_mistakes_on_the_command_line(arguments: list[str], message: str, capsys
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.program
 def test_the_script_can_be_started_by_its_path(tmp_path: Path) -> None:
     script = str(REPOSITORY / "examples" / "noisy_labels" / "own_data.py")
     command = [sys.executable, script, "--table", "nowhere.csv", "--trusted", "t.txt"]

@@ -95,6 +95,7 @@ def test_recovery_counts_what_it_says() -> None:
     assert answer == pytest.approx({"right": 3 / 5, "recovered": 2 / 3, "broken": 1 / 2})
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("start", [["examples/noisy_labels/cifar.py"], ["-m", "examples.noisy_labels.cifar"]])
 def test_script_and_module_say_where_images_can_come_from(start: list[str], tmp_path: Path) -> None:
     done = subprocess.run(

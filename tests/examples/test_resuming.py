@@ -35,7 +35,11 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pictures, name, lambda *_: None)
 
 
-@pytest.mark.parametrize("method", ["ce", "ebomlc", "glc", "em"])
+RESUMED = ["ce", "ebomlc", "glc", "em", "mlc", "emlc-one-step", "l2rw", "mwnet", "coteaching-plus"]
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("method", RESUMED)
 def test_a_killed_run_is_resumed_exactly(
     method: str, cifar10_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +71,7 @@ def dying(advance: Advance, steps: int) -> Advance:
     return step
 
 
+@pytest.mark.kill
 def test_an_interrupted_run_saves_the_very_step(
     cifar10_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,6 +95,7 @@ def test_an_interrupted_run_saves_the_very_step(
     assert_same(whole, broken)
 
 
+@pytest.mark.kill
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals that a program can be sent")
 def test_sigterm_stops_a_process_and_it_can_go_on(tmp_path: Path) -> None:
     command = ["--dataset", "digits", "--epochs", "40", "--log-interval", "1"]
@@ -160,6 +166,7 @@ def test_writing_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     assert [one.name for one in tmp_path.iterdir()] == ["table.csv"]
 
 
+@pytest.mark.kill
 def test_an_early_sigterm_waits_for_the_first_step(
     cifar10_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ def smoke(main: Main, out: Path, picture: str, *more: str) -> dict[str, float]:
     return found
 
 
+@pytest.mark.program
 def test_toys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     distances = smoke(toys.main, tmp_path, "toys.png")
     assert distances["degenerate"] < 1e-4
@@ -50,6 +51,7 @@ def test_both_players_of_the_minimax_toy_spiral_outwards() -> None:
     assert (radius[1:] > radius[:-1]).all()
 
 
+@pytest.mark.program
 def test_hyper_cleaning_lies_between_trusted_only_and_clean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = smoke(hyper_cleaning.main, tmp_path, "thrown_out.png")
     assert found["noisy + upper"] < found["upper only"] < found["BOME"] < found["clean + upper"]
@@ -57,6 +59,7 @@ def test_hyper_cleaning_lies_between_trusted_only_and_clean(tmp_path: Path, caps
     assert "501 of 1097 training labels wrong" in capsys.readouterr().out
 
 
+@pytest.mark.program
 def test_learned_regularisation_beats_the_grid(tmp_path: Path) -> None:
     found = smoke(learned_regularisation.main, tmp_path, "strengths.png")
     assert found["told"] < found["Implicit"] < 0.5 * found["grid"]
@@ -72,6 +75,7 @@ def test_the_closed_form_fit_is_the_minimum() -> None:
     assert gradient.abs().max() < 1e-12
 
 
+@pytest.mark.program
 def test_reweighting_finds_the_right_labels(tmp_path: Path) -> None:
     found = smoke(reweighting.main, tmp_path, "weights.png")
     assert found["distance"] < 1e-12, "weights are the positive parts of the inner products"
@@ -81,6 +85,7 @@ def test_reweighting_finds_the_right_labels(tmp_path: Path) -> None:
     assert min(found["L2RW"], found["MW-Net"]) > found["trusted only"] - 0.02
 
 
+@pytest.mark.program
 def test_maml_adapts_below_the_floor_of_fixed_functions(tmp_path: Path) -> None:
     found = smoke(maml_sinusoids.main, tmp_path, "maml.png")
     assert found["later"] < found["after"] < maml_sinusoids.FLOOR < found["before"]
@@ -136,6 +141,7 @@ def test_fashion_mnist_is_read_as_it_was_written(fashion: Path) -> None:
     assert data.names[9] == "boot"
 
 
+@pytest.mark.program
 def test_hyper_cleaning_on_the_files_of_fashion_mnist(fashion: Path, tmp_path: Path) -> None:
     found = smoke(hyper_cleaning.main, tmp_path / "out", "thrown_out.png", "--data", str(fashion))
     assert found["BOME"] > 0.9, "the classes are easy"

@@ -134,6 +134,7 @@ def test_a_program_that_cannot_start_is_a_failure(tmp_path: Path) -> None:
     assert "missing" in (tmp_path / workers.FAILURES).read_text()
 
 
+@pytest.mark.kill
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals that a program can be sent")
 def test_a_stop_lets_the_runs_save_themselves_and_the_next_call_goes_on(tmp_path: Path) -> None:
     found = digits(tmp_path)
@@ -152,6 +153,7 @@ def test_a_stop_lets_the_runs_save_themselves_and_the_next_call_goes_on(tmp_path
     assert not (tmp_path / workers.FAILURES).exists(), "being stopped is no failure"
 
 
+@pytest.mark.kill
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
 def test_a_run_that_survived_its_table_is_waited_for(tmp_path: Path) -> None:
     (cell,) = digits(tmp_path, (1,), ("ce",))
@@ -281,6 +283,7 @@ def test_csv_has_a_row_for_each_entry() -> None:
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.program
 def test_the_table_of_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     command = ["--datasets", "digits", "--methods", "ce,em", "--noise", "flip:0.4", "--seeds", "1", "--out", str(out)]
@@ -323,6 +326,7 @@ def test_mistakes_are_refused(arguments: list[str], message: str, capsys: pytest
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.kill
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals that a program can be sent")
 def test_a_killed_table_ends_with_the_numbers_of_one_that_was_left_alone(tmp_path: Path) -> None:

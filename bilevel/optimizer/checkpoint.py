@@ -1,0 +1,80 @@
+"""The state of an optimizer as a dictionary, and back: what does not fit is refused, and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import message
+from ..evaluation.verification import Verification
+from ..levels import Level
+from .apply import check_groups, check_state
+from .method_state import MethodState
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What has state: both torch optimizers, the method, verification."""
+
+    owner: str
+    upper: Level
+    lower: Level
+    state: MethodState
+    verification: Verification
+
+
+def saved(parts: Parts) -> dict[str, Any]:
+    """Return a copy of all state."""
+    return {
+        "format": FORMAT,
+        "method": parts.owner,
+        "upper_optimizer": deepcopy(parts.upper.optimizer.state_dict()),
+        "lower_optimizer": deepcopy(parts.lower.optimizer.state_dict()),
+        "state": parts.state.copy(),
+        "verification": parts.verification.state(),
+    }
+
+
+def load(parts: Parts, state_dict: Mapping[str, Any]) -> None:
+    """Take over what :func:`saved` returned.
+
+    Raises:
+        ValueError: It does not fit; nothing changed.
+    """
+    owner = f"{parts.owner}.load_state_dict"
+    expected = {"format", "method", "upper_optimizer", "lower_optimizer", "state", "verification"}
+    if not isinstance(state_dict, Mapping) or set(state_dict) != expected:
+        found = sorted(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        advice = f"must have the keys {sorted(expected)}. A module's state? Pass the result of state_dict()."
+        raise ValueError(message(owner, "state_dict", found, advice))
+    if state_dict["format"] != FORMAT:
+        advice = "is a format that this version of bilevel does not know. Update bilevel."
+        raise ValueError(message(owner, "format", state_dict["format"], advice))
+    if state_dict["method"] != parts.owner:
+        advice = f"is the state of another method; this optimizer is {parts.owner}."
+        raise ValueError(message(owner, "method", state_dict["method"], advice))
+    try:
+        state = parts.state.loaded(deepcopy(state_dict["state"]))
+    except Exception as error:
+        advice = f"does not fit ({error}). Name and shape the variables as they were when the state was saved."
+        raise ValueError(message(owner, "state", "...", advice)) from error
+    before = [(level.optimizer, level.optimizer.state_dict()) for level in (parts.upper, parts.lower)]
+    try:
+        # Copies, because torch keeps the tensors it is given and would write into the caller's checkpoint.
+        for level in (parts.upper, parts.lower):
+            loaded = deepcopy(state_dict[f"{level.side}_optimizer"])
+            check_groups(level.optimizer, loaded)
+            level.optimizer.load_state_dict(loaded)
+            check_state(level.optimizer)
+            level.check_direction()
+        parts.verification.load(state_dict["verification"])
+        parts.state.commit(state)
+    except Exception as error:
+        for optimizer, state in before:
+            optimizer.load_state_dict(state)
+        advice = f"does not fit ({error}). Build the torch optimizers as they were when the state was saved."
+        raise ValueError(message(owner, "state_dict", "...", advice)) from error

@@ -1,0 +1,198 @@
+"""What an author of a method has: two levels, an oracle to ask, options that are checked, and state as values."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, Generic, Literal, Required, TypedDict, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..checks.check import Check
+from ..checks.checker import Checker, method_checks
+from ..directions import Directions, Reduction, S, Stats
+from ..errors import choice, message
+from ..evaluation.oracle import Evaluator, Oracle
+from ..evaluation.replay import Policy
+from ..evaluation.verification import Verify
+from ..levels import Level, Variables, check_disjoint
+from ..lower_steps import GradientDescent, InnerStep, OptimizerStep, Rule, check_followed, current_rates
+from ..settings import Fixed, Setting, chosen, counted, numeric
+from . import orders
+from .hooks import HookWatch
+from .method_state import LevelState, MethodState, Remembered, ScalarState, StateStart, TableState
+from .moves import OnNonFinite
+
+Losses = Callable[..., Any]
+E = TypeVar("E", bound=Remembered[Any])
+
+
+class Common(TypedDict, total=False):
+    """The keyword arguments that every method passes on to :class:`BilevelOptimizer`, which documents them."""
+
+    upper: Required[Variables]
+    lower: Required[Variables]
+    upper_optimizer: Required[torch.optim.Optimizer]
+    lower_optimizer: Required[torch.optim.Optimizer]
+    on_nonfinite: OnNonFinite
+    other: nn.Module | Iterable[nn.Module]
+    upper_buffers: Policy
+    lower_buffers: Policy
+    verify: Verify
+
+
+class Method(ABC, Generic[S]):
+    """The side of :class:`bilevel.BilevelOptimizer` that authors of methods use; see there for the arguments."""
+
+    order: orders.Order = orders.AT_ONCE  # in which order the two levels move
+    follows_maximize: ClassVar[bool] = False  # whether a lower optimizer may walk uphill
+    stats_class: ClassVar[type[Stats]] = Stats  # what compute returns, from the type argument of the class
+
+    # What many methods have; a class that has it takes it in its constructor and documents it.
+    inner_steps = Setting[int](counted(1), default=1)
+    inner_lr = Setting[float | None](numeric(0.0, exclusive=True, optional=True), default=None)
+    inner_step = Setting[InnerStep](chosen("gradient", "optimizer"), default="gradient")
+    atomic = Setting[bool](chosen(True, False), default=True)
+
+    on_nonfinite = Setting[OnNonFinite](chosen("raise", "skip", "ignore"))
+    upper_loss, lower_loss, upper, lower, other = Fixed[Any](), Fixed[Any](), Fixed[Any](), Fixed[Any](), Fixed[Any]()
+    upper_buffers, lower_buffers = Fixed[Any](), Fixed[Any]()
+    verify = Setting[Verify](chosen("auto", "always", "never"))
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for base in cls.__dict__.get("__orig_bases__", ()):
+            for argument in get_args(base):
+                if isinstance(argument, type) and issubclass(argument, Stats):
+                    cls.stats_class = argument
+
+    def __init__(
+        self,
+        upper_loss: Losses,
+        lower_loss: Losses,
+        *,
+        upper: Variables,
+        lower: Variables,
+        upper_optimizer: torch.optim.Optimizer,
+        lower_optimizer: torch.optim.Optimizer,
+        on_nonfinite: OnNonFinite = "raise",
+        other: nn.Module | Iterable[nn.Module] = (),
+        upper_buffers: Policy = "once",
+        lower_buffers: Policy = "once",
+        verify: Verify = "auto",
+    ) -> None:
+        owner = type(self).__name__
+        self.on_nonfinite = on_nonfinite
+        self.verify = verify
+        for argument, policy in (("upper_buffers", upper_buffers), ("lower_buffers", lower_buffers)):
+            choice(owner, argument, policy, ("once", "every", "never"))
+        self._upper = Level(owner, "upper", upper, upper_optimizer)
+        self._lower = Level(owner, "lower", lower, lower_optimizer, may_maximize=self.follows_maximize)
+        check_disjoint(self._upper, self._lower)
+        extra = [other] if isinstance(other, nn.Module) or not isinstance(other, Iterable) else list(other)
+        for item in extra:
+            if not isinstance(item, nn.Module):
+                advice = "must be modules. Tensors need no mention: nothing moves them."
+                raise TypeError(message(owner, "other", type(item).__name__, advice))
+        modules: list[tuple[nn.Module, Policy]] = [(module, lower_buffers) for module in self._lower.modules]
+        modules += [(module, upper_buffers) for module in self._upper.modules]
+        modules += [(module, "once") for module in extra]
+        self._evaluator = Evaluator(owner, upper_loss, lower_loss, self._upper, self._lower, modules, verify)
+        self._state = MethodState()
+        self._warned_of_processes = False
+        self._hooks = HookWatch(owner, self._lower)
+
+    @property
+    def upper_optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer of the upper level, as it was passed."""
+        return self._upper.optimizer
+
+    @property
+    def lower_optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer of the lower level, as it was passed."""
+        return self._lower.optimizer
+
+    @property
+    def lower_batches(self) -> int:
+        """How many lower batches :meth:`step` takes, if not a single one for all inner steps."""
+        return max(self.inner_steps, 1)
+
+    @property
+    def ignores_clipping(self) -> str | None:
+        """What a clip by a hook of the lower optimizer makes wrong, said once it acts; None: nothing."""
+        return None
+
+    @abstractmethod
+    def compute(self, oracle: Oracle) -> Directions[S]:
+        """Ask ``oracle`` about the two losses around the current point, and answer with directions.
+
+        It may be called at any time, and any number of times: everything that it changes goes through ``oracle.train``,
+        which can be taken back, and ``Directions.state``, which is committed when the step is taken.
+        """
+
+    def checks(self, checker: Checker) -> Iterator[Check]:
+        """What ``check_directions`` compares, one by one.
+
+        By default the gradients of both losses with finite differences; and the directions, and the tensors that the
+        method remembers, with those of :meth:`compute` when its oracle answers by plain autograd of the closures alone.
+        """
+        return method_checks(checker, self.compute, lambda oracle: (oracle.lower(), oracle.upper()))
+
+    def inner_rule(self) -> Rule:
+        """Return the virtual lower step: gradient descent at ``inner_lr``, or at the lower optimizer's current rates.
+
+        With ``inner_step="optimizer"`` it is the step that the lower optimizer would take from its real state.
+        """
+        if self.inner_step == "optimizer":
+            check_followed(type(self).__name__, self.lower_optimizer, 'inner_step="gradient" for gradient descent')
+            return OptimizerStep(self._lower, self.inner_lr)
+        return GradientDescent(self.lower_rates(self.inner_lr))
+
+    def lower_rates(self, rate: float | None = None) -> list[float | Tensor]:
+        """Return the current learning rate of each lower variable, or ``rate`` for all if it is given."""
+        return current_rates(self._lower, rate)
+
+    def lower_groups(self) -> list[dict[str, Any]]:
+        """Return the lower optimizer's parameter group of each lower variable."""
+        return self._lower.groups()
+
+    @property
+    def upper_names(self) -> tuple[str, ...]:
+        """The names of the upper variables, in the order of vectors."""
+        return self._upper.names
+
+    @property
+    def lower_names(self) -> tuple[str, ...]:
+        """The names of the lower variables, in the order of vectors."""
+        return self._lower.names
+
+    def upper_state(
+        self, name: str, *, start: StateStart = "nothing", reduction: Reduction | None = None
+    ) -> LevelState:
+        """Declare tensors like the upper variables that the method remembers from step to step.
+
+        Args:
+            name: Their name in ``Directions.state`` and in ``state_dict``.
+            start: What they are at first: ``"nothing"`` (None for each variable), ``"zeros"``, or the ``"variables"``.
+            reduction: ``"mean"`` if :meth:`Directions.mean` may average them over tasks; None: it refuses.
+        """
+        return self._declared(LevelState(name, self._upper, start, reduction))
+
+    def lower_state(
+        self, name: str, *, start: StateStart = "nothing", reduction: Reduction | None = None
+    ) -> LevelState:
+        """Declare tensors like the lower variables; see :meth:`upper_state`."""
+        return self._declared(LevelState(name, self._lower, start, reduction))
+
+    def scalar_state(self, name: str, start: int = 0, *, reduction: Reduction | None = "same") -> ScalarState:
+        """Declare an integer, such as a counter; ``"same"``: tasks that are averaged must agree on it."""
+        return self._declared(ScalarState(name, start, reduction))
+
+    def table_state(self, name: str, rows: int, *, like: Literal["upper", "lower"] = "lower") -> TableState:
+        """Declare a table with a row like the variables of a level for each of ``rows`` batches of a data set."""
+        return self._declared(TableState(name, self._lower if like == "lower" else self._upper, rows))
+
+    def _declared(self, entry: E) -> E:
+        self._state.declare(entry)
+        return entry
