@@ -272,8 +272,9 @@ def main() -> None:
     before, corrected = given == true, evaluate(problem, pixels[noisy], given) == true
     print(
         f"ebomlc on CIFAR-10, {NOISE} {100 * RATE:g} %, seed {SEED}: test accuracy {100 * accuracy:.1f} %, "
-        f"labels right {100 * before.double().mean():.1f} % before and {100 * corrected.double().mean():.1f} % after; recovered "
-        f"{100 * corrected[~before].double().mean():.1f} %, broken {100 * (~corrected[before]).double().mean():.1f} %"
+        f"labels right {100 * before.double().mean():.1f} % before and {100 * corrected.double().mean():.1f} % after; "
+        f"recovered {100 * corrected[~before].double().mean():.1f} %, "
+        f"broken {100 * (~corrected[before]).double().mean():.1f} %"
     )
 
 
