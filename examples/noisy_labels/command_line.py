@@ -65,7 +65,9 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
         saved = out / CONFIGURATION
         resume = bool(own["resume"]) and (saved.is_file() or own["resume"] == "required")
         if resume:
-            decided = set().union(*PRESETS.values()) if own["preset"] else ()  # a preset also says what it leaves alone
+            decided = (
+                sorted(set().union(*PRESETS.values())) if own["preset"] else []
+            )  # a preset also says what it leaves alone
             by_preset = {name: getattr(settings, name) for name in decided}
             settings = from_dict(of_saved_run(out, by_preset | said, FREE_ON_RESUME))
     except (ValueError, OSError) as problem:
