@@ -96,7 +96,9 @@ class Settings:
     value_gradient: str = by_method(
         "value_gradient", "how Q is differentiated in w", ("value_function", "difference", "unrolled")
     )
-    step_from: str = by_method("step_from", "where the step on w starts: at w or at the look-ahead", ("current", "lookahead"))
+    step_from: str = by_method(
+        "step_from", "where the step on w starts: at w or at the look-ahead", ("current", "lookahead")
+    )
     inner_step: str = by_method(
         "inner_step", "look-ahead: a gradient step, or SGD's with momentum and weight decay", ("gradient", "optimizer")
     )
