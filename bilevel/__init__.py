@@ -3,7 +3,7 @@
 from . import without_numpy as without_numpy  # before anything that imports torch
 
 # isort: split
-from . import barrier, penalty, problems
+from . import barrier, penalty, problems, testing
 from .batches import Batches, Indexed
 from .directions import Directions, Stats
 from .errors import ClosureError, NonFiniteError
@@ -72,4 +72,5 @@ __all__ = [
     "hold",
     "penalty",
     "problems",
+    "testing",
 ]

@@ -8,6 +8,7 @@ Without a corrector:
 - ``ce-mixed``: cross-entropy on all images, of which each counts about once; see mixed.py.
 - ``glc``: Gold Loss Correction: a transition matrix estimated on the trusted images; see gold_loss_correction.py.
 - ``em``: online EM for the true labels and a transition matrix; see expectation_maximization.py.
+- ``ours``: the same with counts that forget faster at first, and two views of each image; see ours.py.
 
 With one:
 
@@ -24,10 +25,12 @@ Sample weights from trusted images:
 
 - ``l2rw``: Learning to Reweight: new weights for each batch; see learning_to_reweight.py.
 - ``mwnet``: Meta-Weight-Net: a network from the loss to the weight; see meta_weight_net.py.
+- ``pmwnet``: Probabilistic Meta-Weight-Net: a distribution for each weight; see probabilistic_weight_net.py.
 
 Two networks, no trusted images:
 
 - ``coteaching-plus``: Co-teaching+: each learns what the other finds easy; see co_teaching.py.
+- ``dividemix``: DivideMix: images divided into labelled and unlabelled ones by their loss; see divide_mix.py.
 
 ``docs/examples/paper_and_code.md`` says what is printed, what the code does, and how these differ from both.
 """
@@ -60,6 +63,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ce-mixed": EACH_COUNTS_ONCE,
     "glc": EACH_COUNTS_ONCE,
     "em": EACH_COUNTS_ONCE,
+    "ours": EACH_COUNTS_ONCE,
     "ebomlc": PRINTED,
     "ebomlc-difference": PRINTED | {"value_gradient": "difference"},
     "ebomlc-released": PRINTED
@@ -80,5 +84,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "emlc-one-step": PRINTED | {"inner_steps": 1},
     "l2rw": PRINTED,
     "mwnet": PRINTED,
+    "pmwnet": PRINTED,
     "coteaching-plus": PRINTED,
+    "dividemix": PRINTED,
 }
