@@ -7,10 +7,12 @@ from .ebomlc import EBOMLC
 from .emlc import EMLC
 from .f2sa import F2SA
 from .finite_difference import FiniteDifference
+from .gpbgd import GPBGD, GPBGDStats
 from .hypergradient_method import HypergradientStats
 from .implicit import Implicit, ImplicitStats
 from .masoba import MASOBA
 from .mlc import MLC
+from .pdbo import PDBO, PDBOStats
 from .penalty_method import PenaltyStats
 from .sama import SAMA
 from .single_loop import SingleLoopStats
@@ -24,16 +26,20 @@ __all__ = [
     "EBOMLC",
     "EMLC",
     "F2SA",
+    "GPBGD",
     "MASOBA",
     "MLC",
+    "PDBO",
     "SAMA",
     "SOBA",
     "VPBGD",
     "BarrierStats",
     "FiniteDifference",
+    "GPBGDStats",
     "HypergradientStats",
     "Implicit",
     "ImplicitStats",
+    "PDBOStats",
     "PenaltyStats",
     "SingleLoopStats",
     "Unrolled",

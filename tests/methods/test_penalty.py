@@ -335,6 +335,130 @@ def test_bvfsm_resumes(options: dict[str, Any]) -> None:
         assert torch.equal(one, two)
 
 
+# --- PDBO ---------------------------------------------------------------------------------------------------------
+
+
+def pdbo(start: str, extrapolation: float) -> Any:
+    """Descent in both levels, projected ascent in the multiplier."""
+
+    def step(
+        p: Curved, w: Tensor, alpha: Tensor, state: State, upper: float, lower: list[float]
+    ) -> tuple[Tensor, Tensor]:
+        omega = state.get("omega", w) if start == "last" else w
+        for batch in lower:
+            omega = omega - RATE * p.gradients(p.g, omega, alpha, batch).lower
+        state["omega"] = omega
+        f, g = p.gradients(p.f, w, alpha, upper), p.gradients(p.g, w, alpha, lower[0])
+        ahead = p.gradients(p.g, omega, alpha, lower[0])
+        c = float(g.value - ahead.value) - 0.01
+        before = state.get("c", c)
+        multiplier = state.get("multiplier", 0.0) + 3.0 * ((1 + extrapolation) * c - extrapolation * before)
+        state["multiplier"] = multiplier = min(max(multiplier, 0.0), 0.9)
+        state["c"] = c
+        return (
+            w - LOWER_RATE * (f.lower + multiplier * g.lower),
+            alpha - UPPER_RATE * (f.upper + multiplier * (g.upper - ahead.upper)),
+        )
+
+    return step
+
+
+@pytest.mark.parametrize("extrapolation", [0.0, 0.7])
+@pytest.mark.parametrize("start", ["last", "current"])
+@pytest.mark.parametrize("inner_steps", [1, 3])
+def test_pdbo_is_its_scheme(inner_steps: int, start: Any, extrapolation: float) -> None:
+    stats = assert_follows(
+        bilevel.PDBO,
+        pdbo(start, extrapolation),
+        steps=12,
+        each=inner_steps,
+        tolerance=0.01,
+        dual_lr=3.0,
+        multiplier_max=0.9,
+        extrapolation=extrapolation,
+        inner_steps=inner_steps,
+        inner_lr=RATE,
+        start=start,
+    )
+    assert 0 <= float(stats.multiplier) <= 0.9
+
+
+def test_pdbo_ends_where_its_constraint_is_met_and_the_lagrangian_is_smallest() -> None:
+    distances = []
+    for tolerance in (0.5, 0.1):
+        problem = problems.quadratic(seed=2)
+        options = {"tolerance": tolerance, "inner_steps": 3, "inner_lr": 0.2, "dual_lr": 0.3}
+        optimizer = trained(problem, bilevel.PDBO, 1000, (0.05, 0.05), **options)
+        stats = optimizer.step()
+        assert abs(float(stats.constraint)) < 1e-8
+        w, alpha = penalised(problem, float(stats.multiplier))
+        torch.testing.assert_close(problem.upper.detach(), alpha, rtol=0, atol=1e-7)
+        torch.testing.assert_close(problem.lower.detach(), w, rtol=0, atol=1e-7)
+        distances.append(distance(problem))
+    assert distances[1] < 0.5 * distances[0]
+
+
+def test_pdbo_resumes_with_its_multiplier() -> None:
+    for one, two in resumed(bilevel.PDBO, dual_lr=5.0):
+        assert torch.equal(one, two)
+    optimizer = Curved().optimizer(bilevel.PDBO)
+    state = optimizer.state_dict()
+    assert state["state"]["multiplier"] is None  # nothing was remembered yet
+    optimizer.load_state_dict(state)
+    state["state"]["multiplier"] = torch.ones(2)
+    with pytest.raises(ValueError, match=r"the state multiplier is \(2,\), expected a floating-point tensor of shape"):
+        optimizer.load_state_dict(state)
+
+
+def test_the_multiplier_of_several_tasks_is_their_mean() -> None:
+    optimizer = Curved().optimizer(bilevel.PDBO)
+    tasks = [optimizer.directions(batch, batch) for batch in (0.5, -1.5)]
+    found = bilevel.Directions.mean(tasks).state["multiplier"]
+    torch.testing.assert_close(found, torch.stack([task.stats.multiplier for task in tasks]).mean())
+
+
+# --- G-PBGD -------------------------------------------------------------------------------------------------------
+
+
+def gpbgd(*, normalise: bool) -> Any:
+    """The lines of the authors' code: plain autograd through the squared gradient."""
+
+    def step(
+        p: Curved, w: Tensor, alpha: Tensor, state: State, upper: float, lower: list[float]
+    ) -> tuple[Tensor, Tensor]:
+        k = state["k"] = state.get("k", -1) + 1
+        gamma = min(0.2 + 0.5 * k, 1.5)
+        w, alpha = w.requires_grad_(), alpha.requires_grad_()
+        (slope,) = torch.autograd.grad(p.g(w, alpha, lower[0]), w, create_graph=True)
+        scale = min(1 / (gamma + 1e-8), 1) if normalise else 1.0
+        loss = scale * (p.f(w, alpha, upper) + gamma / 2 * slope.square().sum())
+        in_w, in_alpha = torch.autograd.grad(loss, [w, alpha])
+        return (w - LOWER_RATE * in_w).detach(), (alpha - UPPER_RATE * in_alpha).detach()
+
+    return step
+
+
+@pytest.mark.parametrize("product", ["auto", "reverse"])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_gpbgd_is_its_code(normalise: bool, product: Any) -> None:
+    schedule = Linear(0.2, slope=0.5, maximum=1.5)
+    assert_follows(bilevel.GPBGD, gpbgd(normalise=normalise), penalty=schedule, normalise=normalise, product=product)
+
+
+def test_gpbgd_comes_closer_as_its_penalty_grows() -> None:
+    found = []
+    for penalty in (4.0, 16.0):
+        problem = problems.quadratic(seed=2)
+        trained(problem, bilevel.GPBGD, 2000, (0.05, 0.05), penalty=penalty)
+        found.append(distance(problem))
+    assert found[1] == pytest.approx(found[0] / 4, rel=0.3)
+
+
+def test_gpbgd_resumes() -> None:
+    for one, two in resumed(bilevel.GPBGD, penalty=Linear(0.5, slope=1.0)):
+        assert torch.equal(one, two)
+
+
 # --- all ----------------------------------------------------------------------------------------------------------
 
 
@@ -343,6 +467,8 @@ def test_bvfsm_resumes(options: dict[str, Any]) -> None:
     [
         (bilevel.VPBGD, {"penalty": 2.0}),
         (bilevel.F2SA, {"penalty": 2.0}),
+        (bilevel.PDBO, {"tolerance": 1e-8}),
+        (bilevel.GPBGD, {"penalty": 2.0, "product": "reverse"}),
         (bilevel.BVFSM, {"penalty": 2.0, "slack": 1.0, "inner_steps": 5, "value_steps": 5}),
     ],
 )
