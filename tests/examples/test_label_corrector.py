@@ -137,6 +137,17 @@ def test_any_classifier_of_scikit_learn(classifier: Any) -> None:
     assert corrector.predict_proba(features).shape == (300, 3)
 
 
+@pytest.mark.parametrize("trusted", [[0, 1, 2], range(12)])
+def test_a_handful_of_trusted_samples_gives_labels_and_no_verdict(trusted: Any) -> None:
+    features, _, given = clouds(60)
+    truth = {i: NAMES[j % 3] for j, i in enumerate(trusted)}
+    groups = np.zeros(60) if len(trusted) > 3 else None
+    corrector = LabelCorrector().fit(features, given, trusted=truth, groups=groups)
+    assert corrector.report_.answer == "cannot tell"
+    assert set(corrector.labels_) <= set(NAMES)
+    assert np.isfinite(corrector.probabilities_).all()
+
+
 X, TRUE, GIVEN = clouds(60)
 GOOD: dict[str, Any] = {"X": X, "y": GIVEN, "trusted": {i: TRUE[i] for i in range(30)}}
 MISTAKES: list[tuple[dict[str, Any], str]] = [

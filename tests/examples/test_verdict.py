@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -239,6 +240,17 @@ def test_a_group_judges_only_what_its_other_samples_did_not_teach() -> None:
     assert judged.right("told").sum() == 0
 
 
+def test_trusted_samples_of_one_group_judge_nothing() -> None:
+    world = World("flip", 400)
+    problem = world.problem(np.arange(50))
+    problem = replace(problem, groups=np.where(np.arange(400) < 50, 0, np.arange(400)))
+    outcome = judging.judge(problem, world.ways())
+    assert outcome.report.answer == verdict.CANNOT_TELL
+    assert "0 trusted samples can judge (in two groups or more)" in outcome.report.headline()
+    assert np.isnan(outcome.report.remaining.value)
+    assert set(outcome.actions[50:]) == {"check"}
+
+
 def test_suspicious_samples_train_and_never_judge() -> None:
     world = World("flip", 400)
     wrong, chance = np.flatnonzero(world.given != world.true), np.arange(100)
@@ -267,7 +279,7 @@ def test_a_handful_judges_nothing() -> None:
     world = World("flip", 400)
     outcome = judging.judge(world.problem(np.arange(8)), world.ways())
     assert outcome.report.answer == verdict.CANNOT_TELL
-    assert "8 trusted samples can judge, and 10 are the least" in outcome.report.headline()
+    assert "8 trusted samples can judge (in two groups or more), and 10 are the least" in outcome.report.headline()
 
 
 # --- the ways, promises and counts ---

@@ -208,7 +208,7 @@ def fitted(make: MakeClassifier, inputs: Array, labels: Array, asked: Array, cla
     probabilities = np.zeros((len(asked), classes))
     if len(there) < 2:
         probabilities[:, there] = 1.0
-        return probabilities
+        return probabilities if len(there) else probabilities + 1 / classes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # iterations that end early cost little here, and are no news to the user
         classifier = make().fit(inputs, labels)
