@@ -104,7 +104,14 @@ def test_the_metadata_is_what_was_decided(wheel: zipfile.ZipFile) -> None:
     assert fields["Version"] == bilevel.__version__
     assert fields["License-Expression"] == "Apache-2.0"
     assert [line for line in fields.get_all("Requires-Dist", []) if "extra ==" not in line] == ["torch>=2.11"]
-    assert set(fields.get_all("Provides-Extra", [])) == {"comparison", "dev", "docs", "examples", "tensorboard"}
+    assert set(fields.get_all("Provides-Extra", [])) == {
+        "comparison",
+        "dev",
+        "docs",
+        "examples",
+        "parquet",
+        "tensorboard",
+    }
     assert any(name.endswith("/licenses/LICENSE") for name in wheel.namelist())
 
 
