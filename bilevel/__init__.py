@@ -3,7 +3,7 @@
 from . import without_numpy as without_numpy  # before anything that imports torch
 
 # isort: split
-from . import barrier, problems
+from . import barrier, problems, testing
 from .batches import Batches, Indexed
 from .directions import Directions, Stats
 from .errors import ClosureError, NonFiniteError
@@ -57,4 +57,5 @@ __all__ = [
     "check_directions",
     "hold",
     "problems",
+    "testing",
 ]

@@ -109,6 +109,8 @@ class ConjugateGradient(Solver):
             active = active & curved
             zero = torch.zeros_like(rr)
             a = torch.where(active, rr / torch.where(active, curvature, torch.ones_like(rr)), zero)
+            # A product that is not finite says nothing about curvature: the iterate must not look as if it did.
+            a = torch.where(torch.isfinite(curvature), a, torch.full_like(rr, float("nan")))
             x, r = add_scaled(x, a, p), add_scaled(r, -a, hp)
             shrunk = squared_norm(r)
             p = add_scaled(r, torch.where(active, shrunk / torch.where(active, rr, torch.ones_like(rr)), zero), p)

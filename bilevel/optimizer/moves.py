@@ -76,7 +76,7 @@ class Moves:
         """Take a real lower step, if it is finite; ``loss`` is what it comes from."""
         seen: dict[str, Tensors] = {"the direction of a lower step": direction}
         if not self._looking and not self._are_finite({"lower_loss": [loss]} | seen):
-            raise SkippedStep(direction_loss(loss, direction))
+            raise SkippedStep(_loss_of(loss, direction))
         self._save(self._moved.lower)
         if self._beginning is not None:
             self._groups.append(Groups(self._moved.lower))
@@ -133,6 +133,8 @@ class Moves:
         self._retraced = 0
 
     def retrace(self, direction: Vector) -> None:
+        if not self._looking and not self._are_finite({"the direction of a lower step": direction}):
+            raise SkippedStep(_loss_of(None, direction))
         self._groups[self._retraced].restore()
         step_along(self._moved.lower, direction)
         self._retraced += 1
@@ -173,7 +175,7 @@ class Moves:
         return are_finite(self._moved.owner, checks, policy == "raise", left)
 
 
-def direction_loss(loss: Tensor | None, direction: Vector) -> Tensor:
+def _loss_of(loss: Tensor | None, direction: Vector) -> Tensor:
     """Return the loss, or NaN where it is not known."""
     if loss is not None:
         return loss

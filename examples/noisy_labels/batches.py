@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, NamedTuple, Self
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,10 @@ class Batch(NamedTuple):
     shown: Tensor
 
 
-class Shuffled(abc.ABC):
+B = TypeVar("B")
+
+
+class Shuffled(abc.ABC, Generic[B]):
     """Iterates for ever over one part of a data set, reshuffled for each pass.
 
     What is left over at the end of a pass is dropped, because a last batch of one or two would spoil batch statistics;
@@ -44,7 +47,7 @@ class Shuffled(abc.ABC):
         self.position = 0
 
     @abc.abstractmethod
-    def batch(self, chosen: Tensor) -> Batch:
+    def batch(self, chosen: Tensor) -> B:
         """Make the batch of the samples that are ``chosen``, as positions in the part."""
 
     def __len__(self) -> int:
@@ -54,7 +57,7 @@ class Shuffled(abc.ABC):
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> B:
         if self.position + self.size > len(self.order):
             self.order = torch.randperm(len(self.index), device=self.index.device, generator=self.stream)
             self.position = 0
@@ -73,7 +76,12 @@ class Shuffled(abc.ABC):
         self.position = state["position"]
 
 
-class Batches(Shuffled):
+def cut(task: Task, index: Tensor, stream: torch.Generator, *, augment: bool) -> Tensor:
+    """Return the inputs of some images, cropped and mirrored at random if they are to be augmented."""
+    return task.inputs(crop_and_flip(task.pixels, index, stream) if augment else task.pixels[index])
+
+
+class Batches(Shuffled[Batch]):
     """Batches of the images of one part.
 
     Args:
@@ -107,10 +115,9 @@ class Batches(Shuffled):
     def batch(self, chosen: Tensor) -> Batch:
         """Cut, crop and mirror the chosen images, all at once."""
         chosen = chosen.repeat(self.views)
-        index = self.index[chosen]
-        pixels = crop_and_flip(self.task.pixels, index, self.stream) if self.augment else self.task.pixels[index]
+        inputs = cut(self.task, self.index[chosen], self.stream, augment=self.augment)
         labels = self.labels[chosen]
-        return Batch(self.task.inputs(pixels), labels, self._shown(labels))
+        return Batch(inputs, labels, self._shown(labels))
 
     def _shown(self, labels: Tensor) -> Tensor:
         if self.corrupt == 0:

@@ -39,7 +39,7 @@ class LabelCorrector(BaseEstimator):  # type: ignore[misc]
         precision: Share of labels that shall be right among those that need no check.
         level: Probability with which all intervals hold.
         check: How many samples `check_next_` names.
-        way: The way whose labels are taken; None for the verdict's.
+        way: The way whose labels are taken; None for the verdict's, ``best`` for the one that looks best.
         seed: Of everything random.
     """
 
@@ -146,8 +146,8 @@ class LabelCorrector(BaseEstimator):  # type: ignore[misc]
         if network is not None and self.report_.way == self.method:
             self._model = network.run
         elif evidence.inputs is not None:
-            made = evidence.makers or classifiers.makers("logistic", self.seed)
-            name = next((one for one in made if self.report_.way.startswith(one)), next(iter(made)))
+            made = evidence.makers or {"classifier": classifiers.makers("logistic", self.seed)["logistic"]}
+            name = self.report_.classifiers.get(self.report_.way, self.report_.classifiers["classifier"])
             self._model = made[name]().fit(evidence.inputs, labels)
 
     def _options(self, samples: int) -> Options:

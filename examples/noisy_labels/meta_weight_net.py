@@ -8,8 +8,8 @@ gradient. Each step:
     a      <- Adam(a, grad_a of the mean trusted cross-entropy at w^(a))          1e-3, weight decay 1e-4, constant
     w      <- SGD's step on G(w, new a)
 
-:class:`bilevel.Unrolled` with ``inner_step="gradient"`` is these lines. The weights are not normalised, as in the code for
-ResNet-32 (that for WRN-28-10 lets them sum to 1).
+:class:`bilevel.Unrolled` with ``inner_step="gradient"`` is these lines. The weights are not normalised, as in the code
+for ResNet-32 (that for WRN-28-10 lets them sum to 1).
 
 Deviations: the virtual step's effect on BatchNorm's averages is none here and thrown away there; the last epoch is
 reported and not the best; parts are disjoint whatever the seed, there for seed 1 alone.

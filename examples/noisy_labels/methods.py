@@ -25,10 +25,12 @@ Sample weights from trusted images:
 
 - ``l2rw``: Learning to Reweight: new weights for each batch; see learning_to_reweight.py.
 - ``mwnet``: Meta-Weight-Net: a network from the loss to the weight; see meta_weight_net.py.
+- ``pmwnet``: Probabilistic Meta-Weight-Net: a distribution for each weight; see probabilistic_weight_net.py.
 
 Two networks, no trusted images:
 
 - ``coteaching-plus``: Co-teaching+: each learns what the other finds easy; see co_teaching.py.
+- ``dividemix``: DivideMix: images divided into labelled and unlabelled ones by their loss; see divide_mix.py.
 
 ``docs/examples/paper_and_code.md`` says what is printed, what the code does, and how these differ from both.
 """
@@ -82,5 +84,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "emlc-one-step": PRINTED | {"inner_steps": 1},
     "l2rw": PRINTED,
     "mwnet": PRINTED,
+    "pmwnet": PRINTED,
     "coteaching-plus": PRINTED,
+    "dividemix": PRINTED,
 }

@@ -1,6 +1,7 @@
 """Correct the labels of your own table or images: ``python examples/noisy_labels/own_data.py --help``.
 
-Writes into its folder: ``corrected_labels.csv``, ``model.pt``, ``labels.png`` (which labels became which),
+Writes into its folder: ``corrected_labels.csv``, ``verdict.txt`` and ``verdict.json`` (which way to correct them is the
+best, and whether that can be told), ``check_next.csv``, ``model.pt``, ``labels.png`` (which labels became which),
 ``suspicious.png`` (images only), ``curves.png``, ``log.jsonl``, ``config.json`` (the resolved configuration) and
 ``checkpoint.pt``. Nothing is written before all files have been read and found right.
 """
@@ -18,8 +19,9 @@ from examples.noisy_labels import accelerator, checkpoint, command_line, files
 from examples.noisy_labels.configuration import CONFIGURATION, refuse_lost_checkpoint
 from examples.noisy_labels.interruption import EXIT_CODE, Interrupted, Interruption
 from examples.noisy_labels.log import Log
-from examples.noisy_labels.own import model, options, reading, report
+from examples.noisy_labels.own import judgement, model, options, reading, report
 from examples.noisy_labels.own.options import Command
+from examples.noisy_labels.own.parquet import PARQUET
 from examples.noisy_labels.own.reading import Data
 from examples.noisy_labels.own.run import Run, load, save, train
 from examples.noisy_labels.settings import Settings
@@ -64,7 +66,7 @@ def _correct(command: Command) -> None:
             log = Log(folder / LOG, mark)
         else:
             # No log without its checkpoint, which would look like a lost one; no checkpoint beside other options.
-            for old in (folder / LOG, saved):
+            for old in (folder / LOG, saved, folder / judgement.NAME):
                 old.unlink(missing_ok=True)
             settled.save(folder / CONFIGURATION)
             log = Log(folder / LOG)
@@ -74,23 +76,34 @@ def _correct(command: Command) -> None:
         train(run, log, folder, interruption)
         if interruption.requested:  # the checkpoint holds the finished training; whoever goes on writes the results
             raise Interrupted("stopped after the last epoch, before the results were written")
-        _present(run, data, log, folder)
+        _present(run, data, log, folder, interruption)
 
 
-def _present(run: Run, data: Data, log: Log, folder: Path) -> None:
+def _present(run: Run, data: Data, log: Log, folder: Path, interruption: Interruption) -> None:
     from examples.noisy_labels.own import drawings  # matplotlib takes a second to import, too long for an error message
 
     settled, samples = run.options, run.samples
     title = f"{settled.method} on {settled.source}, seed {settled.seed}"
-    _, probabilities = run.probabilities(samples.noisy)
-    votes = settled.annotators is not None
-    report.write_corrected_labels(folder / "corrected_labels.csv", samples, probabilities, votes=votes)
+    outcome = judgement.judge(run, data.problem, folder, interruption) if settled.folds else None
+    if outcome is None:
+        labels = report.corrected(samples, run.probabilities(samples.noisy)[1])
+    else:
+        labels = report.of_outcome(samples, outcome)
+        title = f"{outcome.report.way} on {settled.source}, seed {settled.seed}"
+        report.write_verdict(folder, outcome)
+        report.write_check_next(folder / "check_next.csv", samples, outcome)
+        log.write("verdict", **outcome.report.to_dict())
+        print("\n".join(outcome.report.lines()))
+    kind = Path(settled.table or "").suffix.lower()
+    for ending in (".csv", PARQUET) if kind == PARQUET else (".csv",):
+        file = folder / f"corrected_labels{ending}"
+        report.write_corrected_labels(file, samples, labels, votes=settled.annotators is not None)
     model.save(folder / model.NAME, run, data.encoding)
-    drawings.curves(folder / "curves.png", log.epochs(), title)
-    drawings.label_heatmap(folder / "labels.png", samples, probabilities, title)
+    drawings.curves(folder / "curves.png", log.epochs(), f"{settled.method} on {settled.source}, seed {settled.seed}")
+    drawings.label_heatmap(folder / "labels.png", samples, labels, title)
     if data.encoding is None:
-        drawings.suspicious(folder / "suspicious.png", samples, probabilities, title)
-    line = report.end_line(settled, samples, probabilities, log)
+        drawings.suspicious(folder / "suspicious.png", samples, labels, title)
+    line = report.end_line(settled, samples, labels, log, outcome)
     log.write("end", line=line)
     print(f"corrected labels, model, pictures and log: {folder}")
     print(line)

@@ -18,6 +18,7 @@ from examples.noisy_labels import meta_label_correction, models, noise
 from examples.noisy_labels.batches import Batch
 from examples.noisy_labels.co_teaching import CoTeachingPlus
 from examples.noisy_labels.data import Task
+from examples.noisy_labels.divide_mix import DivideMix
 from examples.noisy_labels.enhanced_label_correction import EnhancedLabelCorrection, Teacher
 from examples.noisy_labels.expectation_maximization import ExpectationMaximization
 from examples.noisy_labels.gold_loss_correction import GoldLossCorrection
@@ -27,6 +28,7 @@ from examples.noisy_labels.meta_weight_net import MetaWeightNet
 from examples.noisy_labels.mixed import Mixed
 from examples.noisy_labels.ours import Ours
 from examples.noisy_labels.precision import mixed_precision
+from examples.noisy_labels.probabilistic_weight_net import ProbabilisticWeightNet
 from examples.noisy_labels.recipe import Recipe, Scalars, decay, descent
 from examples.noisy_labels.released_sign import UpdateForGradient
 from examples.noisy_labels.settings import Settings
@@ -119,6 +121,8 @@ def build(settings: Settings, classes: int, device: torch.device, task: Task | N
             if settings.method == "glc":
                 return GoldLossCorrection(settings, network, task)
             second = models.classifier(settings.network, classes).to(device)
+            if settings.method == "dividemix":
+                return DivideMix(settings, network, second, task)
             return CoTeachingPlus(settings, network, second, noise.realised_rate(task.true, task.given))
         case "emlc" | "emlc-one-step":
             teacher = Teacher(models.classifier(settings.network, classes), network.features, classes).to(device)
@@ -127,6 +131,8 @@ def build(settings: Settings, classes: int, device: torch.device, task: Task | N
             return LearningToReweight(settings, network)
         case "mwnet":
             return MetaWeightNet(settings, network)
+        case "pmwnet":
+            return ProbabilisticWeightNet(settings, network)
     return MetaLabelCorrection(settings, network, corrector)
 
 

@@ -56,17 +56,18 @@ def summary(settings: Settings, task: Task, recipe: Recipe, log: Log, transition
 
 
 def end_line(settings: Settings, numbers: Record) -> str:
-    """Return one line: method, setting, test accuracy, label recovery by both rules, time per epoch."""
+    """Return one line: method, setting, test accuracy, labels right before and after by both rules, time per epoch."""
     return (
         f"{settings.method} on {settings.title}, seed {settings.seed}: "
-        f"test accuracy {100 * numbers['test_accuracy']:.1f} %, {_recovery(numbers['own'])}, "
-        f"by Bayes' rule {_recovery(numbers['bayes'])}, {numbers['seconds'] / numbers['epochs']:.1f} s per epoch"
+        f"test accuracy {100 * numbers['test_accuracy']:.1f} %, "
+        f"labels right {100 * (1 - numbers['wrong']):.1f} % before and {_recovery(numbers['own'])} after, by Bayes' rule {_recovery(numbers['bayes'])}, "
+        f"{numbers['seconds'] / numbers['epochs']:.1f} s per epoch"
     )
 
 
 def _recovery(shares: dict[str, float]) -> str:
     right, recovered, broken = (100 * shares[name] for name in RECOVERY)
-    return f"labels right {right:.1f} % (wrong ones recovered {recovered:.1f} %, right ones broken {broken:.1f} %)"
+    return f"{right:.1f} % (wrong ones recovered {recovered:.1f} %, right ones broken {broken:.1f} %)"
 
 
 def write_summary(file: Path, numbers: Record) -> None:
@@ -85,7 +86,7 @@ def write_transition(file: Path, transition: Tensor) -> None:
 def write_corrected_labels(file: Path, task: Task, probabilities: Tensor) -> None:
     """Write a CSV, one row per noisy image, in the order of the data set.
 
-    Columns: ``index`` in the official order; ``given`` and ``corrected`` label; ``probability`` of the corrected label;
+    Columns: ``index`` in the official order; ``given`` and ``corrected`` class by name; ``probability`` of the latter;
     ``suspicion``, the rank of the image when sorted by how improbable its given label is, 1 being the most suspicious.
     """
     probability, corrected = probabilities.max(1)
@@ -100,7 +101,8 @@ def write_corrected_labels(file: Path, task: Task, probabilities: Tensor) -> Non
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["index", "given", "corrected", "probability", "suspicion"])
-    writer.writerows([index, given, new, f"{p:.4f}", rank] for index, given, new, p, rank in rows)
+    names = task.names
+    writer.writerows([index, names[given], names[new], f"{p:.4f}", rank] for index, given, new, p, rank in rows)
     with replacing(file) as stream:
         stream.write(text.getvalue().encode())
 

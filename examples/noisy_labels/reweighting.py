@@ -85,8 +85,8 @@ class Reweighting(Recipe):
         """Return F."""
         return self.losses(batch).mean()
 
-    def lower_loss(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return G, and what the step logs."""
+    def lower_loss(self, batch: Any) -> Any:
+        """Return G, and beside it what the step logs, if anything."""
         raise NotImplementedError
 
     def losses(self, batch: Batch) -> Tensor:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -147,4 +149,5 @@ def _train_epoch(run: Run, log: Log, folder: Path, interruption: Interruption) -
     scores = {"test_accuracy": evaluation.accuracy(run.recipe, run.task), **labels}
     log.write("epoch", epoch=run.epoch, **means, **scores, lr=rate, seconds=seconds)
     shown = ", ".join(f"{name} {100 * value:.1f} %" for name, value in scores.items())
-    tqdm.write(f"{title}: {shown}, {seconds:.1f} s")
+    left = timedelta(seconds=round((run.epochs - run.epoch) * median(record["seconds"] for record in log.epochs())))
+    tqdm.write(f"{title}: {shown}, {seconds:.1f} s" + (f", {left} left" if run.epoch < run.epochs else ""))

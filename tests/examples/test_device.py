@@ -113,6 +113,15 @@ def test_a_step_waits_for_nothing(method: str, cifar10_folder: Path, monkeypatch
     assert run.step == 14
 
 
+def test_a_step_on_divided_images_waits_for_nothing(cifar10_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cifar_run(cifar10_folder, method="dividemix")
+    run.advance()
+    run.end_epoch()  # warmed up; the images are divided between two epochs
+    with watched(run, monkeypatch):
+        for _ in range(6):
+            run.advance()
+
+
 def test_the_watch_sees_what_it_should(cifar10_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = cifar_run(cifar10_folder, on_nonfinite="raise")
     run.advance()

@@ -7,7 +7,7 @@ import torch
 
 from examples.noisy_labels import command_line, compare
 
-METHODS = ("mlc", "emlc", "emlc-one-step", "l2rw", "mwnet", "coteaching-plus")
+METHODS = ("mlc", "emlc", "emlc-one-step", "l2rw", "mwnet", "pmwnet", "coteaching-plus", "dividemix")
 
 
 @pytest.mark.parametrize("method", METHODS)

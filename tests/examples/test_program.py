@@ -38,12 +38,17 @@ def test_a_run_says_what_it_does_and_how_it_went(finished: tuple[Path, list[str]
     assert re.search(r"1247 noisy images \(\d\d\.\d\d % of the labels are wrong\), 50 trusted, 500 test", lines[0])
     assert "overlap 0" in lines[0]
     number = r"\d+\.\d"
-    labels = rf"labels right {number} % \(wrong ones recovered {number} %, right ones broken {number} %\)"
+    labels = rf"{number} % \(wrong ones recovered {number} %, right ones broken {number} %\)"
     assert re.fullmatch(
-        rf"ebomlc on digits flip 40 %, seed 1: test accuracy {number} %, {labels}, "
-        rf"by Bayes' rule {labels}, {number} s per epoch",
+        rf"ebomlc on digits flip 40 %, seed 1: test accuracy {number} %, labels right {number} % before and "
+        rf"{labels} after, by Bayes' rule {labels}, {number} s per epoch",
         lines[-1],
     )
+    wrong = re.search(r"\((\d+\.\d+) % of the labels are wrong", lines[0])
+    before = re.search(rf"labels right ({number}) % before", lines[-1])
+    assert wrong is not None
+    assert before is not None
+    assert float(before[1]) == pytest.approx(100 - float(wrong[1]), abs=0.06)
 
 
 def test_a_run_leaves_configuration_log_and_pictures(finished: tuple[Path, list[str]]) -> None:
@@ -66,7 +71,7 @@ def test_a_run_leaves_its_numbers_and_the_matrix_of_bayes_rule(finished: tuple[P
     assert numbers["own"] == {name: last[name] for name in ("right", "recovered", "broken")}
     assert (numbers["noisy"], numbers["clean"], numbers["test"], numbers["epochs"]) == (1247, 50, 500, 2)
     assert numbers["transition_from"] == "likelihood"
-    assert f"by Bayes' rule labels right {100 * numbers['bayes']['right']:.1f} %" in lines[-1]
+    assert f"by Bayes' rule {100 * numbers['bayes']['right']:.1f} %" in lines[-1]
     transition = noise.read(folder / "transition.csv", 10)
     assert transition.diagonal().mean().item() == pytest.approx(numbers["transition_diagonal"], abs=1e-6)
 
@@ -78,6 +83,19 @@ def test_corrected_labels_are_written_for_every_noisy_image(finished: tuple[Path
     assert len({row["index"] for row in rows}) == len(rows) == 1247
     assert sorted(int(row["suspicion"]) for row in rows) == list(range(1, 1248))
     assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
+
+
+def test_corrected_labels_are_written_by_name(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    task = SimpleNamespace(noisy=torch.tensor([4, 9]), given=torch.tensor([1, 0]), names=("airplane", "automobile"))
+    probabilities = torch.tensor([[0.9, 0.1], [0.75, 0.25]])
+    results.write_corrected_labels(tmp_path / "labels.csv", task, probabilities)  # type: ignore[arg-type]
+    assert (tmp_path / "labels.csv").read_text().splitlines() == [
+        "index,given,corrected,probability,suspicion",
+        "4,automobile,airplane,0.9000,1",
+        "9,airplane,airplane,0.7500,2",
+    ]
 
 
 def test_suspicion_ranks_the_least_probable_given_label_first() -> None:

@@ -35,7 +35,9 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pictures, name, lambda *_: None)
 
 
-RESUMED = ["ce", "ebomlc", "glc", "em", "ours", "mlc", "emlc-one-step", "l2rw", "mwnet", "coteaching-plus"]
+# All that differ in what they keep.
+RESUMED = ["ce", "ebomlc", "glc", "em", "ours", "mlc", "emlc-one-step", "l2rw", "mwnet", "pmwnet"]
+RESUMED += ["coteaching-plus", "dividemix"]
 
 
 @pytest.mark.kill

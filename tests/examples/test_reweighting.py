@@ -1,4 +1,4 @@
-"""`l2rw` and `mwnet` against closed forms and plain autograd."""
+"""`l2rw`, `mwnet` and `pmwnet` against closed forms and plain autograd."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from examples.noisy_labels.batches import Batch
 from examples.noisy_labels.learning_to_reweight import LearningToReweight
 from examples.noisy_labels.meta_weight_net import MetaWeightNet
 from examples.noisy_labels.models import Perceptron
+from examples.noisy_labels.probabilistic_weight_net import PosteriorNet, ProbabilisticWeightNet, draw
+from examples.noisy_labels.randomness import generator
 from examples.noisy_labels.settings import Settings
 
 PLAIN: dict[str, Any] = {"dataset": "digits", "network": "mlp", "lr": 0.3, "momentum": 0.0, "weight_decay": 0.0}
@@ -125,3 +127,83 @@ def test_mwnet_moves_as_its_paper_says() -> None:
     torch.testing.assert_close(numbers["lower_loss"], lower.detach(), rtol=1e-10, atol=0)
     for p, want in zip([*a, *w.values()], [*new, *expected], strict=True):
         torch.testing.assert_close(p.detach(), want, rtol=1e-8, atol=1e-12)
+
+
+# --- pmwnet -----------------------------------------------------------------------------------------------------------
+
+
+def test_draws_are_of_the_beta_distribution_and_so_are_their_derivatives() -> None:
+    count = 40_000
+    a, b = (torch.full((count,), value, dtype=torch.float64, requires_grad=True) for value in (2.0, 3.0))
+    v = draw(a, b, generator(1, "test"))
+    # Mean 2/5 and variance ab / (a + b)^2 (a + b + 1) = 1/25: a standard error of .001.
+    assert v.mean().item() == pytest.approx(0.4, abs=0.006)
+    assert v.var().item() == pytest.approx(0.04, abs=0.002)
+    # The mean of dv/da is d/da a / (a + b) = b / (a + b)^2 = 3/25, that of dv/db is -2/25.
+    of_a, of_b = torch.autograd.grad(v.sum(), [a, b])
+    assert of_a.mean().item() == pytest.approx(0.12, abs=0.004)
+    assert of_b.mean().item() == pytest.approx(-0.08, abs=0.004)
+    assert torch.equal(draw(a, b, generator(1, "test")), v)
+    assert draw(torch.tensor([1e-3] * 9), torch.tensor([1e-3] * 9), generator(1, "test")).isfinite().all()
+
+
+def test_pmwnet_moves_as_its_paper_says() -> None:
+    torch.manual_seed(0)
+    network = Perceptron(4, pixels=6, hidden=5, features=3).double()
+    settings = Settings(method="pmwnet", **PLAIN | {"momentum": 0.9, "weight_decay": 0.01})
+    recipe = ProbabilisticWeightNet(settings, network)
+    net = recipe.networks["weights"]
+    assert isinstance(net, PosteriorNet)
+    w, theta = dict(network.named_parameters()), list(net.parameters())
+    buffers = [torch.zeros_like(p) for p in w.values()]
+    moments, squares = ([torch.zeros_like(p) for p in theta] for _ in range(2))
+
+    def losses(parameters: dict[str, Tensor], images: Batch) -> Tensor:
+        logits, _ = functional_call(network, parameters, images.inputs)
+        return -logits.log_softmax(1)[torch.arange(len(images.labels)), images.labels]
+
+    def posterior(values: list[Tensor], of: Tensor) -> list[Tensor]:
+        hidden = [(of[:, None] @ values[k].T + values[k + 1]).relu() for k in (0, 4)]
+        pairs = zip(hidden, (2, 6), strict=True)
+        return [(1 + (h @ values[k].T + values[k + 1]).exp()).log().squeeze(1) + 1e-3 for h, k in pairs]
+
+    def divergence(a: Tensor, b: Tensor, prior_a: Tensor, prior_b: Tensor) -> Tensor:
+        """KL of Beta(a, b) from the prior: log B(a', b') / B(a, b) + (a - a') psi(a) + ... - (...) psi(a + b)."""
+
+        def log_beta(x: Tensor, y: Tensor) -> Tensor:
+            return x.lgamma() + y.lgamma() - (x + y).lgamma()
+
+        shifted = (prior_a - a + prior_b - b) * (a + b).digamma()
+        moved = (a - prior_a) * a.digamma() + (b - prior_b) * b.digamma()
+        return log_beta(prior_a, prior_b) - log_beta(a, b) + moved + shifted
+
+    before: list[Tensor] | None = None
+    for step in (1, 2, 3):
+        noisy, clean = batch(9), batch(5)
+        each = losses(w, noisy)
+        of = each.detach()
+        prior = [torch.ones(9, dtype=torch.float64)] * 2 if before is None else posterior(before, of)
+        a, b = posterior(theta, of)
+        weights = draw(a, b, generator(settings.seed, f"weights {step - 1}"))
+        gradient = torch.autograd.grad((weights * each).mean(), list(w.values()), create_graph=True)
+        ahead = {name: p.detach() - 0.3 * g for (name, p), g in zip(w.items(), gradient, strict=True)}
+        upper = losses(ahead, clean).mean() + 1e-3 * divergence(a, b, *prior).mean()
+        meta = torch.autograd.grad(upper, theta)
+        before = [p.detach().clone() for p in theta]
+        new = []
+        for p, g, m, s in zip(theta, meta, moments, squares, strict=True):  # Adam
+            d = g + 1e-4 * p.detach()
+            m.mul_(0.9).add_(0.1 * d)
+            s.mul_(0.999).add_(0.001 * d * d)
+            new.append(p.detach() - 1e-3 * (m / (1 - 0.9**step)) / ((s / (1 - 0.999**step)).sqrt() + 1e-8))
+        a, b = posterior(new, of)
+        trained = torch.autograd.grad((a / (a + b) * losses(w, noisy)).mean(), list(w.values()))
+        expected = []
+        for p, g, buffer in zip(w.values(), trained, buffers, strict=True):
+            buffer.mul_(0.9).add_(g + 0.01 * p.detach())
+            expected.append(p.detach() - 0.3 * buffer)
+
+        numbers = recipe.step(noisy, clean)
+        torch.testing.assert_close(numbers["upper_loss"], upper.detach(), rtol=1e-9, atol=0)
+        for p, want in zip([*theta, *w.values()], [*new, *expected], strict=True):
+            torch.testing.assert_close(p.detach(), want, rtol=1e-7, atol=1e-10)

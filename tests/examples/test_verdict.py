@@ -92,7 +92,7 @@ def test_enough_trusted_samples_find_the_right_answer() -> None:
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_intervals_of_many_ways_hold_at_once(grouped: bool) -> None:
-    source, draws, number = np.random.default_rng(3), 300, 120
+    source, draws, number = np.random.default_rng(3), 200, 120
     shares, together, best_kept = np.array([0.6, 0.62, 0.7, 0.7, 0.72, 0.8, 0.8, 0.8]), 0, 0
     limits = stats.norm.ppf(shares)[:, None]
     for draw in range(draws):
@@ -278,6 +278,15 @@ def test_bayes_rule_by_hand() -> None:
     assert np.isclose(answers, found).all(1).any()
 
 
+def test_the_better_classifier_is_taken_by_what_is_visible() -> None:
+    world = World("flip", 400)
+    poor = np.random.default_rng(1).dirichlet(np.ones(CLASSES), 400)
+    tuned = ways.Tuned({"poor": ways.Predicted(poor), "good": ways.Predicted(world.predicted)})
+    assert tuned.choice(world.problem(np.arange(100))) == "good"
+    np.testing.assert_array_equal(tuned(world.problem(np.arange(100))), world.predicted)
+    assert tuned.choice(world.problem(np.empty(0, dtype=int))) == "poor", "the first where nothing is visible"
+
+
 def test_annotators_are_told_apart() -> None:
     world = World("flip", 600)
     other = np.where(np.arange(600) % 10 == 0, (world.true + 2) % CLASSES, world.true)
@@ -330,5 +339,5 @@ def test_a_way_can_be_named() -> None:
     assert (outcome.labels[rest] == world.predicted.argmax(1)[rest]).all()
     assert (outcome.labels[~rest] == world.true[~rest]).all(), "trusted samples keep their trusted label"
     assert "as you asked" in outcome.report.headline()
-    with pytest.raises(ValueError, match="--way magic: must be one of given, classifier"):
+    with pytest.raises(ValueError, match="--way magic: must be best, or one of given, classifier"):
         judging.judge(problem, world.ways(), way="magic")

@@ -371,7 +371,7 @@ def test_forward_mode_may_be_asked_for(row: Row, kind: str) -> None:
 
 @every_row
 def test_the_kept_graph(row: Row) -> None:
-    """``differentiate="graph"`` differentiates twice: it works where double backward does, and refuses the rest by name."""
+    """``differentiate="graph"`` differentiates twice: it works where double backward does, and refuses the rest."""
     optimizer = build(row, bilevel.Unrolled, inner_steps=2, differentiate="graph")
     if row.graph:
         differences = build(

@@ -495,3 +495,13 @@ def test_an_indefinite_system_says_so() -> None:
         assert bool(found.indefinite) is indefinite
         assert bool(found.converged) is not indefinite
     assert System(torch.eye(2).double(), right).solve(Neumann(1)).indefinite is None
+
+
+def test_a_product_that_is_not_finite_is_not_taken_for_negative_curvature() -> None:
+    right = [torch.ones(2, dtype=torch.float64)]
+    for bad in (float("nan"), float("inf")):
+        calls = iter([1.0, bad, 1.0])
+        diagonal = torch.tensor([1.0, 3.0], dtype=torch.float64)
+        found = ConjugateGradient(3).solve(lambda v: [next(calls) * diagonal * v[0]], right, None, [0.1])  # noqa: B023
+        assert found.x[0] is not None
+        assert not bool(torch.isfinite(found.x[0]).all())

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import bilevel
-from pages import examples
+from pages import blocks
 
 pytestmark = pytest.mark.environment
 
@@ -104,7 +104,14 @@ def test_the_metadata_is_what_was_decided(wheel: zipfile.ZipFile) -> None:
     assert fields["Version"] == bilevel.__version__
     assert fields["License-Expression"] == "Apache-2.0"
     assert [line for line in fields.get_all("Requires-Dist", []) if "extra ==" not in line] == ["torch>=2.11"]
-    assert set(fields.get_all("Provides-Extra", [])) == {"comparison", "dev", "docs", "examples", "tensorboard"}
+    assert set(fields.get_all("Provides-Extra", [])) == {
+        "comparison",
+        "dev",
+        "docs",
+        "examples",
+        "parquet",
+        "tensorboard",
+    }
     assert any(name.endswith("/licenses/LICENSE") for name in wheel.namelist())
 
 
@@ -139,7 +146,7 @@ def test_the_warning_of_torch_is_the_one_that_is_let_pass(wheel: zipfile.ZipFile
 
 
 def test_the_readme_snippet_runs_without_the_extras(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
-    result = alone(wheel, tmp_path, examples(ROOT / "README.md")[0].text, f"ignore:{NO_NUMPY}")
+    result = alone(wheel, tmp_path, blocks(ROOT / "README.md")[0].parsed, f"ignore:{NO_NUMPY}")
     assert result.returncode == 0, result.stderr
 
 

@@ -7,53 +7,52 @@ import re
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+from sybil.example import SybilFailure
 
-from pages import examples, run
+from pages import blocks
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 REPOSITORY = "https://github.com/bilevel/bilevel"
 DOCUMENTATION = "https://bilevel.readthedocs.io"
-PAGES = [path for path in [README, *sorted((ROOT / "docs").rglob("*.md"))] if examples(path)]
+PAGES = [README, *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
 
 
-@pytest.fixture
-def _torch_as_found() -> Iterator[None]:
-    """A page may choose a seed, a default dtype or a number of threads: the tests after it must not notice."""
-    dtype, threads, state = torch.get_default_dtype(), torch.get_num_threads(), torch.get_rng_state()
-    yield
-    torch.set_default_dtype(dtype)
-    torch.set_num_threads(threads)
-    torch.set_rng_state(state)
-
-
-@pytest.mark.usefixtures("_torch_as_found")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_examples_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    run(path)
+def test_every_block_is_a_test(path: Path) -> None:
+    fences = re.findall(r"^ *```(?:python|pycon)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(blocks(path)) == len(fences)
 
 
 def test_the_snippet_is_the_first_thing_that_runs() -> None:
-    first = examples(README)[0]
-    assert first.language == "python"
-    assert "bilevel.BOME(" in first.text
+    line = README.read_text(encoding="utf-8").splitlines()[blocks(README)[0].line - 1]
+    assert line == "```python"
+    assert "bilevel.BOME(" in blocks(README)[0].parsed
 
 
 def test_a_failing_example_fails(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("```python\nx = 1\n```\n\n```pycon\n>>> x\n2\n```\n")
-    with pytest.raises(AssertionError, match=r"(?s)line 6.*Expected:\s+2\s+Got:\s+1"):
-        run(page)
+    first, second = blocks(page)
+    first.evaluate()
+    with pytest.raises(SybilFailure, match=r"(?s)line 6.*Expected:\s+2\s+Got:\s+1"):
+        second.evaluate()
     page.write_text("text\n\n```python\nx = 1\nraise RuntimeError(x)\n```\n")
+    (only,) = blocks(page)
     with pytest.raises(RuntimeError) as caught:
-        run(page)
+        only.evaluate()
     assert caught.traceback[-1].lineno + 1 == 5
+
+
+def test_a_session_hands_its_names_on(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```pycon\n>>> x = 3\n>>> x\n3\n```\n\n```python\nassert x == 3\ny = x\n```\n")
+    for block in blocks(page):
+        block.evaluate()
+    assert block.namespace["y"] == 3
 
 
 def targets(text: str) -> list[str]:

@@ -10,7 +10,7 @@ from examples.noisy_labels.augment import crop_and_flip
 from examples.noisy_labels.batches import Batch, Shuffled
 
 
-class SampleBatches(Shuffled):
+class SampleBatches(Shuffled[Batch]):
     """Batches of one part of the samples.
 
     Args:

@@ -50,7 +50,7 @@ DEFAULT = ("logistic", "trees")
 
 
 def makers(chosen: Any, seed: int) -> dict[str, MakeClassifier]:
-    """Return how to make the classifiers, by the name of their way; the first is the ``classifier``.
+    """Return how to make the classifiers, by name.
 
     Args:
         chosen: ``auto`` for logistic regression and trees; a name, a class as ``sklearn.svm.SVC``, an estimator, or a
@@ -60,18 +60,16 @@ def makers(chosen: Any, seed: int) -> dict[str, MakeClassifier]:
     Raises:
         ValueError: There is none of that name, or it gives no probabilities.
     """
-    asked = list(DEFAULT) if isinstance(chosen, str) and chosen == "auto" else chosen
-    if isinstance(asked, str) or not isinstance(asked, Sequence):
-        asked = [asked]
+    asked = [chosen] if isinstance(chosen, str) or not isinstance(chosen, Sequence) else list(chosen)
+    if len(asked) == 1 and isinstance(asked[0], str) and asked[0] == "auto":
+        asked = list(DEFAULT)
     made = [_maker(one, seed) for one in asked]
-    names = ["classifier", *(_name(one, i + 2) for i, one in enumerate(asked[1:]))]
-    return dict(zip(names, made, strict=True))
+    return {_name(one, i): make for i, (one, make) in enumerate(zip(asked, made, strict=True))}
 
 
 def _name(one: Any, position: int) -> str:
-    if isinstance(one, str) and one in NAMED:
-        return one
-    return f"classifier {position}"
+    name = one if isinstance(one, str) else type(one).__name__
+    return name if position == 0 or name in NAMED else f"{name} ({position + 1})"
 
 
 def _maker(one: Any, seed: int) -> MakeClassifier:

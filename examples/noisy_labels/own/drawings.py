@@ -12,10 +12,9 @@ matplotlib.use("Agg")  # files only: works without a display
 import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from torch import Tensor
 
 from examples.noisy_labels.files import replacing
-from examples.noisy_labels.own.report import most_suspicious
+from examples.noisy_labels.own.report import Corrected, most_suspicious
 from examples.noisy_labels.own.samples import Samples
 
 MANY_CLASSES = 20  # above it the heatmap shows no class names
@@ -49,9 +48,9 @@ def curves(file: Path, epochs: list[dict[str, Any]], title: str) -> None:
     _write(figure, file)
 
 
-def label_heatmap(file: Path, samples: Samples, probabilities: Tensor, title: str) -> None:
+def label_heatmap(file: Path, samples: Samples, labels: Corrected, title: str) -> None:
     """Draw which labels became which: rows are given labels, columns corrected ones, colours shares of the row."""
-    given, corrected = samples.given[samples.noisy].cpu().numpy(), probabilities.argmax(1).cpu().numpy()
+    given, corrected = samples.given[samples.noisy].cpu().numpy(), np.array(labels.labels)
     names = samples.names
     counts = np.zeros((len(names), len(names)), dtype=int)
     np.add.at(counts, (given, corrected), 1)
@@ -73,11 +72,9 @@ def label_heatmap(file: Path, samples: Samples, probabilities: Tensor, title: st
     _write(figure, file)
 
 
-def suspicious(
-    file: Path, samples: Samples, probabilities: Tensor, title: str, rows: int = 4, columns: int = 8
-) -> None:
+def suspicious(file: Path, samples: Samples, labels: Corrected, title: str, rows: int = 4, columns: int = 8) -> None:
     """Draw the images whose given label is the least probable, with id, given and corrected label."""
-    chosen = most_suspicious(samples, probabilities, rows * columns)
+    chosen = most_suspicious(samples, labels, rows * columns)
     rows = -(-len(chosen) // columns)
     figure, panels = pyplot.subplots(
         rows, columns, figsize=(1.7 * columns, 2.2 * rows + 0.7), layout="constrained", squeeze=False

@@ -19,6 +19,7 @@ class Report:
         verdict: Which way is the best, and whether that can be told.
         way: Whose labels were taken.
         asked: Whether the user named that way.
+        classifiers: Of the simple ways, by which classifier each is done.
         promise: Which labels need no check.
         actions: How many labels are to keep, to change, to check.
         remaining: How many labels of samples that nobody checked are wrong after correction.
@@ -32,6 +33,7 @@ class Report:
     verdict: Verdict
     way: str
     asked: bool
+    classifiers: dict[str, str]
     promise: Promise
     actions: dict[str, int]
     remaining: Interval
@@ -48,7 +50,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        return asdict(self)
+        plain: dict[str, Any] = _known(asdict(self))
+        return plain
 
     def table(self) -> list[str]:
         """Return the scores of all ways, a line each."""
@@ -76,6 +79,22 @@ class Report:
         taken = "as you asked" if self.asked else "the verdict's" if self.answer != CANNOT_TELL else "a best guess"
         return f"verdict: {words}. {self.verdict.reason}. Labels written: {self.way} ({taken})."
 
+    def summary(self) -> str:
+        """Return the verdict in a clause: before, after, what remains."""
+        shown = {one.name: one for one in self.verdict.scores}
+        parts = []
+        if "given" in shown and self.way in shown:
+            after = shown[self.way]
+            parts.append(
+                f"labels of {self.verdict.judged} trusted samples: {100 * shown['given'].right:.1f} % right as given, "
+                f"{100 * after.right:.1f} % ({100 * after.low:.1f} to {100 * after.high:.1f}) by {self.way}"
+            )
+        left = self.remaining
+        if left.value == left.value:
+            parts.append(f"about {left.value:.0f} wrong ones remain ({left.low:.0f} to {left.high:.0f})")
+        words = {CORRECT: "correct", CANNOT_TELL: "cannot tell"}.get(self.answer, "keep the given labels")
+        return "; ".join([*parts, f"verdict: {words}, see verdict.txt"])
+
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
@@ -96,7 +115,8 @@ class Report:
         return [line, errors, f"check these {self.check} next: the least sure first; then name them as suspicious"]
 
     def _noise(self) -> list[str]:
-        lines = []
+        built = ", ".join(f"{way} by {name}" for way, name in self.classifiers.items())
+        lines = [f"classifiers: {built}"] if set(self.classifiers.values()) - {"classifier"} else []
         if any(one.value == one.value for one in self.noise_per_class.values()):
             lines.append(f"given labels wrong, by true class: {_shares(self.noise_per_class)}")
         if len(self.noise_per_annotator) > 1:
@@ -104,6 +124,15 @@ class Report:
                 f"wrong, by annotator: {_shares({str(i + 1): one for i, one in enumerate(self.noise_per_annotator)})}"
             )
         return lines
+
+
+def _known(value: Any) -> Any:
+    """Return a value with None for NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {name: _known(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(one) for one in value]
+    return None if isinstance(value, float) and value != value else value
 
 
 def _shares(shares: dict[str, Interval]) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 from scipy import stats
 
 Array = np.ndarray
-DRAWS = 20_000
+DRAWS = 10_000
 
 
 def clopper_pearson(hits: float, number: float, level: float) -> tuple[float, float]:

@@ -9,14 +9,16 @@ import numpy as np
 
 from examples.noisy_labels.own import promise as promises
 from examples.noisy_labels.own import verdict
+from examples.noisy_labels.own.calibration import Temperature
 from examples.noisy_labels.own.findings import Report
 from examples.noisy_labels.own.problem import UNKNOWN, Problem
 from examples.noisy_labels.own.verdict import CANNOT_TELL, Judged
-from examples.noisy_labels.own.ways import Way
+from examples.noisy_labels.own.ways import BEST, Tuned, Way
 
 Array = np.ndarray
 FOLDS = 5
 TRUSTED = "trusted"
+AS_IT_IS = Temperature(1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def judge(
     check: int = 50,
     seed: int = 1,
     way: str | None = None,
+    finished: Mapping[str, Array] | None = None,
     watch: Callable[[str, int], None] = lambda *_: None,
 ) -> Outcome:
     """Judge all ways and correct with the winner, or with the one that is named.
@@ -62,24 +65,29 @@ def judge(
         level: Probability with which intervals hold.
         check: How many samples to name for checking.
         seed: Of folds and draws.
-        way: The way whose labels are taken, whatever the verdict; None for the verdict's.
+        way: The way whose labels are taken, whatever the verdict, or `BEST`; None for the verdict's.
+        finished: Answers of ways, for all samples, that are there already.
         watch: Is told way and fold before each answer.
 
     Raises:
         ValueError: There is no way of that name.
     """
-    if way is not None and way not in ways:
-        raise ValueError(f"--way {way}: must be one of {', '.join(ways)}.")
+    if way is not None and way not in (*ways, BEST):
+        raise ValueError(f"--way {way}: must be {BEST}, or one of {', '.join(ways)}.")
     judged = verdict.cross_fit(problem, ways, verdict.trusted_folds(problem, folds, seed), watch)
     found = verdict.decide(judged, level, seed)
+    if way == BEST:
+        way = max(judged.probabilities, key=lambda name: judged.right(name).sum(), default=list(ways)[-1])
     chosen = way or (found.way if found.way in ways else "given")
     if way is None and found.answer == CANNOT_TELL and not judged.known:
         chosen = list(ways)[-1]  # nothing can be told, so what was asked for: the last way is the most elaborate
     ranking = _ranking(judged, ways)
-    calibrated = {
-        name: judged.temperatures[name](ways[name](problem)) if name in judged.temperatures else ways[name](problem)
-        for name in dict.fromkeys([chosen, ranking])
-    }
+    answers = dict(finished or {})
+    for name in (chosen, ranking):
+        if name not in answers:
+            watch(name, -1)
+            answers[name] = ways[name](problem)
+    calibrated = {name: judged.temperatures.get(name, AS_IT_IS)(answers[name]) for name in (chosen, ranking)}
     labels = calibrated[chosen].argmax(1)
     probabilities = calibrated[ranking if chosen == "given" else chosen].copy()
     known = problem.trusted
@@ -89,7 +97,7 @@ def judge(
     promised = promises.promise(judged, chosen, sure, precision, level) if sure is not None else promises.NOTHING
     actions = promises.actions(probabilities, problem.given, labels, promised).astype(object)
     actions[known] = TRUSTED
-    unknown = np.flatnonzero(~known)
+    unknown = np.flatnonzero(~known & problem.voted)
     given = np.where(problem.given == UNKNOWN, labels, problem.given)
     of_given = calibrated[ranking][unknown, given[unknown]]
     suspicion = np.zeros(len(labels), dtype=int)
@@ -98,6 +106,7 @@ def judge(
     check_next = unknown[doubt.argsort(kind="stable")][:check]
     report = Report(
         verdict=found,
+        classifiers={name: one.choice(problem) for name, one in ways.items() if isinstance(one, Tuned)},
         way=chosen,
         asked=way is not None,
         promise=promised,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from examples.noisy_labels.own import table as tables
 from examples.noisy_labels.own.options import Options
+from examples.noisy_labels.own.parquet import PARQUET
 from examples.noisy_labels.own.table import Table
 
 Known = dict[int, str]  # a trusted label for each of some rows
@@ -86,6 +87,17 @@ def known_labels(file: str | None, role: str, table: Table, ids: Sequence[str], 
     return known
 
 
+def rows_named(file: str, role: str, table: Table, ids: Sequence[str], options: Options) -> list[int]:
+    """Return the rows whose ids a file names."""
+    named, _, places = _listed(Path(file), set(ids), options)
+    rows = {one: row for row, one in enumerate(ids)}
+    for one, place in zip(named, places, strict=True):
+        if one not in rows:
+            rule = f"the id {one!r} is not in {table.file.name}, whose first ids are {', '.join(ids[:3])}"
+            raise ValueError(f"{role}({place}): {rule}. Is it misspelt, or is --id another column?")
+    return [rows[one] for one in named]
+
+
 def class_names(labels: set[str]) -> tuple[str, ...]:
     """Return the classes in order: by number if all are integers, else by name."""
     if all(_is_integer(one) for one in labels):
@@ -113,7 +125,7 @@ def count_votes(columns: Sequence[Sequence[str]], names: tuple[str, ...]) -> Ten
 
 def _listed(path: Path, ids: set[str], options: Options) -> tuple[list[str], list[str] | None, list[str]]:
     """Return the ids in a file, their labels if it has any, and where each is."""
-    if path.suffix.lower() not in (".csv", ".tsv"):
+    if path.suffix.lower() not in (".csv", ".tsv", PARQUET):
         return _listed_in_text(path, options)
     table = tables.read(path, encoding=options.encoding)  # its delimiter may differ from the table's
     if len(table.columns) == 1 and options.delimiter is not None:

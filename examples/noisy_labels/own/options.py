@@ -14,11 +14,14 @@ from examples.noisy_labels import command_line, configuration, files
 from examples.noisy_labels.configuration import CONFIGURATION, of_saved_run
 from examples.noisy_labels.declaration import LARGEST_SEED, check, flag, option, plain
 from examples.noisy_labels.files import replacing
+from examples.noisy_labels.own.classifiers import NAMED, makers
+from examples.noisy_labels.own.ways import BEST, WAYS
 
 METHODS = ("ebomlc", "ce", "clean", "ce-clean")
 NETWORKS = ("auto", "mlp", "small", "resnet32")
 ENOUGH_STEPS = 1000  # small tables are gone through so often that there are this many steps
 EPOCHS = 20  # at least, however long the table
+HELD_OUT = 0.2
 CORRUPT_IF_TOLD = 0.5  # see `Options.corrupt`
 
 OWN = ("out", "config", "resume", "overwrite")  # not part of the configuration
@@ -44,9 +47,16 @@ class Options:
     trusted: str | None = option(None, "file with the ids of trusted samples: one a line, or CSV with id and label")
     trusted_column: str | None = option(None, "column of trusted labels, in --trusted or in --table [see the docs]")
     test: str | None = option(None, "file like --trusted: samples to measure with, never trained on")
-    hold_out: float = option(
-        0.2, "share of trusted samples of each class to measure with, if no --test", kind=float, within="[0, 1)"
+    hold_out: float | None = option(
+        None,
+        f"share of trusted samples of each class that nothing is trained on [0 with a verdict, else {HELD_OUT}]",
+        kind=float,
+        within="[0, 1)",
     )
+    suspicious: str | None = option(
+        None, "file with the ids of trusted samples that were checked because they looked wrong: they do not judge"
+    )
+    groups: str | None = option(None, "column that says what belongs together, such as the patient")
     features: tuple[str, ...] | None = option(
         None, "columns that are features [all that nothing else uses]", kind=tuple
     )
@@ -54,6 +64,17 @@ class Options:
     categorical: tuple[str, ...] | None = option(None, "columns of text or codes, to be one-hot encoded", kind=tuple)
     missing: str = option("refuse", "empty cells of features: an error, or filled with the mean", ("refuse", "mean"))
     file_column: str = option("file", "column with the file of each image, relative to --images")
+    classifier: tuple[str, ...] = option(
+        ("auto",),
+        f"for tables, of the simple ways: {', '.join(NAMED)}, or any of scikit-learn's, as sklearn.svm.SVC",
+        kind=tuple,
+    )
+    folds: int = option(5, "parts of the trusted samples that judge in turn; 0: no verdict", kind=int, within="[0, 50]")
+    precision: float = option(
+        0.95, "share of labels that shall be right among those that need no check", kind=float, within="(0, 1)"
+    )
+    check: int = option(50, "how many samples check_next.csv names", kind=int, within="[0, inf)")
+    way: str | None = option(None, "the way whose labels are written; best: the one that looks best [the verdict's]")
     image_size: int = option(32, "width and height to which images are resized", kind=int, within="[8, 1024]")
     augment: bool = option(True, "random crops and mirror images, of images only", kind=bool)
     delimiter: str | None = option(None, "what separates cells [found in the first line: , ; tab or |]")
@@ -101,8 +122,25 @@ class Options:
         if self.trusted is None and self.trusted_column is None:
             rule = "which samples are trusted is not said. Correction needs some labels that are known to be right"
             raise ValueError(f"own_data: {rule}. Give --trusted FILE, or --trusted-column COLUMN.")
+        if self.folds == 1:
+            raise ValueError("--folds 1: must be at least 2, or 0 for no verdict.")
+        if self.way is not None and self.way not in (BEST, *WAYS, self.method):
+            raise ValueError(f"--way {self.way}: must be {BEST}, {', '.join(WAYS)} or the --method, {self.method}.")
+        if self.way is not None and not self.folds:
+            raise ValueError(f"--way {self.way}: is judged in folds. Leave out --folds 0.")
+        if self.groups is not None and self.table is None:
+            raise ValueError(f"--groups {self.groups}: is a column of --table. Give one.")
+        if self.images is not None and self.classifier != ("auto",):
+            raise ValueError("--classifier: is for tables. Images are classified by --network.")
         if (self.network == "mlp") == (self.images is not None) and self.network != "auto":
             raise ValueError(f"--network {self.network}: mlp is for tables, the others for images.")
+
+    @property
+    def held_out_share(self) -> float:
+        """Return the share of trusted samples that is held out: none where a verdict lets all of them judge."""
+        if self.hold_out is not None:
+            return self.hold_out
+        return 0.0 if self.folds else HELD_OUT
 
     @property
     def drops(self) -> list[int]:
@@ -156,6 +194,7 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
             return Command(_saved(own["out"], given), own["out"], resume=True, overwrite=own["overwrite"])
         options = from_dict(given)
         command_line.device(options.device)
+        makers(options.classifier, options.seed)
     except (ValueError, OSError) as problem:
         parser.error(str(problem))
     out = own["out"] or Path("runs") / f"{Path(options.source).stem}-{options.method}-seed{options.seed}"

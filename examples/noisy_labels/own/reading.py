@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from examples.noisy_labels.own import features, images, labels
@@ -13,6 +14,7 @@ from examples.noisy_labels.own import table as tables
 from examples.noisy_labels.own.features import Encoding
 from examples.noisy_labels.own.labels import Known
 from examples.noisy_labels.own.options import Options
+from examples.noisy_labels.own.problem import Problem
 from examples.noisy_labels.own.samples import UNKNOWN, Samples, hold_out
 from examples.noisy_labels.own.table import Table
 
@@ -25,11 +27,13 @@ class Data:
         samples: The samples, on the CPU.
         encoding: How features became numbers, None for images.
         notes: What the user should know about his data, a line each.
+        problem: The labels, annotator by annotator, and which of the trusted ones may judge.
     """
 
     samples: Samples
     encoding: Encoding | None
     notes: tuple[str, ...]
+    problem: Problem
 
 
 def read(options: Options) -> Data:
@@ -50,7 +54,8 @@ def read(options: Options) -> Data:
         raise ValueError(
             f"Test({options.test}): {rule}. A sample can be one of both; with neither list change --hold-out."
         )
-    samples, notes = _labelled(table, ids, columns, trusted, test, options)
+    samples, notes, annotations = _labelled(table, ids, columns, trusted, test, options)
+    problem = _problem(table, samples, annotations, list(test), options)
     training = torch.cat([samples.noisy, samples.trusted]).tolist()
     if folder is not None:
         files = table.column(options.file_column, "file_column")
@@ -63,13 +68,13 @@ def read(options: Options) -> Data:
         shown = list(encoding.numeric) + [f"{name} (one-hot)" for name in encoding.categories]
         more = f", ... and {len(shown) - 6} more" if len(shown) > 6 else ""
         notes.insert(0, f"features: {', '.join(shown[:6])}{more}")
-    return Data(Samples(**{**vars(samples), "inputs": inputs}), encoding, tuple(notes))
+    return Data(Samples(**{**vars(samples), "inputs": inputs}), encoding, tuple(notes), problem)
 
 
 def _labelled(
     table: Table, ids: Sequence[str], columns: tuple[str, ...], trusted: Known, test: Known, options: Options
-) -> tuple[Samples, list[str]]:
-    """Return the samples, still without inputs, and notes."""
+) -> tuple[Samples, list[str], np.ndarray]:
+    """Return the samples, still without inputs, notes, and what each annotator said."""
     rows, known = len(table), trusted | test
     cells = [table.columns[name] for name in columns]
     # All labels at once, so that 3 in one column and 3.0 in another are one class.
@@ -83,7 +88,8 @@ def _labelled(
             f"Table({table.file.name}, {', '.join(columns)}): {rule}, and two are needed. Is it the column?"
         )
     votes = labels.count_votes(given, names)
-    position = {name: i for i, name in enumerate(names)}
+    position = {name: i for i, name in enumerate(names)} | {"": UNKNOWN}
+    said = np.array([[position[cell] for cell in column] for column in given]).T.copy()
     answers = torch.full((rows,), UNKNOWN)
     for row, name in known.items():
         answers[row] = position[name]
@@ -103,13 +109,14 @@ def _labelled(
             advice = "Check a few and add them to the trusted ones, or correct the label if it is misspelt"
             raise ValueError(f"Trusted(class {name!r}): {rule}. {advice}.")
     if options.test is None:
-        kept, aside = hold_out(answers, kept, options.hold_out, options.seed)
+        kept, aside = hold_out(answers, kept, options.held_out_share, options.seed)
     notes = []
     checked = torch.cat([kept, aside])
     checked = checked[votes[checked].sum(1) > 0]
     if len(checked) and bool((votes[checked].argmax(1) == answers[checked]).all()):
         # They come from the same column, or that column was corrected: as examples of mistakes they would mislead.
         votes[checked] = 0
+        said[checked.numpy()] = UNKNOWN
         notes.append(
             "the given labels of all trusted samples are right: they do not show which mistakes are made, so the "
             f"corrector is told a random label for {100 * options.corrupt:.0f} % of them"
@@ -118,7 +125,24 @@ def _labelled(
         ids=tuple(ids), names=names, inputs=torch.empty(0), votes=votes, labels=answers, noisy=noisy, trusted=kept,
         held_out=aside,
     )  # fmt: skip
-    return samples, notes
+    return samples, notes, said
+
+
+def _problem(table: Table, samples: Samples, said: np.ndarray, test: list[int], options: Options) -> Problem:
+    """Return the labels as the ways to correct them see them; samples of ``--test`` teach and judge nothing here."""
+    truth, judging = samples.labels.numpy().copy(), np.ones(len(samples.ids), dtype=bool)
+    truth[test], annotations = UNKNOWN, said.copy()
+    annotations[test] = UNKNOWN
+    groups = None
+    if options.groups is not None:
+        groups = np.unique(table.column(options.groups, "groups"), return_inverse=True)[1]
+    if options.suspicious is not None:
+        for row in labels.rows_named(options.suspicious, "Suspicious", table, samples.ids, options):
+            if truth[row] == UNKNOWN:
+                rule = f"{samples.ids[row]!r} is not trusted. Only samples that were checked can be named here"
+                raise ValueError(f"Suspicious({options.suspicious}): {rule}.")
+            judging[row] = False
+    return Problem(samples.names, annotations, truth, judging, groups)
 
 
 def _features(table: Table, columns: tuple[str, ...], options: Options) -> list[str]:
@@ -126,7 +150,7 @@ def _features(table: Table, columns: tuple[str, ...], options: Options) -> list[
     for role, names in (("ignore", options.ignore), ("features", options.features)):
         for name in names or ():
             table.column(name, role)
-    used = {*columns, options.trusted_column, options.id or "id"}
+    used = {*columns, options.trusted_column, options.groups, options.id or "id"}
     if options.features is not None:
         if wrong := sorted(set(options.features) & used):
             rule = "is a label or an id, and would give the answer away"

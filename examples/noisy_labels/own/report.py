@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +15,99 @@ from torch import Tensor
 
 from examples.noisy_labels.files import replacing
 from examples.noisy_labels.log import Log
+from examples.noisy_labels.own.judging import Outcome
 from examples.noisy_labels.own.options import Options
+from examples.noisy_labels.own.parquet import PARQUET, write_parquet
 from examples.noisy_labels.own.samples import Samples
 from examples.noisy_labels.results import suspicion_rank
 
 SHOWN = 3  # samples in the end line
 
 
-def write_corrected_labels(file: Path, samples: Samples, probabilities: Tensor, *, votes: bool) -> None:
-    """Write a CSV, one row per noisy sample, in the order of the user's file.
+@dataclass(frozen=True)
+class Corrected:
+    """The labels of the samples that nobody checked, in their order.
+
+    Args:
+        labels: Position of the class.
+        probability: Of that label.
+        suspicion: Rank by how improbable the given label is, from 1 on.
+        actions: keep, change or check; None without a verdict.
+    """
+
+    labels: list[int]
+    probability: list[float]
+    suspicion: list[int]
+    actions: list[str] | None = None
+
+
+def corrected(samples: Samples, probabilities: Tensor) -> Corrected:
+    """Return the most probable labels."""
+    probability, labels = probabilities.max(1)
+    suspicion = suspicion_rank(probabilities, samples.given[samples.noisy])
+    return Corrected(labels.tolist(), probability.tolist(), suspicion.tolist())
+
+
+def of_outcome(samples: Samples, outcome: Outcome) -> Corrected:
+    """Return the labels of the way that was taken."""
+    rows = samples.noisy.cpu().numpy()
+    labels = outcome.labels[rows]
+    probability = outcome.probabilities[rows, labels]
+    actions = [str(one) for one in outcome.actions[rows]]
+    return Corrected(labels.tolist(), probability.tolist(), outcome.suspicion[rows].tolist(), actions)
+
+
+def write_corrected_labels(file: Path, samples: Samples, labels: Corrected, *, votes: bool) -> None:
+    """Write a CSV or Parquet file, one row per sample that is not trusted, in the order of the user's file.
 
     Args:
         file: Where to write.
         samples: All samples.
-        probabilities: Of each class to be the true one, (noisy samples, classes).
+        labels: Their labels.
         votes: Whether to add a column with the votes, such as ``cat:2 dog:1``.
     """
-    given = samples.given[samples.noisy]
-    probability, corrected = probabilities.max(1)
-    counts = samples.votes[samples.noisy].long().tolist()
-    columns: list[list[Any]] = [
-        [samples.ids[i] for i in samples.noisy.tolist()],
-        [samples.names[i] for i in given.tolist()],
-        [samples.names[i] for i in corrected.tolist()],
-        [f"{p:.4f}" for p in probability.tolist()],
-        suspicion_rank(probabilities, given).tolist(),
-    ]
-    head = ["id", "given", "corrected", "probability", "suspicion"]
+    columns: dict[str, Sequence[Any]] = {
+        "id": [samples.ids[i] for i in samples.noisy.tolist()],
+        "given": [samples.names[i] for i in samples.given[samples.noisy].tolist()],
+        "corrected": [samples.names[i] for i in labels.labels],
+        "probability": labels.probability,
+        "suspicion": labels.suspicion,
+    }
+    if labels.actions is not None:
+        columns["action"] = labels.actions
     if votes:
-        head.append("votes")
+        counts = samples.votes[samples.noisy].long().tolist()
         named = [[f"{name}:{n}" for name, n in zip(samples.names, row, strict=True) if n] for row in counts]
-        columns.append([" ".join(one) for one in named])
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(head)
-    writer.writerows(zip(*columns, strict=True))
-    with replacing(file) as stream:
-        stream.write(text.getvalue().encode())
+        columns["votes"] = [" ".join(one) for one in named]
+    _write(file, columns)
 
 
-def most_suspicious(samples: Samples, probabilities: Tensor, number: int) -> list[tuple[int, str, str]]:
+def write_check_next(file: Path, samples: Samples, outcome: Outcome) -> None:
+    """Write the samples to check next, the least sure first, with the label that they would get."""
+    chosen = outcome.check_next.tolist()
+    given = samples.given.tolist()
+    columns: dict[str, Sequence[Any]] = {
+        "id": [samples.ids[i] for i in chosen],
+        "given": [samples.names[given[i]] for i in chosen],
+        "corrected": [samples.names[outcome.labels[i]] for i in chosen],
+        "probability": [float(outcome.probabilities[i, outcome.labels[i]]) for i in chosen],
+    }
+    _write(file, columns)
+
+
+def write_verdict(folder: Path, outcome: Outcome) -> None:
+    """Write the verdict as text and as JSON."""
+    with replacing(folder / "verdict.txt") as stream:
+        stream.write(f"{outcome.report}\n".encode())
+    with replacing(folder / "verdict.json") as stream:
+        stream.write((json.dumps(outcome.report.to_dict(), indent=1) + "\n").encode())
+
+
+def most_suspicious(samples: Samples, labels: Corrected, number: int) -> list[tuple[int, str, str]]:
     """Return positions, given and corrected label of the samples whose given label is the least probable."""
-    given = samples.given[samples.noisy]
-    order = suspicion_rank(probabilities, given).argsort()[:number].tolist()
-    corrected = probabilities.argmax(1).tolist()
-    return [(int(samples.noisy[i]), samples.names[int(given[i])], samples.names[corrected[i]]) for i in order]
+    given, noisy = samples.given[samples.noisy].tolist(), samples.noisy.tolist()
+    order = sorted(range(len(noisy)), key=lambda i: labels.suspicion[i])[:number]
+    return [(noisy[i], samples.names[given[i]], samples.names[labels.labels[i]]) for i in order]
 
 
 def describe(samples: Samples, source: str) -> str:
@@ -76,10 +127,11 @@ def describe(samples: Samples, source: str) -> str:
     return line
 
 
-def end_line(options: Options, samples: Samples, probabilities: Tensor, log: Log) -> str:
+def end_line(options: Options, samples: Samples, labels: Corrected, log: Log, outcome: Outcome | None) -> str:
     """Return what came out, and what to look at first."""
     last = log.epochs()[-1]
-    changed = int((probabilities.argmax(1) != samples.given[samples.noisy]).sum())
+    given = samples.given[samples.noisy].tolist()
+    changed = sum(new != old for new, old in zip(labels.labels, given, strict=True))
     held_out = len(samples.held_out)
     parts = [f"{changed} of {len(samples.noisy)} labels changed"]
     if held_out:
@@ -88,18 +140,35 @@ def end_line(options: Options, samples: Samples, probabilities: Tensor, log: Log
         centre = (accuracy * held_out + 2) / (held_out + 4)
         error = 100 * math.sqrt(centre * (1 - centre) / (held_out + 4))
         parts.append(f"held-out accuracy {100 * accuracy:.1f} % (standard error {error:.1f}, {held_out} samples)")
-    else:
+    elif outcome is None:
         parts.append("nothing held out, so nothing is known about its accuracy")
-    if "right" in last:
+    if outcome is None and "right" in last:
         parts.append(f"labels of held-out samples: {_of(last, 'given_right')} right as given, {_of(last, 'right')} now")
-    first = ", ".join(
-        f"{samples.ids[i]} ({given} -> {new})" for i, given, new in most_suspicious(samples, probabilities, SHOWN)
-    )
+    if outcome is not None:
+        parts.append(outcome.report.summary())
+    first = ", ".join(f"{samples.ids[i]} ({old} -> {new})" for i, old, new in most_suspicious(samples, labels, SHOWN))
     advice = f"Look first at suspicion 1, 2, 3 in corrected_labels.csv: {first}"
-    if last.get("right", 1.0) < last.get("given_right", 0.0):
-        advice = f"Correction made the held-out labels worse: keep the given ones, and see the docs. {advice}"
-    return f"{options.method} on {options.source}, seed {options.seed}: {'; '.join(parts)}. {advice}"
+    if outcome is None and last.get("right", 1.0) < last.get("given_right", 0.0):
+        advice = f"Fewer of the held-out labels are right than as given: ask for a verdict (--folds 5). {advice}"
+    way = options.method if outcome is None else outcome.report.way
+    return f"{way} on {options.source}, seed {options.seed}: {'; '.join(parts)}. {advice}"
 
 
 def _of(record: dict[str, Any], name: str) -> str:
     return f"{100 * record[name]:.1f} %"
+
+
+def _write(file: Path, columns: dict[str, Sequence[Any]]) -> None:
+    """Write columns as Parquet or CSV, as the file is called; probabilities in CSV with four digits."""
+    if file.suffix == PARQUET:
+        write_parquet(file, columns)
+        return
+    written = [
+        [f"{one:.4f}" for one in values] if name == "probability" else values for name, values in columns.items()
+    ]
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows(zip(*written, strict=True))
+    with replacing(file) as stream:
+        stream.write(text.getvalue().encode())

@@ -7,6 +7,8 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
+from examples.noisy_labels.own.parquet import PARQUET, read_parquet
+
 DELIMITERS = (",", ";", "\t", "|")
 SHOWN = 12  # column names in a message
 
@@ -45,10 +47,15 @@ class Table:
 
 
 def read(file: Path, *, delimiter: str | None = None, encoding: str = "utf-8-sig") -> Table:
-    """Read a CSV file with a header. Empty lines are skipped."""
+    """Read a CSV file with a header, whose empty lines are skipped, or a Parquet file, whose lines are its rows."""
     if not file.is_file():
         raise FileNotFoundError(f"Table({file}): there is no such file.")
     name = file.name
+    if file.suffix.lower() == PARQUET:
+        columns = read_parquet(file)
+        if not (there := len(next(iter(columns.values()), []))):
+            raise ValueError(f"Table({name}): there is no row in it. Is it the right file?")
+        return Table(file, columns, [row + 1 for row in range(there)])
     try:
         text = file.read_text(encoding=encoding)
     except (UnicodeDecodeError, LookupError) as problem:

@@ -177,9 +177,13 @@ def _answer(scores: Sequence[Score], best: str) -> tuple[str, str, str]:
         # One that is not clearly worse need not be clearly better than the given labels: then the best of those counts.
         won = next((one for one in better if not one.worse), max(better, key=lambda one: one.right))
         reason = f"{won.name} is clearly better than the given labels: {_span(won)} of the labels"
-        rivals = [one.name for one in scores if one is not won and not one.worse and one.right > won.right]
+        rivals = [
+            f"{one.name} ({100 * one.right:.1f} %)"
+            for one in scores
+            if one is not won and not one.worse and one.right > won.right
+        ]
         if rivals:
-            reason += f"; whether {', '.join(rivals)} {'is' if len(rivals) == 1 else 'are'} better yet cannot be told"
+            reason += f"; {', '.join(rivals)} may be better still, which cannot be told yet"
         return CORRECT, won.name, reason
     corrections = [one for one in scores if one.name != "given"]
     most = max(corrections, key=lambda one: one.gain_high, default=None)

@@ -6,7 +6,9 @@
 - ``cleanlab``: the given label, unless cleanlab finds it wrong; then the classifier's (Northcutt et al., 2021);
 - ``bayes``: Bayes' rule: the classifier's probabilities times those of the given labels, by transition matrices that
   are counted on trusted samples, one for each annotator;
-- the last three again with every further classifier: ``trees``, ``trees cleanlab``, ``trees bayes``.
+
+Of several classifiers, such as logistic regression and trees for tables, each of the last three ways takes the one by
+which it does best on the trusted samples that it sees: inside the folds, so that the choice is judged with the way.
 
 The classifiers learn given labels only, so that no trusted label is in their probabilities and one cross-validation
 serves all folds of trusted samples. What is tuned on trusted samples is tuned on those that a fold leaves visible.
@@ -28,6 +30,8 @@ Array = np.ndarray
 Way = Callable[[Problem], Array]
 MakeClassifier = Callable[[], "Classifier"]
 EXPONENTS = (0.5, 1.0, 2.0, 4.0)  # sharpness of the classifier in Bayes' rule
+WAYS = ("given", "trusted", "classifier", "cleanlab", "bayes")  # the simple ones, the simplest first
+BEST = "best"  # instead of a way: the one that looks best, though a simpler one may be as good
 INNER_FOLDS = 3
 OUT_OF_FOLD = 5  # parts of all samples in the cross-validation of the classifiers
 SURE = 1e-3  # what a given label leaves to the other classes, before calibration
@@ -68,12 +72,11 @@ def simple(evidence: Evidence, seed: int) -> dict[str, Way]:
     ways: dict[str, Way] = {"given": given}
     if evidence.makers and evidence.inputs is not None:
         ways["trusted"] = Trusted(evidence.inputs, evidence.makers, seed)
-    for name, predicted in evidence.predicted.items():
-        prefix = "" if name == "classifier" else f"{name} "
-        ways[name] = Predicted(predicted)
-        if importlib.util.find_spec("cleanlab"):
-            ways[f"{prefix}cleanlab"] = Cleanlab(predicted)
-        ways[f"{prefix}bayes"] = Bayes(predicted)
+    kinds: dict[str, Callable[[Array], Way]] = {"classifier": Predicted, "cleanlab": Cleanlab, "bayes": Bayes}
+    if not importlib.util.find_spec("cleanlab"):
+        del kinds["cleanlab"]
+    for kind, make in kinds.items():
+        ways[kind] = Tuned({name: make(predicted) for name, predicted in evidence.predicted.items()})
     return ways
 
 
@@ -85,13 +88,37 @@ def evidence(problem: Problem, inputs: Array, makers: Mapping[str, MakeClassifie
 
 def needs_given(name: str) -> bool:
     """Return whether a way looks at the given label of the very sample that it corrects."""
-    return name == "given" or name.endswith(("cleanlab", "bayes"))
+    return name in ("given", "cleanlab", "bayes")
 
 
 def given(problem: Problem) -> Array:
     """Return the shares of the votes; where nobody voted, nothing is known."""
     shares = (problem.votes + SURE) / (problem.votes + SURE).sum(1, keepdims=True)
     return np.asarray(shares)
+
+
+class Tuned:
+    """One way with each of several classifiers: that which has the least log loss on the visible trusted samples.
+
+    Their probabilities are calibrated first, so that a classifier is not preferred for being rightly timid.
+    """
+
+    def __init__(self, variants: Mapping[str, Way]) -> None:
+        self.variants = variants
+
+    def __call__(self, problem: Problem) -> Array:
+        return self.variants[self.choice(problem)](problem)
+
+    def choice(self, problem: Problem) -> str:
+        """Return the name of the classifier that is taken."""
+        rows = np.flatnonzero(problem.trusted & problem.judging)
+        if len(self.variants) == 1 or not len(rows):
+            return next(iter(self.variants))
+        truth, losses = problem.truth[rows], {}
+        for name, way in self.variants.items():
+            answer = way(problem)[rows]
+            losses[name] = calibration.log_loss(calibration.fit(answer, truth)(answer), truth)
+        return min(losses, key=lambda name: losses[name])
 
 
 class Predicted:
@@ -141,9 +168,10 @@ class Bayes:
             joint = np.exp(joint - joint.max(1, keepdims=True))
             return np.asarray(joint / joint.sum(1, keepdims=True))
 
+        if not len(visible):
+            return answer(1.0, slice(None))
         losses = [calibration.log_loss(answer(one, visible), problem.truth[visible]) for one in EXPONENTS]
-        best = EXPONENTS[int(np.argmin(losses))] if len(visible) else 1.0
-        return answer(best, slice(None))
+        return answer(EXPONENTS[int(np.argmin(losses))], slice(None))
 
 
 class Trusted:
