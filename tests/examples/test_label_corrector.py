@@ -74,6 +74,7 @@ def test_new_samples_are_predicted(fitted: tuple[LabelCorrector, Array, Array, A
         fitted[0].predict_proba(features[:, :2])
 
 
+@pytest.mark.thorough
 def test_the_same_seed_gives_the_same_labels(fitted: tuple[LabelCorrector, Array, Array, Array]) -> None:
     corrector, features, true, given = fitted
     again = clone(corrector).fit(features, given, trusted={i: true[i] for i in range(150)})
