@@ -38,7 +38,7 @@ VARIANTS: dict[str, list[str]] = {
     "ebomlc": ["--method", "ebomlc"],
     "ebomlc, printed constants": ["--method", "ebomlc", "--delta", "0.25", "--xi", "0.5"],
     "ebomlc-difference": ["--method", "ebomlc-difference"],
-    "ebomlc-difference, step from w1": ["--method", "ebomlc-difference", "--step-from", "inner"],
+    "ebomlc-difference, step from w1": ["--method", "ebomlc-difference", "--step-from", "lookahead"],
     "ebomlc-released": ["--method", "ebomlc-released"],
     "ebomlc-released, wrong sign kept": ["--method", "ebomlc-released", "--clean-gradient", "released"],
     "ebomlc, corrupted clean labels": ["--method", "ebomlc", "--corrupt-clean", "0.5"],

@@ -91,6 +91,7 @@ class Batches(Shuffled[Batch]):
         size: Images per batch.
         seed, purpose: Name the random stream of the order and of the crops.
         augment: Whether to crop and mirror at random.
+        views: How often each image of a batch is augmented; all images come once, then all once more.
         corrupt: Share of the shown labels that are drawn anew, uniformly from all classes.
     """
 
@@ -104,13 +105,16 @@ class Batches(Shuffled[Batch]):
         seed: int,
         purpose: str,
         augment: bool,
+        views: int = 1,
         corrupt: float = 0.0,
     ) -> None:
         super().__init__(index, size=size, seed=seed, purpose=purpose)
         self.task, self.labels, self.augment, self.corrupt = task, labels, augment, corrupt
+        self.views = views
 
     def batch(self, chosen: Tensor) -> Batch:
         """Cut, crop and mirror the chosen images, all at once."""
+        chosen = chosen.repeat(self.views)
         inputs = cut(self.task, self.index[chosen], self.stream, augment=self.augment)
         labels = self.labels[chosen]
         return Batch(inputs, labels, self._shown(labels))

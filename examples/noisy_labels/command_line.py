@@ -65,10 +65,10 @@ def parse(arguments: Sequence[str] | None = None) -> Command:
         saved = out / CONFIGURATION
         resume = bool(own["resume"]) and (saved.is_file() or own["resume"] == "required")
         if resume:
-            decided = (
-                sorted(set().union(*PRESETS.values())) if own["preset"] else []
-            )  # a preset also says what it leaves alone
-            by_preset = {name: getattr(settings, name) for name in decided}
+            decided = set().union(*PRESETS.values()) if own["preset"] else ()  # a preset also says what it leaves alone
+            # in an order that is the same in every process
+            ordered = [one.name for one in dataclasses.fields(Settings) if one.name in decided]
+            by_preset = {name: getattr(settings, name) for name in ordered}
             settings = from_dict(of_saved_run(out, by_preset | said, FREE_ON_RESUME))
     except (ValueError, OSError) as problem:
         parser.error(str(problem))

@@ -49,7 +49,7 @@ class Counts(nn.Module):
     counts: Tensor
     prior: Tensor
 
-    def __init__(self, classes: int, images: int) -> None:
+    def __init__(self, classes: int, images: float) -> None:
         super().__init__()
         self.images = images
         elsewhere = (1 - FIRST_DIAGONAL) / (classes - 1)
@@ -60,6 +60,11 @@ class Counts(nn.Module):
     def add(self, posterior: Tensor, given: Tensor) -> None:
         """Forget as many images as are added, and add them."""
         self.counts.mul_(1 - len(given) / self.images).index_add_(1, given, posterior.T.to(self.counts))
+
+    def remember(self, images: float) -> None:
+        """Hold so many images from now on, without a change of T but for the prior."""
+        self.counts.mul_(images / self.images)
+        self.images = images
 
     @property
     def transition(self) -> Tensor:

@@ -8,6 +8,7 @@ Without a corrector:
 - ``ce-mixed``: cross-entropy on all images, of which each counts about once; see mixed.py.
 - ``glc``: Gold Loss Correction: a transition matrix estimated on the trusted images; see gold_loss_correction.py.
 - ``em``: online EM for the true labels and a transition matrix; see expectation_maximization.py.
+- ``ours``: the same with counts that forget faster at first, and two views of each image; see ours.py.
 
 With one:
 
@@ -62,6 +63,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ce-mixed": EACH_COUNTS_ONCE,
     "glc": EACH_COUNTS_ONCE,
     "em": EACH_COUNTS_ONCE,
+    "ours": EACH_COUNTS_ONCE,
     "ebomlc": PRINTED,
     "ebomlc-difference": PRINTED | {"value_gradient": "difference"},
     "ebomlc-released": PRINTED

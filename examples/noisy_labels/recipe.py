@@ -30,11 +30,13 @@ class Recipe(abc.ABC):
     Attributes:
         phases: How often the method goes through all epochs.
         noisy_batches: How many batches of noisy images a step takes, joined into one.
+        views: How often each noisy image is augmented: a noisy batch holds all its images once, then once more.
         transition_from: Where Bayes' rule takes the transition matrix of this method from; see `decoding.py`.
     """
 
     phases = 1
     noisy_batches = 1
+    views = 1
     transition_from = "likelihood"
 
     def __init__(

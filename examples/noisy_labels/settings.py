@@ -123,9 +123,12 @@ class Settings:
     )
     clean_weight: float = by_method(
         "clean_weight",
-        "weight of the trusted images' loss (ce-clean, ce-mixed, glc, em)",
+        "weight of the trusted images' loss (ce-clean, ce-mixed, glc, em, ours)",
         kind=float,
         within="[0, inf)",
+    )
+    memory: float = option(
+        0.1, "share of the images seen so far that the counts of T remember (ours)", kind=float, within="(0, 1]"
     )
     seed: int = option(
         1, "decides split, noise, first weights, order and crops", kind=int, within=f"[0, {LARGEST_SEED}]"

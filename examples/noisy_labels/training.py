@@ -38,8 +38,9 @@ class Run:
             network.to(memory_format=settings.memory_format)  # type: ignore[call-overload]
         self.epochs = self.recipe.phases * settings.epochs
         size = settings.batch_size
-        self.noisy = self._batches("noisy batches", task.noisy, task.given, size * self.recipe.noisy_batches)
-        self.clean = self._batches("clean batches", task.clean, task.labels[task.clean], size, settings.corrupt_clean)
+        batch, views, corrupt = size * self.recipe.noisy_batches, self.recipe.views, settings.corrupt_clean
+        self.noisy = self._batches("noisy batches", task.noisy, task.given, batch, views=views)
+        self.clean = self._batches("clean batches", task.clean, task.labels[task.clean], size, corrupt=corrupt)
         self.epoch, self.step, self.seconds = 0, 0, 0.0  # completed epochs; steps and seconds within the current one
         self.sums: dict[str, Tensor] = {}
 
@@ -96,11 +97,9 @@ class Run:
         self.epoch, self.step, self.seconds = progress["epoch"], progress["step"], progress["seconds"]
         self.sums = {name: value.to(device) for name, value in progress["sums"].items()}
 
-    def _batches(self, purpose: str, index: Tensor, labels: Tensor, size: int, corrupt: float = 0.0) -> Batches:
+    def _batches(self, purpose: str, index: Tensor, labels: Tensor, size: int, **others: Any) -> Batches:
         seed, augment = self.settings.seed, self.settings.augment
-        return Batches(
-            self.task, index, labels, size=size, seed=seed, purpose=purpose, augment=augment, corrupt=corrupt
-        )
+        return Batches(self.task, index, labels, size=size, seed=seed, purpose=purpose, augment=augment, **others)
 
 
 def train(run: Run, log: Log, folder: Path, interruption: Interruption) -> None:

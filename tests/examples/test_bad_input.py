@@ -200,4 +200,4 @@ def test_what_a_preset_says_counts_when_a_run_goes_on(capsys: pytest.CaptureFixt
     command_line.parse(["--preset", "quick"]).settings.save(Path("config.json"))
     assert command_line.parse(["--resume", "--preset", "quick", "--out", "."]).resume
     command = ["--resume", "--preset", "medium", "--out", "."]
-    refused(cifar, command, "the saved run has test_images = 2000, not None", capsys)
+    refused(cifar, command, "the saved run has train_images = 5000, not None", capsys)

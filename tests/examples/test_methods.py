@@ -23,7 +23,11 @@ CPU = torch.device("cpu")
 
 def test_a_name_decides_what_is_not_said() -> None:
     released = Settings(method="ebomlc-released", mixture="log")
-    assert (released.value_gradient, released.step_from, released.inner_step) == ("difference", "inner", "preview")
+    assert (released.value_gradient, released.step_from, released.inner_step) == (
+        "difference",
+        "lookahead",
+        "optimizer",
+    )
     assert (released.mix_clean, released.features, released.corrector) == (0.5, "recomputed", "released")
     assert released.mixture == "log"
     assert Settings().value_gradient == "value_function"

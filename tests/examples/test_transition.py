@@ -261,7 +261,7 @@ def test_glc_begins_its_second_phase_by_itself() -> None:
     assert not torch.equal(run.recipe.transition, torch.eye(10))
 
 
-@pytest.mark.parametrize("method", ["em", "glc"])
+@pytest.mark.parametrize("method", ["em", "ours", "glc"])
 def test_without_images_there_is_no_matrix(method: str) -> None:
     with pytest.raises(ValueError, match=r"task=None"):
         recipes.build(Settings(method=method, **DIGITS), 10, CPU)
