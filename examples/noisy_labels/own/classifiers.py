@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from examples.noisy_labels.own.ways import MakeClassifier
+from examples.noisy_labels.own.cross_validation import MakeClassifier
 
 TREES = 60
 
