@@ -3,7 +3,7 @@
 from . import without_numpy as without_numpy  # before anything that imports torch
 
 # isort: split
-from . import barrier, problems, testing
+from . import barrier, penalty, problems, testing
 from .batches import Batches, Indexed
 from .directions import Directions, Stats
 from .errors import ClosureError, NonFiniteError
@@ -12,15 +12,26 @@ from .evaluation.oracle import Oracle
 from .hypergradient import ConjugateGradient, FixedPoint, Neumann
 from .methods import (
     BOME,
+    BVFSM,
     EBOMLC,
     EMLC,
+    F2SA,
+    GPBGD,
+    MASOBA,
     MLC,
+    PDBO,
     SAMA,
+    SOBA,
+    VPBGD,
     BarrierStats,
     FiniteDifference,
+    GPBGDStats,
     HypergradientStats,
     Implicit,
     ImplicitStats,
+    PDBOStats,
+    PenaltyStats,
+    SingleLoopStats,
     Unrolled,
 )
 from .optimizer.base import BilevelOptimizer
@@ -31,10 +42,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BOME",
+    "BVFSM",
     "EBOMLC",
     "EMLC",
+    "F2SA",
+    "GPBGD",
+    "MASOBA",
     "MLC",
+    "PDBO",
     "SAMA",
+    "SOBA",
+    "VPBGD",
     "BarrierStats",
     "Batches",
     "BilevelOptimizer",
@@ -43,6 +61,7 @@ __all__ = [
     "Directions",
     "FiniteDifference",
     "FixedPoint",
+    "GPBGDStats",
     "HypergradientStats",
     "Implicit",
     "ImplicitStats",
@@ -50,12 +69,16 @@ __all__ = [
     "Neumann",
     "NonFiniteError",
     "Oracle",
+    "PDBOStats",
+    "PenaltyStats",
+    "SingleLoopStats",
     "Stats",
     "Unrolled",
     "Vector",
     "barrier",
     "check_directions",
     "hold",
+    "penalty",
     "problems",
     "testing",
 ]

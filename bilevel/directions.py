@@ -86,7 +86,7 @@ T = TypeVar("T", bound=Stats)
 
 NamedTensors = Mapping[str, Tensor]
 Rows = Mapping[int, NamedTensors]  # rows of a table, by number
-StateValue = NamedTensors | Rows | int
+StateValue = NamedTensors | Rows | Tensor | int
 Reduction = Literal["mean", "same"]
 
 
@@ -112,7 +112,7 @@ class Directions(Generic[S]):
         stats: The numbers seen on the way.
         start: Values of the lower variables that the lower step starts from instead of the current ones, or None.
         state: What the method will remember once these directions have moved the variables, by name: tensors by
-            variable, an integer, or rows of a table by number. ``step`` and ``apply`` commit it; empty for most
+            variable, a number, or rows of a table by number. ``step`` and ``apply`` commit it; empty for most
             methods.
         mark: Which state they were taken from; ``apply`` refuses them once it has moved on.
 
@@ -196,7 +196,7 @@ def _remembered(value: Any) -> StateValue:
         return value.detach().named()
     if isinstance(value, Mapping) and any(isinstance(row, Vector) for row in value.values()):
         return {index: _named(row.detach()) for index, row in value.items()}
-    found: StateValue = value
+    found: StateValue = value.detach() if isinstance(value, Tensor) else value
     return found
 
 
@@ -221,7 +221,9 @@ def _mean_state(several: Sequence[Directions[Any]]) -> dict[str, StateValue]:
             if any(list(v) != list(value) for v in named):
                 raise ValueError(f"{where} the variables in the state {name} differ. Average tasks with the same ones.")
             reduced[name] = _mean(named)
-        elif not isinstance(value, Mapping) and reduction == "same":
+        elif isinstance(value, Tensor) and reduction == "mean":
+            reduced[name] = torch.stack([v for v in values if isinstance(v, Tensor)]).mean()
+        elif isinstance(value, int) and reduction == "same":
             if any(v != value for v in values):
                 raise ValueError(f"{where} the state {name} differs. Take them all between two steps.")
             reduced[name] = value

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 
 import bilevel
 from bilevel.barrier import Value
+from bilevel.penalty import Linear
 
 INPUTS, HIDDEN, CLASSES, SAMPLES = 4, 8, 3, 6
 
@@ -39,6 +40,7 @@ class Case:
         gives_lower: Whether ``directions`` answers for the lower level too.
         upper_at: Where F is evaluated: at the ``current`` point, ``ahead`` of it after virtual lower steps, or
             ``after`` real ones.
+        ordinary: Whether the real lower steps are those of a training loop on G alone.
     """
 
     method: type[bilevel.BilevelOptimizer]
@@ -48,6 +50,7 @@ class Case:
     trains: Callable[[int], int] = lambda steps: 0
     gives_lower: bool = True
     upper_at: Literal["current", "ahead", "after"] = "current"
+    ordinary: bool = True
 
     @property
     def inner_steps(self) -> int:
@@ -109,9 +112,36 @@ def train_and_difference(steps: int) -> str:
     return steps * "L" + "Ull"
 
 
+def from_a_point_of_its_own(steps: int) -> str:
+    """G at the current point, a walk from elsewhere, G at its end with the gradient in alpha alone, F."""
+    return "L" + steps * "L" + "lU"
+
+
+def two_copies(steps: int) -> str:
+    """Steps of w along both losses, steps of a copy along G; both losses at w, G at the copy, in alpha alone."""
+    return steps * "LU" + steps * "L" + "llU"
+
+
+def two_copies_along_both(steps: int) -> str:
+    """The same, with both losses along the copy's steps and at its end."""
+    return 2 * steps * "LU" + "llUU"
+
+
+def value_then_barrier(steps: int) -> str:
+    """G at w, one step of the copy, G at it in alpha alone; steps of w along both losses; both at w, in alpha alone."""
+    return "L" + "Ll" + "U" + (steps - 1) * "LU" + "lU"
+
+
+def one_product(steps: int) -> str:
+    """A gradient of G, its Hessian along v, F."""
+    return "LLU"
+
+
 BOME, EBOMLC = bilevel.BOME, bilevel.EBOMLC
 LOOK_FIRST: dict[str, Any] = {"then": "L", "gives_lower": False, "upper_at": "ahead"}
 TRAIN_FIRST: dict[str, Any] = {"trains": lambda steps: steps, "gives_lower": False, "upper_at": "after"}
+# The same, with F at the current point too, before the real steps, which it takes part in.
+ALONG_BOTH: dict[str, Any] = {"trains": lambda steps: steps, "gives_lower": False, "ordinary": False}
 
 BARRIER_CASES: dict[str, Case] = {
     "bome": Case(BOME, barrier_calls),
@@ -163,6 +193,26 @@ CASES: dict[str, Case] = {
         **TRAIN_FIRST,
     ),
     "sama": Case(bilevel.SAMA, train_and_difference, {"inner_steps": 2}, **TRAIN_FIRST),
+    "vpbgd": Case(bilevel.VPBGD, from_a_point_of_its_own, {"penalty": Linear(0.5, slope=1.0)}),
+    "vpbgd-current": Case(bilevel.VPBGD, barrier_calls, {"start": "current", "inner_steps": 2, "normalise": False}),
+    "f2sa": Case(bilevel.F2SA, two_copies, {"inner_steps": 1}, **ALONG_BOTH),
+    "f2sa-2": Case(bilevel.F2SA, two_copies_along_both, {"inner_steps": 2, "p": 2, "penalty": 3.0}, **ALONG_BOTH),
+    "bvfsm": Case(
+        bilevel.BVFSM, value_then_barrier, {"inner_steps": 1, "value_steps": 1, "penalty": 2.0}, **ALONG_BOTH
+    ),
+    "bvfsm-paper": Case(
+        bilevel.BVFSM,
+        value_then_barrier,
+        {"inner_steps": 1, "value_steps": 1, "argument": "paper", "slack": 1.0},
+        **ALONG_BOTH,
+    ),
+    "pdbo": Case(bilevel.PDBO, from_a_point_of_its_own),
+    "pdbo-current": Case(bilevel.PDBO, barrier_calls, {"start": "current", "inner_steps": 2, "dual_lr": 5.0}),
+    "gpbgd": Case(bilevel.GPBGD, one_product, {"product": "reverse"}),
+    "gpbgd-forward": Case(bilevel.GPBGD, one_product, {"product": "forward", "normalise": False, "penalty": 0.5}),
+    "soba": Case(bilevel.SOBA, one_product, {"product": "reverse"}),
+    "soba-forward": Case(bilevel.SOBA, one_product, {"product": "forward", "system_lr": 0.05}),
+    "masoba": Case(bilevel.MASOBA, one_product, {"theta": 0.3, "product": "reverse"}),
 }
 
 

@@ -117,7 +117,9 @@ def _parts(answer: Directions[Any]) -> dict[str, dict[str, Tensor]]:
     if answer.start is not None:
         parts["inner point"] = dict(answer.start)
     for name, value in answer.state.items():
-        if not isinstance(value, int):
+        if isinstance(value, Tensor):
+            parts[f"state {name}"] = {name: value}
+        elif not isinstance(value, int):
             parts[f"state {name}"] = {str(k): x for k, x in value.items() if isinstance(x, Tensor)}
     return {name: part for name, part in parts.items() if part}
 

@@ -235,7 +235,10 @@ class Evaluations:
             if self.checking:
                 self._refuse_stale(loss, value, since)
             with explained(loss.name):
-                gradients = torch.autograd.grad(value, upper + lower, allow_unused=True)
+                # F may well not depend on the upper variables: without the lower ones it then has no graph.
+                gradients: Tensors = [None] * len(upper)
+                if value.requires_grad:
+                    gradients = torch.autograd.grad(value, upper + lower, allow_unused=True)
             number, aux = loss.number(value), self._apart(aux)  # before swapped values are taken out again
         for index, gradient in enumerate(gradients):
             if gradient is not None and gradient.layout != torch.strided:

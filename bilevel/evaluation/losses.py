@@ -17,7 +17,7 @@ from ..errors import ClosureError
 class Loss:
     """One level's loss, under the name that errors give it."""
 
-    def __init__(self, owner: str, name: str, function: Callable[..., Any]) -> None:
+    def __init__(self, owner: str, name: str, function: Callable[..., Any], *, needs_upper: bool = True) -> None:
         if not callable(function):
             raise TypeError(
                 f"{owner}({name}={type(function).__name__}): must be callable. A loss value was passed? Pass the "
@@ -25,6 +25,7 @@ class Loss:
             )
         self.name = name
         self._function = function
+        self._needs_upper = needs_upper
         self._calls = 0
 
     def __call__(self, batch: Any, devices: Iterable[torch.device], *, frozen: bool = False) -> tuple[Tensor, Any]:
@@ -66,6 +67,8 @@ class Loss:
             advice = f"The variables are on {on}. Move the batch to the device of the model."
             raise ClosureError(expected.format(f"a tensor on {value.device}", advice))
         if not value.requires_grad:
+            if frozen and not self._needs_upper:
+                return
             if frozen:
                 self.check_use("upper", [])
             advice = "Nothing in it depends on a variable: was it detached, or computed under torch.no_grad()?"

@@ -65,7 +65,7 @@ class Evaluator:
         modules: Sequence[tuple[nn.Module, Policy]],
         verify: Verify = "auto",
     ) -> None:
-        self.upper_loss = Loss(owner, "upper_loss", upper_loss)
+        self.upper_loss = Loss(owner, "upper_loss", upper_loss, needs_upper=False)
         self.lower_loss = Loss(owner, "lower_loss", lower_loss)
         self.upper = upper
         self.lower = lower

@@ -21,7 +21,7 @@ from ..lower_steps import GradientDescent, InnerStep, OptimizerStep, Rule, check
 from ..settings import Fixed, Setting, chosen, counted, numeric
 from . import orders
 from .hooks import HookWatch
-from .method_state import LevelState, MethodState, Remembered, ScalarState, StateStart, TableState
+from .method_state import LevelState, MethodState, NumberState, Remembered, ScalarState, StateStart, TableState
 from .moves import OnNonFinite
 
 Losses = Callable[..., Any]
@@ -188,6 +188,10 @@ class Method(ABC, Generic[S]):
     def scalar_state(self, name: str, start: int = 0, *, reduction: Reduction | None = "same") -> ScalarState:
         """Declare an integer, such as a counter; ``"same"``: tasks that are averaged must agree on it."""
         return self._declared(ScalarState(name, start, reduction))
+
+    def number_state(self, name: str, start: float, *, reduction: Reduction | None = None) -> NumberState:
+        """Declare a number that steps compute, such as a multiplier: a 0-dim tensor, at first ``start``."""
+        return self._declared(NumberState(name, self._lower, start, reduction))
 
     def table_state(self, name: str, rows: int, *, like: Literal["upper", "lower"] = "lower") -> TableState:
         """Declare a table with a row like the variables of a level for each of ``rows`` batches of a data set."""

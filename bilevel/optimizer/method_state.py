@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..directions import Directions, Mark, NamedTensors, Reduction, Rows
 from ..levels import Level
-from ..vectors import Vector
+from ..vectors import Vector, accumulation_dtype
 
-V = TypeVar("V", bound=NamedTensors | int)
+V = TypeVar("V", bound=NamedTensors | int | Tensor | None)
 StateStart = Literal["nothing", "zeros", "variables"]
 
 
@@ -106,6 +106,39 @@ class ScalarState(Remembered[int]):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"the state {self.name} is {value!r}, expected an integer >= 0")
         return value
+
+
+class NumberState(Remembered[Tensor | None]):
+    """A number that a step computes, such as a multiplier: a 0-dim tensor in the accumulation dtype, on the device.
+
+    Attributes:
+        value: The number; what is not known yet is the start.
+    """
+
+    def __init__(self, name: str, level: Level, start: float, reduction: Reduction | None) -> None:
+        super().__init__(name, None, reduction)
+        self._level, self._start = level, start
+
+    @property
+    def known(self) -> bool:
+        return self.stored is not None
+
+    @property
+    def value(self) -> Tensor:
+        if self.stored is not None:
+            return self.stored
+        device = self._level.tensors[0].device
+        return torch.full((), self._start, dtype=accumulation_dtype(device), device=device)
+
+    def fitted(self, value: Any) -> Tensor:
+        if not isinstance(value, Tensor) or value.shape != () or not value.is_floating_point():
+            shown = tuple(value.shape) if isinstance(value, Tensor) else value
+            raise ValueError(f"the state {self.name} is {shown!r}, expected a floating-point tensor of shape ()")
+        device = self._level.tensors[0].device
+        return value.to(device, accumulation_dtype(device), non_blocking=True)
+
+    def loaded(self, value: Any) -> Tensor | None:
+        return None if value is None else self.fitted(value)
 
 
 class TableState(Remembered[NamedTensors]):
@@ -235,7 +268,9 @@ class MethodState:
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors that are remembered."""
-        return [x for e in self._entries.values() if isinstance(e.stored, Mapping) for x in e.stored.values()]
+        stored = [entry.stored for entry in self._entries.values()]
+        single = [value for value in stored if isinstance(value, Tensor)]
+        return single + [x for value in stored if isinstance(value, Mapping) for x in value.values()]
 
     def copy(self) -> dict[str, Any]:
         found = {name: entry.saved() for name, entry in self._entries.items()}

@@ -37,8 +37,9 @@ def test_buffers_move_once_a_step_by_the_lower_loss(case: Case) -> None:
             twin.lower_optimizer.zero_grad()
             loss.backward(inputs=[p for p in twin.classifier.parameters() if p.requires_grad])
             twin.lower_optimizer.step()  # an ordinary training loop
-        assert_same(problem.buffers(), twin.buffers())
-        if case.real_steps:
+        if case.ordinary or case.real_steps == 1:  # else the points are others
+            assert_same(problem.buffers(), twin.buffers())
+        if case.real_steps and case.ordinary:
             assert_same(dict(problem.classifier.named_parameters()), dict(twin.classifier.named_parameters()))
     assert int(problem.classifier.norm.num_batches_tracked) == 3 * max(case.real_steps, 1)
     assert len(problem.buffers()) == 9
@@ -372,7 +373,7 @@ def test_flags_that_a_loss_sets_hold_until_its_call_ends(case: Case) -> None:
         **case.options,
     )
     optimizer.step(scene.upper_batch, scene.lower_batch)
-    assert seen == [True] * (len(case.step_calls) - 1)  # every call of a batch is the same function
+    assert seen == [True] * sum(call in "Ll" for call in case.step_calls)  # every call of a batch is the same function
     assert part.training
 
 

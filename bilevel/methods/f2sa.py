@@ -1,0 +1,174 @@
+"""F2SA: fully first-order stochastic approximation (Kwon et al., ICML 2023), and F2SA-p (Chen et al., ICLR 2026)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, Unpack
+
+from ..directions import Directions
+from ..errors import count
+from ..evaluation.oracle import Oracle
+from ..optimizer import orders
+from ..optimizer.base import Common
+from ..optimizer.hooks import VIRTUAL
+from ..penalty import Linear, Scheduled, scheduled
+from ..settings import Fixed, Setting, chosen
+from ..vectors import Vector
+from .penalty_method import PenaltyMethod, PenaltyStats, difference
+
+
+class F2SA(PenaltyMethod[PenaltyStats]):
+    r"""The hypergradient as a finite difference of lower problems to which a little of F is added: first-order.
+
+    .. math::
+        y_j &\leftarrow y_j - \eta_j\,(\nabla_w G(y_j, \alpha) + j \nu\, \nabla_w F(y_j, \alpha)),
+            \quad T \text{ times}, \quad \nu = 1 / \lambda \\
+        \alpha &\leftarrow \alpha - \eta_\alpha \sum_j c_j \Big( j\, \nabla_\alpha F(y_j, \alpha)
+            + \tfrac{1}{\nu} \nabla_\alpha G(y_j, \alpha) \Big)
+
+    :math:`c_j` are the coefficients of the difference quotient of order p on the points
+    :math:`-\lfloor p/2 \rfloor, \dots, \lceil p/2 \rceil`, which has an error of :math:`O(\nu^p)` (F2SA-p, lemma 3.1
+    and algorithm 1; equation 9 is p = 1). F2SA is p = 1, with :math:`c_0 = -1, c_1 = 1`: in its letters :math:`y = y_1`
+    and :math:`z = y_0`, and the direction is :math:`\nabla_\alpha F(y) + \lambda (\nabla_\alpha G(y) - \nabla_\alpha
+    G(z))`. p = 2 is the central difference :math:`c_{\pm 1} = \pm 1/2`: one order better, and it needs no :math:`y_0`.
+
+    The lower variables w are :math:`y_1`: your lower optimizer really takes their T steps. The other copies start at w
+    in the first step, take steps of gradient descent, and are remembered.
+
+    Differences from the papers: F2SA multiplies the step of y by a rate of its own, :math:`\alpha_k (\nabla F +
+    \lambda_k \nabla G)`; here every copy has the form of F2SA-p, so that :math:`\alpha_k` is the lower rate divided by
+    :math:`\lambda_k`, and one rate serves every penalty. Both points of the last difference see the same batches, whose
+    noise then cancels; F2SA draws fresh ones. F2SA-p normalises its upper direction, which its authors hold to be a
+    matter of the proof: ``normalise``. (F2SA in ``benchopt/benchmark_bilevel`` takes both gradients of F at z.)
+
+    Args:
+        upper_loss: F; see :class:`bilevel.BilevelOptimizer` for the closures and the arguments of both levels. With
+            ``Batches`` of T + 1 each step of a copy has its own, and the direction the last one.
+        lower_loss: G; copy j takes its step t on lower batch t, the direction is taken on the first.
+        penalty: :math:`\lambda` > 0, a number or a schedule of :mod:`bilevel.penalty`. Default ``Linear(1.0,
+            slope=0.1)``, as in ``benchopt/benchmark_bilevel``; F2SA's theory has it grow as a power of the step.
+        p: Order of the difference quotient, >= 1; default 1, F2SA. Fixed at construction.
+        inner_steps: T >= 1; default 10, as in that benchmark.
+        inner_lr: Rate of the copies other than w. Default: the lower optimizer's current rate, per parameter group.
+        normalise: Whether the upper direction is divided by its norm, as in F2SA-p. Default False.
+        atomic: Whether a step that fails half-way is taken back; see the concepts page. Default True.
+        common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
+            ``upper_buffers``, ``lower_buffers``: see :class:`bilevel.BilevelOptimizer`.
+
+    Raises:
+        TypeError, ValueError: An argument is off; the message says which and what to do.
+
+    Cost:
+        For each copy (p for even p, p + 1 for odd p): T gradients of G and, but for :math:`y_0`, T of F, in w; then
+        one evaluation of each that is forward-only through the lower module. Memory: the copies but w, from step to
+        step.
+
+    Example:
+        >>> import torch, bilevel
+        >>> alpha, w = torch.zeros((), requires_grad=True), torch.zeros((), requires_grad=True)
+        >>> optimizer = bilevel.F2SA(
+        ...     lambda: (w - 1) ** 2 + alpha**2, lambda: (w - alpha) ** 2, upper=alpha, lower=w,
+        ...     upper_optimizer=torch.optim.SGD([alpha], lr=0.1), lower_optimizer=torch.optim.SGD([w], lr=0.2),
+        ...     p=2, penalty=10.0,
+        ... )
+        >>> for _ in range(100):
+        ...     stats = optimizer.step()
+        >>> print(f"{alpha.item():.2f}")
+        0.50
+
+    References:
+        Kwon, Kwon, Wright and Nowak, `A Fully First-Order Method for Stochastic Bilevel Optimization
+        <https://arxiv.org/abs/2301.10945>`_, ICML 2023; Chen, Li, Chayti and Zhang, `Faster Gradient Methods for
+        Highly-smooth Stochastic Bilevel Optimization <https://arxiv.org/abs/2509.02937>`_, ICLR 2026.
+    """
+
+    order = orders.TRAIN_THEN_CORRECT
+    penalty = Setting[Scheduled](scheduled(0.0, exclusive=True))
+    p = Fixed[int]()
+    normalise = Setting[bool](chosen(True, False))
+
+    def __init__(
+        self,
+        upper_loss: Callable[..., Any],
+        lower_loss: Callable[..., Any],
+        *,
+        penalty: Scheduled = Linear(1.0, slope=0.1),  # noqa: B008 (a frozen value)
+        p: int = 1,
+        inner_steps: int = 10,
+        inner_lr: float | None = None,
+        normalise: bool = False,
+        atomic: bool = True,
+        **common: Unpack[Common],
+    ) -> None:
+        count(type(self).__name__, "p", p, minimum=1)
+        self.inner_steps, self.inner_lr = inner_steps, inner_lr
+        self.normalise, self.atomic = normalise, atomic
+        self.__dict__.update(p=p)
+        super().__init__(upper_loss, lower_loss, penalty=penalty, **common)
+        self._coefficients = coefficients(p)
+        self._copies = {
+            j: self.lower_state(f"y[{j}]", start="variables", reduction="mean") for j in self._coefficients if j != 1
+        }
+
+    @property
+    def ignores_clipping(self) -> str | None:
+        """Virtual steps do, but a rate of its own was chosen for what it is."""
+        return VIRTUAL if self.inner_lr is None else None
+
+    def compute(self, oracle: Oracle) -> Directions[PenaltyStats]:
+        penalty = self.scheduled(self.penalty)
+        nu = 1 / penalty
+        starts = {j: y.value for j, y in self._copies.items()}  # at first w, before it moves
+        g, f = oracle.lower(wrt="lower"), oracle.upper(wrt="lower")
+        oracle.train(g.lower + nu * f.lower)
+        for t in range(1, self.inner_steps):
+            slope = oracle.lower(batch=t, wrt="lower").lower
+            oracle.train(slope + nu * oracle.upper(batch=t, wrt="lower").lower)
+        ends = {j: self._walk(oracle, j, y, nu) for j, y in starts.items()}
+
+        last = self.inner_steps
+        gs = {j: oracle.lower(y, wrt="upper") for j, y in {1: None, **ends}.items()}
+        fs = {j: oracle.upper(y, batch=last, wrt="upper") for j, y in {1: None, **ends}.items() if j != 0}
+        terms = [c * penalty * gs[j].upper for j, c in self._coefficients.items()]
+        terms += [c * j * fs[j].upper for j, c in self._coefficients.items() if j != 0]
+        upper = sum(terms[1:], terms[0])
+        nearest = max(j for j in ends if j <= 0)
+        return Directions(
+            upper=upper / upper.norm() if self.normalise else upper,
+            state={**self.stepped(), **{f"y[{j}]": y for j, y in ends.items()}},
+            stats=PenaltyStats(
+                f.value,
+                g.value,
+                upper_aux=f.aux,
+                lower_aux=g.aux,
+                penalty=penalty,
+                constraint=difference(gs[1].value, gs[nearest].value),
+            ),
+        )
+
+    def _walk(self, oracle: Oracle, j: int, y: Vector, nu: float) -> Vector:
+        """Take T steps of copy j."""
+        rule = self.inner_rule()
+        for t in range(self.inner_steps):
+            slope = oracle.lower(y, batch=t, wrt="lower").lower
+            if j != 0:
+                slope = slope + j * nu * oracle.upper(y, batch=t, wrt="lower").lower
+            y = y.like(rule.step(y, slope, rule.start())[0])
+        return y
+
+
+def coefficients(p: int) -> dict[int, float]:
+    """Return the weights of the difference quotient of order p at 0, by point, without those that are 0.
+
+    Example:
+        >>> from bilevel.methods.f2sa import coefficients
+        >>> coefficients(2)
+        {-1: -0.5, 1: 0.5}
+    """
+    points = range(-(p // 2), p - p // 2 + 1)
+    # The derivative at 0 of the polynomial that is 1 at j and 0 at the other points.
+    found = {j: prod(-m / (j - m) for m in points if m not in (0, j)) / j for j in points if j != 0}
+    if p % 2 == 1:
+        found[0] = -sum(found.values())
+    return dict(sorted(found.items()))
