@@ -2,8 +2,8 @@
 
 Reads every folder below that has a ``config.json`` and a ``log.jsonl``, finished or not, and writes beside them:
 
-``over_epochs_QUANTITY.png``  a panel for each data set and noise, a line for each method, the mean over seeds and, where
-    there are several, their range: accuracy, labels right, recovered and broken, T's diagonal, multiplier, temper.
+``over_epochs_QUANTITY.png``  a panel for each data set and noise, a line for each method: the mean over seeds and their
+    range; accuracy, labels right, recovered and broken, T's diagonal, multiplier, temper.
 ``sweep_OPTION.png``  the last epoch against an option in which runs differ that are otherwise alike: ``delta``, ``xi``,
     ``rho``, ``inner_steps``, ``clean_fraction``, ``clean_weight``, ``memory``. Whether the multiplier adapts, or is
     xi * delta, is its panel there.
