@@ -13,6 +13,7 @@ from torch.nn import functional
 from examples.noisy_labels import data, decoding, evaluation
 from examples.noisy_labels.batches import Batch, Batches
 from examples.noisy_labels.ours import Ours, Temper
+from examples.noisy_labels.ours_barrier import OursBarrier
 from examples.noisy_labels.settings import Settings
 from examples.noisy_labels.training import Run
 
@@ -106,6 +107,26 @@ def test_the_temper_is_the_one_that_calibrates() -> None:
         for _ in range(100):
             temper.learn(sign * torch.eye(3), torch.arange(3))
         assert temper.log.item() == sign
+
+
+def test_the_barrier_is_the_nearest_direction_on_which_the_trusted_loss_falls() -> None:
+    classifier, _, _ = problem(2)
+    recipe = OursBarrier(Settings(**PLAIN), classifier, 2, 100)
+    weights = torch.cat([p.detach().flatten() for p in classifier.parameters()])
+    torch.manual_seed(0)
+    g = torch.randn_like(weights)
+    for along, expected in ((0.05, 0.05), (0.3, 0.0), (-0.4, 0.5), (-3.0, 1.0)):  # of f on g; delta is .1
+        across = torch.randn_like(weights)
+        f = across - (across @ g) / (g @ g) * g + along * g
+
+        def linear(slope: Tensor) -> Tensor:
+            return torch.cat([p.flatten() for p in classifier.parameters()]) @ slope
+
+        recipe.descent.zero_grad()
+        numbers = recipe.backward(linear(f), linear(g))
+        assert numbers["multiplier"].item() == pytest.approx(expected, abs=1e-7)
+        left = torch.cat([p.grad.flatten() for p in classifier.parameters() if p.grad is not None])
+        torch.testing.assert_close(left, f + expected * g, rtol=1e-6, atol=1e-7)
 
 
 def test_answers_do_not_depend_on_which_side_is_left() -> None:
