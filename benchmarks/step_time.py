@@ -136,9 +136,11 @@ def agreement(setting: Setting, device: torch.device, dtype: torch.dtype) -> flo
     # At full pace the first steps of an untrained ResNet-32 multiply any difference by some hundreds: float32 rounding,
     # 5e-8 in the parameters after one step, was 3e-5 after three, and said nothing about the mathematics.
     library, by_hand = (Contestant(setting, kind, device, dtype, pace=0.1) for kind in ("library", "by hand"))
-    for seed in range(STEPS_COMPARED):
-        for contestant in (library, by_hand):
-            contestant.step(*setting.batches(seed, device, dtype))
+    # Convolutions on CUDA may round float32 to ten bits (TF32), and choose their kernel by its time.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        for seed in range(STEPS_COMPARED):
+            for contestant in (library, by_hand):
+                contestant.step(*setting.batches(seed, device, dtype))
     pairs = zip(library.values(), by_hand.values(), strict=True)
     return max(((a - b).abs() / (1 + b.abs())).max().item() for a, b in pairs)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..vectors import Tensors, dot, squared_norm, subtract
-from .constants import holding, recording
+from .constants import constants_held, recording
 from .differences import BESIDE, REPEATS, Finding, Function, differentiated
 from .plain import Precision
 from .report import Comparison
@@ -113,7 +113,7 @@ class Slope(Check):
             self.along(at)
 
         def held(size: float) -> Tensor:
-            with holding(constants):
+            with constants_held(constants):
                 return self.along(size)
 
         try:

@@ -60,7 +60,7 @@ def recording() -> Iterator[Constants]:
 
 
 @contextmanager
-def holding(constants: Constants) -> Iterator[None]:
+def constants_held(constants: Constants) -> Iterator[None]:
     """Give the recorded constants to the same sequence of evaluations once more."""
     token = _active.set(Constants(constants.values, cursor=0))
     try:
@@ -71,7 +71,7 @@ def holding(constants: Constants) -> Iterator[None]:
 
 @contextmanager
 def constants_of_a_loss() -> Iterator[None]:
-    """Surround one call of a loss: what :func:`recording` and :func:`holding` reach."""
+    """Surround one call of a loss: what :func:`recording` and :func:`constants_held` reach."""
     constants = _active.get()
     if constants is None:
         yield

@@ -38,7 +38,7 @@ class Buffers:
                     self._places.append((part, name))
                     self._owners.append(owner)
         self._moved: dict[torch.device, Tensor] = {}
-        self._made: dict[int, tuple[Tensor, Tensor]] = {}  # by place in _absent: the buffer, and its value then
+        self._created: dict[int, tuple[Tensor, Tensor]] = {}  # by place in _absent: the buffer, and its value then
         self._element_owners: dict[Kind, Tensor] = {}
 
     def __len__(self) -> int:
@@ -55,11 +55,11 @@ class Buffers:
         for (module, name), tensor in zip(self._places, snapshot.objects, strict=True):
             if module._buffers[name] is not tensor:
                 module._buffers[name] = tensor
-        self.unmake()
+        self.remove_created()
         for kind, which in snapshot.kinds.items():
             _scatter([snapshot.objects[i] for i in which], snapshot.values[kind])
 
-    def unmake(self) -> None:
+    def remove_created(self) -> None:
         """Take away what a loss made where there was None."""
         for module, name in self._absent:
             module._buffers[name] = None
@@ -84,16 +84,16 @@ class Buffers:
                 merged = torch.where(moved, standing.values[kind], now.values[kind])
                 _scatter([now.objects[i] for i in which], merged)
 
-    def note_made(self, *, anew: bool) -> None:
+    def remember_created(self, *, anew: bool) -> None:
         """Remember the buffers that a loss made where there was None; ``anew``: also those remembered before."""
         for place, (module, name) in enumerate(self._absent):
             buffer = module._buffers[name]
-            if buffer is not None and (anew or place not in self._made):
-                self._made[place] = (buffer, buffer.detach().clone())
+            if buffer is not None and (anew or place not in self._created):
+                self._created[place] = (buffer, buffer.detach().clone())
 
-    def keep_made(self) -> None:
+    def restore_created(self) -> None:
         """Put the remembered ones back, as they were then."""
-        for place, (buffer, value) in self._made.items():
+        for place, (buffer, value) in self._created.items():
             module, name = self._absent[place]
             module._buffers[name] = buffer
             buffer.data.copy_(value)

@@ -125,6 +125,14 @@ class Oracle(Evaluations):
 
     Attributes:
         plain: Whether plain autograd of the closures as they stand is asked for, and no shortcut at all.
+
+    Example:
+        >>> import bilevel
+        >>> problem = bilevel.problems.quadratic(seed=0)
+        >>> with bilevel.testing.oracle(problem) as oracle:
+        ...     f, g = oracle.upper(), oracle.lower(oracle.point() * 0.5, wrt="upper")
+        >>> len(f.lower), len(g.lower)
+        (1, 0)
     """
 
     plain = False

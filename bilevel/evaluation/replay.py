@@ -135,15 +135,15 @@ class Replay:
             if again:
                 random.restore()
             if copied and not rewound:
-                self._buffers.unmake()
+                self._buffers.remove_created()
             elif not trains and (not current or batch in self._moved):
                 self._buffers.restore(standing)
             else:
-                self._buffers.note_made(anew=trains)
+                self._buffers.remember_created(anew=trains)
                 if len(self._buffers):
                     self._moved.add(batch)
                     self._move_buffers(standing, each_time=trains)
-            self._buffers.keep_made()
+            self._buffers.restore_created()
 
     @contextmanager
     def silently(self) -> Iterator[None]:

@@ -70,11 +70,12 @@ def descend(
         that is kept.
 
     Example:
-        >>> import bilevel
+        >>> import torch, bilevel
         >>> from bilevel.hypergradient import descend
+        >>> from bilevel.lower_steps import GradientDescent
         >>> problem = bilevel.problems.quadratic(seed=0)
         >>> with bilevel.testing.oracle(problem) as oracle:
-        ...     walk = descend(oracle, bilevel.GradientDescent([0.1]), 200)
+        ...     walk = descend(oracle, GradientDescent([0.1]), 500)
         >>> torch.allclose(walk.end[0], problem.lower_optimum(problem.upper))
         True
     """

@@ -15,7 +15,7 @@ from ..vectors import Tensors, Vector
 from .apply import are_finite, checked, match, set_values, step_along
 from .hooks import HookWatch
 from .method_state import MethodState
-from .undo import Groups, Saved
+from .undo import GroupsCopy, LevelCopy
 
 OnNonFinite = Literal["raise", "skip", "ignore"]
 
@@ -64,12 +64,12 @@ class Moves:
 
     def __init__(self, moved: Moved, replay: Replay | None, *, looking: bool = False) -> None:
         self._moved, self._replay, self._looking = moved, replay, looking
-        self._copies = moved.atomic or looking
-        self._saved: list[Saved] = []
+        self._atomic = moved.atomic or looking
+        self._copies_taken: list[LevelCopy] = []
         self._began = False  # whether anything moved yet
         self._remembered: dict[str, Any] = {}  # what undoes the commit of the method's state
-        self._beginning: Saved | None = None
-        self._groups: list[Groups] = []  # before each real step, then at the end: hooks may change rates
+        self._beginning: LevelCopy | None = None
+        self._groups: list[GroupsCopy] = []  # before each real step, then at the end: hooks may change rates
         self._retraced = 0
 
     def train(self, direction: Vector, loss: Tensor | None = None) -> None:
@@ -79,7 +79,7 @@ class Moves:
             raise SkippedStep(_loss_of(loss, direction))
         self._save(self._moved.lower)
         if self._beginning is not None:
-            self._groups.append(Groups(self._moved.lower))
+            self._groups.append(GroupsCopy(self._moved.lower))
         self._train_along(direction.clone() if self._is_rewritten() else direction)
 
     def apply(self, directions: Directions[T], *, several: bool = False) -> T:
@@ -109,12 +109,12 @@ class Moves:
         """Take back the moves of this step, as far as there are copies, and those of the buffers."""
         if self._replay is not None:
             self._replay.undo_buffers()
-        if not self._saved:
+        if not self._copies_taken:
             return
-        for saved in reversed(self._saved):
-            saved.restore()
+        for copy in reversed(self._copies_taken):
+            copy.restore()
         self._moved.state.put_back(self._remembered)
-        self._saved.clear()
+        self._copies_taken.clear()
         self._remembered, self._began = {}, False
 
     @property
@@ -123,12 +123,12 @@ class Moves:
         return not self._began
 
     def keep_beginning(self) -> None:
-        self._beginning = Saved([self._moved.lower])
+        self._beginning = LevelCopy(self._moved.lower)
 
     def rewind(self) -> None:
         if self._beginning is None:
             raise RuntimeError("oracle.retracing: call oracle.keep_beginning() before the first real step.")
-        self._groups.append(Groups(self._moved.lower))
+        self._groups.append(GroupsCopy(self._moved.lower))
         self._beginning.restore()
         self._retraced = 0
 
@@ -144,8 +144,8 @@ class Moves:
 
     def _save(self, level: Level) -> None:
         """Copy a level before its first move of this step."""
-        if self._copies and all(level not in saved.levels for saved in self._saved):
-            self._saved.append(Saved([level]))
+        if self._atomic and all(level is not copy.level for copy in self._copies_taken):
+            self._copies_taken.append(LevelCopy(level))
         self._began = True
 
     def _train_along(self, direction: Tensors) -> None:

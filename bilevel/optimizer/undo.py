@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -12,24 +12,7 @@ from torch import Tensor
 from ..levels import Level
 
 
-class Saved:
-    """Copies of what the torch optimizers of ``levels`` change: one copy of the variables and of the optimizer
-    state.
-
-    What else a hook changes (the counter of a scheduler that it steps, a log) is not known here, and stays.
-    """
-
-    def __init__(self, levels: Iterable[Level]) -> None:
-        self.levels = list(levels)
-        self._copies = [_SavedLevel(level) for level in self.levels]
-
-    def restore(self) -> None:
-        """Put everything back, bit for bit, into the tensors that held it."""
-        for level in self._copies:
-            level.restore()
-
-
-class Groups:
+class GroupsCopy:
     """The parameter groups of a level's optimizer: rates that schedulers change, counters that some optimizers keep."""
 
     def __init__(self, level: Level) -> None:
@@ -44,13 +27,19 @@ class Groups:
             values.restore(group)
 
 
-class _SavedLevel:
+class LevelCopy:
+    """What the torch optimizer of a level changes: the variables, their gradients, the optimizer's state and groups.
+
+    What else a hook changes (the counter of a scheduler that it steps, a log) is not known here, and stays.
+    """
+
     def __init__(self, level: Level) -> None:
+        self.level = level
         # Everything the optimizer could touch, frozen members of its groups included.
         self._held = [tensor for group in level.optimizer.param_groups for tensor in group["params"]]
         self._values = [tensor.detach().clone() for tensor in self._held]
         self._grads = [tensor.grad for tensor in self._held]
-        self._groups = Groups(level)
+        self._groups = GroupsCopy(level)
         self._state = level.optimizer.state
         # The same keys: the parameters themselves, which deepcopy would duplicate.
         self._keys = list(self._state)
@@ -58,6 +47,7 @@ class _SavedLevel:
         self._plain = _Values({key: entry for key, entry in self._state.items() if not isinstance(entry, Mapping)})
 
     def restore(self) -> None:
+        """Put everything back, bit for bit, into the tensors that held it."""
         torch._foreach_copy_([tensor.data for tensor in self._held], self._values)
         for tensor, grad in zip(self._held, self._grads, strict=True):
             tensor.grad = grad

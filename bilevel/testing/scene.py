@@ -28,6 +28,14 @@ class Scene:
     Args:
         dtype: Of all networks and batches.
         after_call: Called with the number of each loss call and the loss; returns the loss.
+
+    Example:
+        >>> import bilevel
+        >>> from bilevel.testing import Scene
+        >>> scene = Scene()
+        >>> optimizer = scene.build(bilevel.BOME, {"inner_steps": 2})
+        >>> optimizer.step(*scene.batches(upper=1, lower=2)).upper_moved
+        True
     """
 
     def __init__(self, dtype: torch.dtype = torch.float64, after_call: After | None = None) -> None:

@@ -89,9 +89,13 @@ class EnhancedLabelCorrection(Recipe):
         self.believe = mixed_precision(teacher.gate, settings.amp)
 
     def step(self, noisy: Batch, clean: Batch) -> Scalars:
-        parts = zip(*(part.tensor_split(self.noisy_batches) for part in noisy), strict=True)
-        stats = self.bilevel.step(self.shown(clean), *(Batch(*part) for part in parts))
+        stats = self.bilevel.step(self.shown(clean), *self.parts(noisy))
         return {"upper_loss": stats.upper_loss, "lower_loss": stats.lower_loss, **stats.upper_aux}
+
+    def parts(self, noisy: Batch) -> list[Batch]:
+        """Return the k batches of the student's steps."""
+        parts = zip(*(part.tensor_split(self.noisy_batches) for part in noisy), strict=True)
+        return [Batch(*part) for part in parts]
 
     def shown(self, clean: Batch) -> Batch:
         """Corrupt what the gate is shown of every second image, at random if that is asked for."""

@@ -42,17 +42,19 @@ def corrected_labels(recipe: Recipe, task: Task) -> Tensor:
 @torch.no_grad()
 def labels_by_bayes(recipe: Recipe, task: Task) -> tuple[Tensor, Tensor]:
     """Return the labels by Bayes' rule, as `corrected_labels` does, and the transition matrix; see `decoding.py`."""
-
-    def predict(inputs: Tensor, _: Tensor) -> Tensor:
-        return recipe.predict(inputs)
-
-    predicted, transition = _over(recipe, task, task.noisy, task.given, predict), recipe.transition
+    predicted, transition = predictions(recipe, task, task.noisy), recipe.transition
     if transition is None and recipe.transition_from == "trusted":
         labels = task.labels[task.clean]
-        transition = transition_on_trusted(_over(recipe, task, task.clean, labels, predict), labels)
+        transition = transition_on_trusted(predictions(recipe, task, task.clean), labels)
     elif transition is None:
         transition = likeliest_transition(predicted, task.given)
     return bayes(predicted, transition, task.given), transition
+
+
+@torch.no_grad()
+def predictions(recipe: Recipe, task: Task, index: Tensor) -> Tensor:
+    """Return the probabilities of each class, given the images at these positions alone."""
+    return _over(recipe, task, index, index, lambda inputs, _: recipe.predict(inputs))
 
 
 def recovery(probabilities: Tensor, task: Task) -> dict[str, float]:

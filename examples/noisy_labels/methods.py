@@ -8,7 +8,8 @@ Without a corrector:
 - ``ce-mixed``: cross-entropy on all images, of which each counts about once; see mixed.py.
 - ``glc``: Gold Loss Correction: a transition matrix estimated on the trusted images; see gold_loss_correction.py.
 - ``em``: online EM for the true labels and a transition matrix; see expectation_maximization.py.
-- ``ours``: the same with counts that forget faster at first, and two views of each image; see ours.py.
+- ``ours``: the same with counts that forget faster at first, and two views of each image; see ours.py;
+  ``ours-barrier``: in which the dynamic barrier weighs trusted against noisy images; see ours_barrier.py.
 
 With one:
 
@@ -64,6 +65,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "glc": EACH_COUNTS_ONCE,
     "em": EACH_COUNTS_ONCE,
     "ours": EACH_COUNTS_ONCE,
+    "ours-barrier": PRINTED,
     "ebomlc": PRINTED,
     "ebomlc-difference": PRINTED | {"value_gradient": "difference"},
     "ebomlc-released": PRINTED

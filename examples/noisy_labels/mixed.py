@@ -39,9 +39,14 @@ class Mixed(Recipe):
         lower_loss = self.noisy_loss(of_noisy, noisy)
         upper_loss = functional.cross_entropy(of_trusted, labels)
         self.descent.zero_grad()
-        (lower_loss + self.clean_weight * upper_loss).backward()
+        numbers = self.backward(lower_loss, upper_loss)
         self.descent.step()
-        return {"upper_loss": upper_loss.detach(), "lower_loss": lower_loss.detach()}
+        return {"upper_loss": upper_loss.detach(), "lower_loss": lower_loss.detach()} | numbers
+
+    def backward(self, lower_loss: Tensor, upper_loss: Tensor) -> Scalars:
+        """Leave the gradient of the weighted sum with the weights; return further numbers to log."""
+        (lower_loss + self.clean_weight * upper_loss).backward()
+        return {}
 
     def noisy_loss(self, logits: Tensor, noisy: Batch) -> Tensor:
         """Return the mean loss of the noisy images, from their logits."""

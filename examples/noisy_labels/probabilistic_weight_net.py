@@ -10,9 +10,10 @@ image with loss l_i the posterior Beta(a_i, b_i); the loss is data here. Each st
     prior_i  = Beta(1, 1) in the first step, then what the nets before their last move say of l_i               (27)
     w       <- SGD's step on 1/n sum_i E[v_i] l_i(w),        E[v_i] = a_i / (a_i + b_i)                         (25)
 
-The derivative is that of :class:`bilevel.Unrolled` with one virtual step of gradient descent. The ordinary step has
-another loss than the virtual one, the mean weight for a drawn one, so it is taken here, after
-``apply(directions(...))``. That also puts random states back; draws are therefore seeded by the number of the step.
+The derivative is that of :class:`bilevel.Unrolled` with one virtual step of gradient descent; that of a draw is the
+implicit one of its distribution, which is right in the mean. The ordinary step has another loss than the virtual one,
+the mean weight for a drawn one, so it is taken here, after ``apply(directions(...))``. That also puts random states
+back; draws are therefore seeded by the number of the step.
 
 Deviations: equations and code differ, and these are the equations. The code weighs KL by 1e-3 lr, takes one prior for
 all images, of mean a and b of the batch, begins anew with it each epoch, and trains w with drawn weights. Its runs take

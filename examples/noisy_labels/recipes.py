@@ -27,6 +27,7 @@ from examples.noisy_labels.learning_to_reweight import LearningToReweight
 from examples.noisy_labels.meta_weight_net import MetaWeightNet
 from examples.noisy_labels.mixed import Mixed
 from examples.noisy_labels.ours import Ours
+from examples.noisy_labels.ours_barrier import OursBarrier
 from examples.noisy_labels.precision import mixed_precision
 from examples.noisy_labels.probabilistic_weight_net import ProbabilisticWeightNet
 from examples.noisy_labels.recipe import Recipe, Scalars, decay, descent
@@ -111,13 +112,15 @@ def build(settings: Settings, classes: int, device: torch.device, task: Task | N
             return Supervised(settings, network, noisy=True, clean=True)
         case "ce-mixed":
             return Mixed(settings, network)
-        case "em" | "ours" | "glc" | "coteaching-plus" | "dividemix":
+        case "em" | "ours" | "ours-barrier" | "glc" | "coteaching-plus" | "dividemix":
             if task is None:
                 raise ValueError(f"build(task=None): {settings.method} has to know the images. Hand it the task.")
             if settings.method == "em":
                 return ExpectationMaximization(settings, network, classes, len(task.noisy))
             if settings.method == "ours":
                 return Ours(settings, network, classes, len(task.noisy))
+            if settings.method == "ours-barrier":
+                return OursBarrier(settings, network, classes, len(task.noisy))
             if settings.method == "glc":
                 return GoldLossCorrection(settings, network, task)
             second = models.classifier(settings.network, classes).to(device)

@@ -60,7 +60,8 @@ def end_line(settings: Settings, numbers: Record) -> str:
     return (
         f"{settings.method} on {settings.title}, seed {settings.seed}: "
         f"test accuracy {100 * numbers['test_accuracy']:.1f} %, "
-        f"labels right {100 * (1 - numbers['wrong']):.1f} % before and {_recovery(numbers['own'])} after, by Bayes' rule {_recovery(numbers['bayes'])}, "
+        f"labels right {100 * (1 - numbers['wrong']):.1f} % before and {_recovery(numbers['own'])} after, "
+        f"by Bayes' rule {_recovery(numbers['bayes'])}, "
         f"{numbers['seconds'] / numbers['epochs']:.1f} s per epoch"
     )
 

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 
 import bilevel
 from bilevel import methods
-from bilevel.checks.constants import constants_of_a_loss, holding, recording
+from bilevel.checks.constants import constants_held, constants_of_a_loss, recording
 from bilevel.checks.differences import differentiated
 from bilevel.checks.report import Report
 from methods_table import CASES, Case, Problem, Record, every_case
@@ -135,7 +135,7 @@ def test_a_held_constant_makes_differences_those_of_autograd(cut: Callable[[Tens
         value(0.0)
 
     def held(size: float) -> Tensor:
-        with holding(constants):
+        with constants_held(constants):
             return value(size)
 
     assert differentiated(held, slope, 1e-6).agrees is True
@@ -151,7 +151,7 @@ def test_constants_are_refused_to_another_sequence_of_operations() -> None:
 
     with recording() as constants:
         loss(False)
-    with holding(constants), pytest.raises(LookupError, match="other constants"):
+    with constants_held(constants), pytest.raises(LookupError, match="other constants"):
         loss(True)
 
 

@@ -95,6 +95,14 @@ OWN: list[tuple[list[str], str]] = [
     (["--seed", "-1"], "--seed -1: must be between 0 and"),
     (["--device", "foo"], "--device foo: must be auto, cpu, cuda"),
     (["--label", ""], "--label: is empty"),
+    (["--annotators", "a", "b", "a"], "--annotators a b a: a column is named twice"),
+    (["--features", "x", "x"], "--features x x: a column is named twice"),
+    (["--features", "x", "y", "--ignore", "y"], "--features y: is named in --ignore too"),
+    (["--categorical", "y", "--ignore", "y"], "--categorical y: is named in --ignore too"),
+    (["--label", "y", "--features", "x", "y"], "--features y: is a label, and would give the answer away"),
+    (["--folds", "1"], "--folds 1: must be at least 2"),
+    (["--precision", "0"], "--precision 0.0: must be above 0 and below 1"),
+    (["--groups", "g", "--images", "photos", "--config", "c.json"], "No such file"),
     (["--out", "file"], "--out file: {here}/file is a file, not a folder"),
 ]
 
@@ -192,4 +200,4 @@ def test_what_a_preset_says_counts_when_a_run_goes_on(capsys: pytest.CaptureFixt
     command_line.parse(["--preset", "quick"]).settings.save(Path("config.json"))
     assert command_line.parse(["--resume", "--preset", "quick", "--out", "."]).resume
     command = ["--resume", "--preset", "medium", "--out", "."]
-    refused(cifar, command, "the saved run has test_images = 2000, not None", capsys)
+    refused(cifar, command, "the saved run has train_images = 5000, not None", capsys)

@@ -74,6 +74,7 @@ def test_new_samples_are_predicted(fitted: tuple[LabelCorrector, Array, Array, A
         fitted[0].predict_proba(features[:, :2])
 
 
+@pytest.mark.thorough
 def test_the_same_seed_gives_the_same_labels(fitted: tuple[LabelCorrector, Array, Array, Array]) -> None:
     corrector, features, true, given = fitted
     again = clone(corrector).fit(features, given, trusted={i: true[i] for i in range(150)})
@@ -134,6 +135,17 @@ def test_any_classifier_of_scikit_learn(classifier: Any) -> None:
     corrector.fit(features, given, trusted={i: true[i] for i in range(100)})
     assert (corrector.labels_ == true).mean() > 0.85
     assert corrector.predict_proba(features).shape == (300, 3)
+
+
+@pytest.mark.parametrize("trusted", [[0, 1, 2], range(12)])
+def test_a_handful_of_trusted_samples_gives_labels_and_no_verdict(trusted: Any) -> None:
+    features, _, given = clouds(60)
+    truth = {i: NAMES[j % 3] for j, i in enumerate(trusted)}
+    groups = np.zeros(60) if len(trusted) > 3 else None
+    corrector = LabelCorrector().fit(features, given, trusted=truth, groups=groups)
+    assert corrector.report_.answer == "cannot tell"
+    assert set(corrector.labels_) <= set(NAMES)
+    assert np.isfinite(corrector.probabilities_).all()
 
 
 X, TRUE, GIVEN = clouds(60)

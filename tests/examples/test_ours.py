@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from examples.noisy_labels import data, decoding, evaluation
 from examples.noisy_labels.batches import Batch, Batches
-from examples.noisy_labels.ours import Ours
+from examples.noisy_labels.ours import Ours, Temper
+from examples.noisy_labels.ours_barrier import OursBarrier
 from examples.noisy_labels.settings import Settings
 from examples.noisy_labels.training import Run
 
@@ -55,14 +56,21 @@ def test_two_steps_are_the_equations() -> None:
     first = torch.full((3, 3), 0.55 / 2, dtype=torch.float64).fill_diagonal_(0.45)
     recipe.counts.prior, recipe.counts.counts = first, 300 / classes * first
     counts = 300 / classes * first  # 100 a class
+    log_temper = torch.zeros((), dtype=torch.float64)
+    recipe.temper.log = log_temper.clone()
     recipe.seen = 598  # so that memory is the fewest in the first step, and half of all that was seen in the second
     for t, memory in ((1, 301.5), (2, 304.0)):
         counts = counts * memory / counts.sum()
         transition = (counts + first) / (counts + first).sum(1, keepdim=True)
         p = e(noisy.inputs)[0].softmax(1).detach()
+        log_temper.requires_grad_()
+        of_trusted = functional.cross_entropy(log_temper.exp() * e(clean.inputs)[0].detach(), clean.labels)
+        log_temper = (log_temper - 0.1 * torch.autograd.grad(of_trusted, log_temper)[0]).detach()
+        q = p ** log_temper.exp()
+        q = q / q.sum(1, keepdim=True)
         given = noisy.labels[:5]
         m = posterior((p[:5] + p[5:]) / 2, transition, given)
-        counted = (posterior(p[:5], transition, given) + posterior(p[5:], transition, given)) / 2
+        counted = (posterior(q[:5], transition, given) + posterior(q[5:], transition, given)) / 2
         counts = counts * (1 - 5 / memory)
         for i, y in enumerate(given.tolist()):
             counts[:, y] += counted[i]
@@ -77,10 +85,48 @@ def test_two_steps_are_the_equations() -> None:
                 p_e.mul_(rate).add_((1 - rate) * p_w)
         recipe.step(noisy, clean)
         torch.testing.assert_close(recipe.counts.counts, counts, rtol=1e-9, atol=0)
+        torch.testing.assert_close(recipe.temper.log, log_temper, rtol=1e-9, atol=0)
+        assert log_temper.abs() > 1e-4
         for own, expected in zip(recipe.classifier.parameters(), w.parameters(), strict=True):
             torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-12)
         for own, expected in zip(recipe.averaged.parameters(), e.parameters(), strict=True):
             torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_temper_is_the_one_that_calibrates() -> None:
+    torch.manual_seed(0)
+    logs = (2 * torch.randn(4000, 3)).log_softmax(1)
+    labels = torch.multinomial((1.5 * logs).softmax(1), 1).squeeze(1)
+    temper = Temper()
+    for _ in range(30):
+        for part, of_part in zip(logs.split(100), labels.split(100), strict=True):
+            temper.learn(part, of_part)
+    assert temper.log.exp().item() == pytest.approx(1.5, abs=0.15)
+    torch.testing.assert_close(temper(logs), (temper.log.exp() * logs).softmax(1))
+    for sign in (1, -1):  # whoever is always right, or wrong, does not send it to infinity
+        for _ in range(100):
+            temper.learn(sign * torch.eye(3), torch.arange(3))
+        assert temper.log.item() == sign
+
+
+def test_the_barrier_is_the_nearest_direction_on_which_the_trusted_loss_falls() -> None:
+    classifier, _, _ = problem(2)
+    recipe = OursBarrier(Settings(**PLAIN), classifier, 2, 100)
+    weights = torch.cat([p.detach().flatten() for p in classifier.parameters()])
+    torch.manual_seed(0)
+    g = torch.randn_like(weights)
+    for along, expected in ((0.05, 0.05), (0.3, 0.0), (-0.4, 0.5), (-3.0, 1.0)):  # of f on g; delta is .1
+        across = torch.randn_like(weights)
+        f = across - (across @ g) / (g @ g) * g + along * g
+
+        def linear(slope: Tensor) -> Tensor:
+            return torch.cat([p.flatten() for p in classifier.parameters()]) @ slope
+
+        recipe.descent.zero_grad()
+        numbers = recipe.backward(linear(f), linear(g))
+        assert numbers["multiplier"].item() == pytest.approx(expected, abs=1e-7)
+        left = torch.cat([p.grad.flatten() for p in classifier.parameters() if p.grad is not None])
+        torch.testing.assert_close(left, f + expected * g, rtol=1e-6, atol=1e-7)
 
 
 def test_answers_do_not_depend_on_which_side_is_left() -> None:

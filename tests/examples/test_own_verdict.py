@@ -80,6 +80,7 @@ def test_a_run_leaves_a_verdict_and_what_to_check_next(
     assert json.loads((out / "log.jsonl").read_text().splitlines()[-2])["event"] == "verdict"
 
 
+@pytest.mark.program
 def test_a_way_may_be_named(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert own_data.main([*files, "--way", "given", "--out", str(tmp_path / "run")]) == 0
     assert all(row["given"] == row["corrected"] for row in read(tmp_path / "run" / "corrected_labels.csv"))
@@ -116,6 +117,7 @@ def test_samples_of_a_test_file_teach_and_judge_nothing(files: list[str], tmp_pa
     assert problem.voted.sum() == 280
 
 
+@pytest.mark.kill
 def test_a_run_that_is_stopped_while_it_judges_goes_on(
     files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +145,7 @@ def test_a_run_that_is_stopped_while_it_judges_goes_on(
     assert "verdict.pt): is empty" in capsys.readouterr().err
 
 
+@pytest.mark.program
 def test_images_are_judged_by_networks(tmp_path: Path) -> None:
     true = pictures(tmp_path / "shapes", 60)
     rows = [{"id": file, "label": name} for file, name in list(true.items())[:24]]
@@ -155,6 +158,7 @@ def test_images_are_judged_by_networks(tmp_path: Path) -> None:
     assert len(read(tmp_path / "run" / "corrected_labels.csv")) == 36
 
 
+@pytest.mark.program
 def test_given_labels_that_were_corrected_judge_no_correction(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +193,7 @@ def test_mistakes_are_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.program
 def test_any_classifier_of_scikit_learn(files: list[str], tmp_path: Path) -> None:
     command = [*files, "--classifier", "sklearn.naive_bayes.GaussianNB", "neighbours", "--out", str(tmp_path / "run")]
     assert own_data.main(command) == 0
@@ -196,6 +201,7 @@ def test_any_classifier_of_scikit_learn(files: list[str], tmp_path: Path) -> Non
     assert set(values["classifiers"].values()) <= {"sklearn.naive_bayes.GaussianNB", "neighbours"}
 
 
+@pytest.mark.program
 def test_parquet_in_and_out(files: list[str], tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")

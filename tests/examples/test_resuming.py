@@ -36,7 +36,7 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # All that differ in what they keep.
-RESUMED = ["ce", "ebomlc", "glc", "em", "ours", "mlc", "emlc-one-step", "l2rw", "mwnet", "pmwnet"]
+RESUMED = ["ce", "ebomlc", "glc", "em", "ours", "ours-barrier", "mlc", "emlc-one-step", "l2rw", "mwnet", "pmwnet"]
 RESUMED += ["coteaching-plus", "dividemix"]
 
 

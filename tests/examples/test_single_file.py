@@ -78,6 +78,7 @@ def test_its_first_steps_are_the_programs(noise: str, cifar10_folder: Path, monk
             assert torch.equal(one, other)
 
 
+@pytest.mark.program
 def test_it_runs_to_its_last_line(
     cifar10_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

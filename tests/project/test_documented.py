@@ -38,7 +38,7 @@ def public(module: ModuleType) -> dict[str, Any]:
 
 NAMES = [
     (f"{module.__name__}.{name}", value)
-    for module in (bilevel, bilevel.barrier, bilevel.problems)
+    for module in (bilevel, bilevel.barrier, bilevel.problems, bilevel.testing)
     for name, value in public(module).items()
 ]
 # An abstract class is for authors of methods; its subclasses' examples show it at work.

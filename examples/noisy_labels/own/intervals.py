@@ -34,9 +34,11 @@ def effective(right: Array, groups: Array | None) -> float:
     without. Groups never make samples worth more than their number.
     """
     number = len(right)
+    if number == 0:
+        return 0.0
     plain = right.var() * number
-    if groups is None or number == 0 or plain == 0:
-        return float(number if groups is None or number == 0 else len(np.unique(groups)))
+    if groups is None or plain == 0:
+        return float(number if groups is None else len(np.unique(groups)))
     sums = _sums(right[None] - right.mean(), groups)[0]
     grouped = (sums**2).sum() * len(sums) / max(1, len(sums) - 1)
     return float(number / max(1.0, grouped / plain))

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from examples.noisy_labels import checkpoint
 from examples.noisy_labels.interruption import Interrupted, Interruption
 from examples.noisy_labels.own import classifiers, folds, judging, ways
+from examples.noisy_labels.own.cross_validation import out_of_fold
 from examples.noisy_labels.own.judging import Outcome
 from examples.noisy_labels.own.network_way import NetworkWay, answers
 from examples.noisy_labels.own.options import FREE_ON_RESUME, Options
@@ -102,7 +103,7 @@ def _simple(
         predicted = {}
         for name, make in makers.items():
             asking(name, -1)
-            predicted[name] = ways.out_of_fold(problem, inputs, make, ways.OUT_OF_FOLD, options.seed)
+            predicted[name] = out_of_fold(problem, inputs, make, options.seed)
         return ways.simple(Evidence(inputs, predicted, makers), options.seed)
     of_images = ways.simple(Evidence(None, {"classifier": _of_images(problem, network("ce"), options, asking)}, {}), 0)
     first = {"given": of_images.pop("given"), "trusted": network("clean")}

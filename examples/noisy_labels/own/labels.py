@@ -42,8 +42,6 @@ def label_columns(table: Table, options: Options) -> tuple[str, ...]:
     if options.annotators is not None:
         for name in options.annotators:
             table.column(name, "annotators")
-        if len(set(options.annotators)) < len(options.annotators):
-            raise ValueError(f"--annotators {' '.join(options.annotators)}: a column is named twice. Name each once.")
         return options.annotators
     if options.label is None and "label" not in table.columns:
         rule = "which column holds the labels is not said"

@@ -115,6 +115,7 @@ class Options:
         check(self)
         if self.delimiter is not None and len(self.delimiter.replace("\\t", "\t")) != 1:
             raise ValueError(f"--delimiter {self.delimiter!r}: must be one character, or \\t.")
+        self._check_columns()
         if self.table is None and self.images is None:
             raise ValueError("own_data: there is nothing to read. Give --table FILE, --images FOLDER or both.")
         if self.label is not None and self.annotators is not None:
@@ -134,6 +135,20 @@ class Options:
             raise ValueError("--classifier: is for tables. Images are classified by --network.")
         if (self.network == "mlp") == (self.images is not None) and self.network != "auto":
             raise ValueError(f"--network {self.network}: mlp is for tables, the others for images.")
+
+    def _check_columns(self) -> None:
+        """Refuse columns that are named twice, or for two things that exclude each other."""
+        lists = ("annotators", "features", "ignore", "categorical")
+        named = {name: getattr(self, name) or () for name in lists}
+        for name, columns in named.items():
+            if len(set(columns)) < len(columns):
+                raise ValueError(f"{flag(name)} {' '.join(columns)}: a column is named twice. Name each once.")
+        for one, other in (("features", "ignore"), ("categorical", "ignore"), ("categorical", "annotators")):
+            if both := sorted(set(named[one]) & set(named[other])):
+                raise ValueError(f"{flag(one)} {both[0]}: is named in {flag(other)} too. Name it in one of them.")
+        answers = {self.label, self.trusted_column, *named["annotators"]} - {None}
+        if both := sorted(answers & {*named["features"], *named["categorical"]}):
+            raise ValueError(f"--features {both[0]}: is a label, and would give the answer away. Leave it out.")
 
     @property
     def held_out_share(self) -> float:

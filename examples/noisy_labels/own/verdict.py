@@ -139,6 +139,10 @@ def cross_fit(
         watch: Is told way and fold before each answer.
     """
     rows, known = judging_rows(problem)
+    if (
+        len(np.unique(fold[rows])) < 2
+    ):  # few samples, or all of one group: whoever judges, nobody would be left to teach
+        rows = rows[:0]
     truth = problem.truth[rows]
     answers = {name: np.full((len(rows), problem.classes), np.nan) for name in ways if known or not needs_given(name)}
     for one in np.unique(fold[rows]):
@@ -160,7 +164,9 @@ def decide(judged: Judged, level: float, seed: int) -> Verdict:
     right = np.array([judged.right(name) for name in names]).reshape(len(names), number)
     best = names[int(right.sum(1).argmax())] if names else "given"
     if number < FEW:
-        rule = f"{number} trusted samples can judge, and {FEW} are the least: nothing can be told"
+        rule = (
+            f"{number} trusted samples can judge (in two groups or more), and {FEW} are the least: nothing can be told"
+        )
         return Verdict(CANNOT_TELL, best, f"{rule}. Check more samples, chosen at random", (), number)
     scores = tuple(_scores(judged, names, right, Comparison(right, judged.groups, level, seed)))
     if not judged.known:

@@ -24,31 +24,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from examples.noisy_labels.own import calibration, folds
+from examples.noisy_labels.own.cross_validation import MakeClassifier, cross_predicted, fitted, out_of_fold
 from examples.noisy_labels.own.problem import UNKNOWN, Problem
 
 Array = np.ndarray
 Way = Callable[[Problem], Array]
-MakeClassifier = Callable[[], "Classifier"]
 EXPONENTS = (0.5, 1.0, 2.0, 4.0)  # sharpness of the classifier in Bayes' rule
 WAYS = ("given", "trusted", "classifier", "cleanlab", "bayes")  # the simple ones, the simplest first
 BEST = "best"  # instead of a way: the one that looks best, though a simpler one may be as good
 INNER_FOLDS = 3
-OUT_OF_FOLD = 5  # parts of all samples in the cross-validation of the classifiers
 SURE = 1e-3  # what a given label leaves to the other classes, before calibration
-
-
-class Classifier:
-    """What is asked of a classifier: scikit-learn's `fit`, `predict_proba` and `classes_`."""
-
-    classes_: Array
-
-    def fit(self, X: Array, y: Array) -> Classifier:
-        """Learn."""
-        raise NotImplementedError
-
-    def predict_proba(self, X: Array) -> Array:
-        """Return probabilities, with a column for each of ``classes_``."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -82,7 +67,7 @@ def simple(evidence: Evidence, seed: int) -> dict[str, Way]:
 
 def evidence(problem: Problem, inputs: Array, makers: Mapping[str, MakeClassifier], seed: int) -> Evidence:
     """Return the evidence of classifiers that are cross-validated here."""
-    predicted = {name: out_of_fold(problem, inputs, make, OUT_OF_FOLD, seed) for name, make in makers.items()}
+    predicted = {name: out_of_fold(problem, inputs, make, seed) for name, make in makers.items()}
     return Evidence(inputs, predicted, makers)
 
 
@@ -189,31 +174,10 @@ class Trusted:
             fold = folds.assign(truth, groups, INNER_FOLDS, self.seed)
             losses = []
             for one in self.makers.values():
-                inner = _cross_predicted(one, self.inputs[rows], truth, fold, problem.classes)
+                inner = cross_predicted(one, self.inputs[rows], truth, fold, problem.classes)
                 losses.append(float((inner.argmax(1) != truth).mean()))
             make = list(self.makers.values())[int(np.argmin(losses))]
         return fitted(make, self.inputs[rows], truth, self.inputs, problem.classes)
-
-
-def out_of_fold(problem: Problem, inputs: Array, make: MakeClassifier, number: int, seed: int) -> Array:
-    """Return a classifier's probabilities for all samples, learned from the given labels of the other folds."""
-    labels = problem.given
-    fold = folds.assign(labels, problem.groups, number, seed)
-    return _cross_predicted(make, inputs, labels, fold, problem.classes)
-
-
-def fitted(make: MakeClassifier, inputs: Array, labels: Array, asked: Array, classes: int) -> Array:
-    """Return the probabilities of all classes, also of those that the training labels lack."""
-    there = np.unique(labels)
-    probabilities = np.zeros((len(asked), classes))
-    if len(there) < 2:
-        probabilities[:, there] = 1.0
-        return probabilities
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # iterations that end early cost little here, and are no news to the user
-        classifier = make().fit(inputs, labels)
-    probabilities[:, classifier.classes_.astype(int)] = classifier.predict_proba(asked)
-    return probabilities
 
 
 def transitions(problem: Problem) -> list[Array]:
@@ -244,16 +208,3 @@ def _of_annotators(problem: Problem) -> Array:
         there = np.flatnonzero(column != UNKNOWN)
         total[there] += np.log(np.maximum(transition.T[column[there]], calibration.SMALLEST))
     return total
-
-
-def _cross_predicted(make: MakeClassifier, inputs: Array, labels: Array, fold: Array, classes: int) -> Array:
-    """Return probabilities of each sample by a classifier of the other folds; unlabelled samples teach nothing."""
-    probabilities = np.empty((len(labels), classes))
-    for one in np.unique(fold):
-        inside = fold == one
-        learned = ~inside & (labels != UNKNOWN)
-        if not learned.any():
-            probabilities[inside] = 1 / classes
-            continue
-        probabilities[inside] = fitted(make, inputs[learned], labels[learned], inputs[inside], classes)
-    return probabilities
