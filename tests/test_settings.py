@@ -11,6 +11,7 @@ from torch import Tensor
 
 import bilevel
 from bilevel.barrier import Aligned, GradientNorm
+from bilevel.penalty import Linear
 from methods_table import CASES, Case, Problem
 
 CLASSES = {case.method: case for case in CASES.values()}
@@ -69,6 +70,12 @@ EFFECTS: list[tuple[Any, str, Any]] = [
     (bilevel.Unrolled, "inner_lr", 0.3),
     (bilevel.EMLC, "inner_steps", 2),
     (bilevel.Implicit, "solver", bilevel.Neumann(0)),
+    (bilevel.VPBGD, "penalty", 30.0),
+    (bilevel.VPBGD, "normalise", False),
+    (bilevel.F2SA, "penalty", Linear(3.0, slope=1.0)),
+    (bilevel.BVFSM, "slack", 3.0),
+    (bilevel.MEHA, "gamma", 0.2),
+    (bilevel.BSG1, "eps", 1.0),
 ]
 
 

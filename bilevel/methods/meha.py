@@ -33,8 +33,9 @@ class MEHA(PenaltyMethod[PenaltyStats]):
     :math:`c = c_k` grows as :math:`\underline{c} (k + 1)^p` with p in (0, 1/2).
 
     Differences: the paper moves :math:`\theta, \alpha, w` in turn, each with the newest of the others; the authors'
-    library (BOAT) :math:`\theta, w, \alpha`, and so do we: the real lower step comes before the upper one. The lower loss has
-    no nonsmooth part, whose proximal step the paper has. The full text was not at hand: there are no equation numbers.
+    library (BOAT) :math:`\theta, w, \alpha`, and so do we: the real lower step comes before the upper one. The lower
+    loss has no nonsmooth part, whose proximal step the paper has. The full text was not at hand: there are no equation
+    numbers.
 
     Args:
         upper_loss: F, called twice per step; see :class:`bilevel.BilevelOptimizer` for the closures and the arguments

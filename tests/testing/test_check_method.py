@@ -25,6 +25,17 @@ SUBJECTS = {
     "Implicit": Subject(bilevel.Implicit, {"solver": bilevel.Neumann(1)}, calls=5),
     "FiniteDifference": Subject(bilevel.FiniteDifference, calls=5),
     "SAMA": Subject(bilevel.SAMA, {"inner_steps": 2}, calls=5),
+    "VPBGD": Subject(bilevel.VPBGD, {"inner_steps": 2}, calls=5),
+    "F2SA": Subject(bilevel.F2SA, {"inner_steps": 2}, calls=9),
+    "F2SA, central": Subject(bilevel.F2SA, {"inner_steps": 2, "p": 2}, calls=12),
+    "BVFSM": Subject(bilevel.BVFSM, {"inner_steps": 2, "value_steps": 3}, calls=10),
+    "PDBO": Subject(bilevel.PDBO, {"inner_steps": 2}, calls=5),
+    "GPBGD": Subject(bilevel.GPBGD, {"product": "reverse"}, calls=3),
+    "SOBA": Subject(bilevel.SOBA, calls=3),
+    "MASOBA": Subject(bilevel.MASOBA, calls=3),
+    "SABA": Subject(bilevel.SABA, {"upper_rows": 1, "lower_rows": 1}, calls=3),
+    "MEHA": Subject(bilevel.MEHA, calls=6),
+    "BSG1": Subject(bilevel.BSG1, {"inner_steps": 2}, calls=4),
 }
 
 
