@@ -44,8 +44,8 @@ class GPBGD(PenaltyMethod[GPBGDStats]):
 
     The gradient's norm stands for the value gap of :class:`VPBGD`, with which it goes together where G satisfies the
     Polyak-Łojasiewicz inequality. Where it does not, every stationary point of G meets the constraint, saddles and
-    maxima included. Differences from the authors' code: as of :class:`VPBGD`. The factor 1/2 is that code's; the paper's
-    penalty is without it.
+    maxima included. Differences from the authors' code: as of :class:`VPBGD`. The factor 1/2 is that code's; the
+    paper's penalty is without it.
 
     Args:
         upper_loss: F, called once per step; see :class:`bilevel.BilevelOptimizer` for the closures and the arguments
