@@ -132,6 +132,16 @@ def value_then_barrier(steps: int) -> str:
     return "L" + "Ll" + "U" + (steps - 1) * "LU" + "lU"
 
 
+def envelope(steps: int) -> str:
+    """G at w, and at the copy; F at w; after the step, G at the copy and at w, and F, in alpha alone."""
+    return "LLUllU"
+
+
+def train_and_ratio(steps: int) -> str:
+    """Real steps, F, and G where they end."""
+    return steps * "L" + "UL"
+
+
 def one_product(steps: int) -> str:
     """A gradient of G, its Hessian along v, F."""
     return "LLU"
@@ -210,6 +220,9 @@ CASES: dict[str, Case] = {
     "pdbo-current": Case(bilevel.PDBO, barrier_calls, {"start": "current", "inner_steps": 2, "dual_lr": 5.0}),
     "gpbgd": Case(bilevel.GPBGD, one_product, {"product": "reverse"}),
     "gpbgd-forward": Case(bilevel.GPBGD, one_product, {"product": "forward", "normalise": False, "penalty": 0.5}),
+    "meha": Case(bilevel.MEHA, envelope, {"gamma": 0.5}, **ALONG_BOTH),
+    "saba": Case(bilevel.SABA, one_product, {"upper_rows": 1, "lower_rows": 1, "product": "reverse"}),
+    "bsg1": Case(bilevel.BSG1, train_and_ratio, {"inner_steps": 2, "eps": 1e-4}, **TRAIN_FIRST),
     "soba": Case(bilevel.SOBA, one_product, {"product": "reverse"}),
     "soba-forward": Case(bilevel.SOBA, one_product, {"product": "forward", "system_lr": 0.05}),
     "masoba": Case(bilevel.MASOBA, one_product, {"theta": 0.3, "product": "reverse"}),

@@ -1,6 +1,7 @@
 """The methods, one a file."""
 
 from .bome import BOME
+from .bsg1 import BSG1
 from .bvfsm import BVFSM
 from .dynamic_barrier import BarrierStats
 from .ebomlc import EBOMLC
@@ -11,9 +12,11 @@ from .gpbgd import GPBGD, GPBGDStats
 from .hypergradient_method import HypergradientStats
 from .implicit import Implicit, ImplicitStats
 from .masoba import MASOBA
+from .meha import MEHA
 from .mlc import MLC
 from .pdbo import PDBO, PDBOStats
 from .penalty_method import PenaltyStats
+from .saba import SABA
 from .sama import SAMA
 from .single_loop import SingleLoopStats
 from .soba import SOBA
@@ -22,14 +25,17 @@ from .vpbgd import VPBGD
 
 __all__ = [
     "BOME",
+    "BSG1",
     "BVFSM",
     "EBOMLC",
     "EMLC",
     "F2SA",
     "GPBGD",
     "MASOBA",
+    "MEHA",
     "MLC",
     "PDBO",
+    "SABA",
     "SAMA",
     "SOBA",
     "VPBGD",
