@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 from ..directions import Directions
 from ..errors import count
@@ -36,11 +36,11 @@ class F2SA(PenaltyMethod[PenaltyStats]):
     The lower variables w are :math:`y_1`: your lower optimizer really takes their T steps. The other copies start at w
     in the first step, take steps of gradient descent, and are remembered.
 
-    Differences from the papers: F2SA multiplies the step of y by a rate of its own, :math:`\alpha_k (\nabla F +
-    \lambda_k \nabla G)`; here every copy has the form of F2SA-p, so that :math:`\alpha_k` is the lower rate divided by
-    :math:`\lambda_k`, and one rate serves every penalty. Both points of the last difference see the same batches, whose
-    noise then cancels; F2SA draws fresh ones. F2SA-p normalises its upper direction, which its authors hold to be a
-    matter of the proof: ``normalise``. (F2SA in ``benchopt/benchmark_bilevel`` takes both gradients of F at z.)
+    Differences from the papers: F2SA steps y along :math:`\nabla F + \lambda_k \nabla G`, with a rate :math:`\alpha_k`
+    of its own, which must fall as :math:`\lambda_k` grows; here the copies step as in F2SA-p, where one rate serves
+    every penalty, unless you say ``step_scale="penalty"``. Both points of the last difference see the same batches,
+    whose noise then cancels; F2SA draws fresh ones. F2SA-p normalises its upper direction, which its authors hold to be
+    a matter of the proof: ``normalise``. (F2SA in ``benchopt/benchmark_bilevel`` takes both gradients of F at z.)
 
     Args:
         upper_loss: F; see :class:`bilevel.BilevelOptimizer` for the closures and the arguments of both levels. With
@@ -51,6 +51,9 @@ class F2SA(PenaltyMethod[PenaltyStats]):
         p: Order of the difference quotient, >= 1; default 1, F2SA. Fixed at construction.
         inner_steps: T >= 1; default 10, as in that benchmark.
         inner_lr: Rate of the copies other than w. Default: the lower optimizer's current rate, per parameter group.
+        step_scale: ``"one"`` (default): copies step along :math:`\nabla G + j \nu \nabla F`. ``"penalty"``: those other
+            than :math:`y_0` along :math:`\lambda \nabla G + j \nabla F`, as in F2SA: the lower rate is then its
+            :math:`\alpha_k`, and ``inner_lr`` its :math:`\gamma_k`.
         normalise: Whether the upper direction is divided by its norm, as in F2SA-p. Default False.
         atomic: Whether a step that fails half-way is taken back; see the concepts page. Default True.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
@@ -86,6 +89,7 @@ class F2SA(PenaltyMethod[PenaltyStats]):
     order = orders.TRAIN_THEN_CORRECT
     penalty = Setting[Scheduled](scheduled(0.0, exclusive=True))
     p = Fixed[int]()
+    step_scale = Setting[Literal["one", "penalty"]](chosen("one", "penalty"))
     normalise = Setting[bool](chosen(True, False))
 
     def __init__(
@@ -97,13 +101,14 @@ class F2SA(PenaltyMethod[PenaltyStats]):
         p: int = 1,
         inner_steps: int = 10,
         inner_lr: float | None = None,
+        step_scale: Literal["one", "penalty"] = "one",
         normalise: bool = False,
         atomic: bool = True,
         **common: Unpack[Common],
     ) -> None:
         count(type(self).__name__, "p", p, minimum=1)
         self.inner_steps, self.inner_lr = inner_steps, inner_lr
-        self.normalise, self.atomic = normalise, atomic
+        self.step_scale, self.normalise, self.atomic = step_scale, normalise, atomic
         self.__dict__.update(p=p)
         super().__init__(upper_loss, lower_loss, penalty=penalty, **common)
         self._coefficients = coefficients(p)
@@ -118,14 +123,13 @@ class F2SA(PenaltyMethod[PenaltyStats]):
 
     def compute(self, oracle: Oracle) -> Directions[PenaltyStats]:
         penalty = self.scheduled(self.penalty)
-        nu = 1 / penalty
         starts = {j: y.value for j, y in self._copies.items()}  # at first w, before it moves
         g, f = oracle.lower(wrt="lower"), oracle.upper(wrt="lower")
-        oracle.train(g.lower + nu * f.lower)
+        oracle.train(self._slope(1, g.lower, f.lower, penalty))
         for t in range(1, self.inner_steps):
             slope = oracle.lower(batch=t, wrt="lower").lower
-            oracle.train(slope + nu * oracle.upper(batch=t, wrt="lower").lower)
-        ends = {j: self._walk(oracle, j, y, nu) for j, y in starts.items()}
+            oracle.train(self._slope(1, slope, oracle.upper(batch=t, wrt="lower").lower, penalty))
+        ends = {j: self._walk(oracle, j, y, penalty) for j, y in starts.items()}
 
         last = self.inner_steps
         gs = {j: oracle.lower(y, wrt="upper") for j, y in {1: None, **ends}.items()}
@@ -147,15 +151,19 @@ class F2SA(PenaltyMethod[PenaltyStats]):
             ),
         )
 
-    def _walk(self, oracle: Oracle, j: int, y: Vector, nu: float) -> Vector:
+    def _walk(self, oracle: Oracle, j: int, y: Vector, penalty: float) -> Vector:
         """Take T steps of copy j."""
         rule = self.inner_rule()
         for t in range(self.inner_steps):
             slope = oracle.lower(y, batch=t, wrt="lower").lower
             if j != 0:
-                slope = slope + j * nu * oracle.upper(y, batch=t, wrt="lower").lower
+                slope = self._slope(j, slope, oracle.upper(y, batch=t, wrt="lower").lower, penalty)
             y = y.like(rule.step(y, slope, rule.start())[0])
         return y
+
+    def _slope(self, j: int, g: Vector, f: Vector, penalty: float) -> Vector:
+        """The gradient of ``G + j nu F``, or of ``lambda`` times that."""
+        return g + (j / penalty) * f if self.step_scale == "one" else penalty * g + j * f
 
 
 def coefficients(p: int) -> dict[int, float]:

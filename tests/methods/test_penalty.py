@@ -172,8 +172,8 @@ def test_coefficients(p: int) -> None:
     assert found == pytest.approx(QUOTIENTS[p], rel=1e-14)
 
 
-def f2sa(p: int, *, normalise: bool = False) -> Any:
-    """Algorithm 1 of F2SA-p; with p = 1 that of F2SA, of step size alpha_k = LOWER_RATE / lambda_k."""
+def f2sa(p: int, *, normalise: bool = False, scaled: bool = False) -> Any:
+    """Algorithm 1 of F2SA-p; ``scaled`` and with p = 1 that of F2SA, of step sizes alpha and gamma."""
 
     def step(
         problem: Curved, w: Tensor, alpha: Tensor, state: State, upper: float, lower: list[float]
@@ -185,7 +185,10 @@ def f2sa(p: int, *, normalise: bool = False) -> Any:
             y, rate = (w, LOWER_RATE) if j == 1 else (state.get(j, w), RATE)
             for batch in lower:
                 f, g = problem.gradients(problem.f, y, alpha, upper), problem.gradients(problem.g, y, alpha, batch)
-                y = y - rate * (g.lower + j * nu * f.lower)
+                slope = g.lower + j * nu * f.lower
+                if scaled and j != 0:
+                    slope = j * f.lower + g.lower / nu
+                y = y - rate * slope
             state[j] = y
             f, g = problem.gradients(problem.f, y, alpha, upper), problem.gradients(problem.g, y, alpha, lower[0])
             total = total + c * (j * f.upper + g.upper / nu)
@@ -200,6 +203,7 @@ def test_f2sa_is_its_paper(p: int, inner_steps: int) -> None:
     options: dict[str, Any] = {"p": p, "inner_steps": inner_steps, "inner_lr": RATE}
     assert_follows(bilevel.F2SA, f2sa(p), each=inner_steps, **options)
     assert_follows(bilevel.F2SA, f2sa(p, normalise=True), each=inner_steps, normalise=True, **options)
+    assert_follows(bilevel.F2SA, f2sa(p, scaled=True), each=inner_steps, step_scale="penalty", **options)
 
 
 def test_each_step_of_f2sa_may_have_an_upper_batch_of_its_own() -> None:
