@@ -45,6 +45,7 @@ def error(found: Tensor, expected: Tensor | None) -> float:
 # Many lower minima. The published runs take 1000 steps and more; f is below 1e-10 after far fewer.
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("inner_steps", "steps"), [(1, 200), (10, 100), (100, 100)])
 def test_degenerate_reaches_its_solution(inner_steps: int, steps: int) -> None:
     problem = problems.degenerate()
@@ -124,6 +125,7 @@ def coreset_weights(problem: Problem) -> list[float]:
     return torch.softmax(problem.upper.detach(), 0).tolist()
 
 
+@pytest.mark.thorough
 def test_coreset_is_within_the_published_tolerance_after_1750_steps() -> None:
     """The walk enters the tolerance of the 5000-step end point here already; it goes on towards it after that."""
     problem = problems.coreset(start=2)
@@ -224,6 +226,7 @@ def test_quadratic_draws_are_reproducible_and_leave_the_random_state_alone() -> 
     assert problems.quadratic(0, dtype=torch.float32).upper.dtype == torch.float32
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(3))
 def test_bome_approaches_the_solution_of_a_quadratic_problem(seed: int) -> None:
     """At a constant rate BOME ends near the solution with a multiplier of about 0.4 / rate; it must decay to arrive."""

@@ -30,6 +30,7 @@ def failed(report: Report) -> list[str]:
 # It passes
 
 
+@pytest.mark.thorough
 @every_dtype
 @every_case
 def test_right_directions_pass_whatever_the_dtype(case: Any, dtype: torch.dtype) -> None:
@@ -49,6 +50,7 @@ def test_right_directions_pass_whatever_the_dtype(case: Any, dtype: torch.dtype)
     assert report.method == case.method.__name__
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", TABLE)
 def test_right_directions_pass_with_every_option(name: str) -> None:
     twins = Twins(TABLE[name])
@@ -255,6 +257,7 @@ def test_a_bad_tolerance_is_refused(tolerance: Any, kind: type[Exception]) -> No
 # It leaves no trace
 
 
+@pytest.mark.thorough
 @every_dtype
 @every_case
 def test_everything_is_restored_bit_for_bit(case: Any, dtype: torch.dtype) -> None:

@@ -212,6 +212,7 @@ def kinked(seed: int, kink: str, name: str, *, at_zero: bool = False, near: floa
     return optimizer, batches
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("block", range(6))
 def test_networks_with_kinks_get_their_verdict(block: int) -> None:
     """Sixty networks: none is called wrong, and every line has a verdict."""
@@ -222,6 +223,7 @@ def test_networks_with_kinks_get_their_verdict(block: int) -> None:
         assert report.verdict == "all passed", f"{seed} {kink} {name}\n{report}"
 
 
+@pytest.mark.thorough
 @every_method
 @pytest.mark.parametrize("near", [5e-6, -5e-6, 3e-5])
 def test_a_unit_that_is_near_its_kink_fails_nothing(name: str, near: float) -> None:
@@ -232,6 +234,7 @@ def test_a_unit_that_is_near_its_kink_fails_nothing(name: str, near: float) -> N
         assert verdict(report, "upper direction") is True
 
 
+@pytest.mark.thorough
 @every_method
 def test_units_at_their_kink_fail_nothing(name: str) -> None:
     for seed, kink in enumerate(KINKS):
@@ -304,6 +307,7 @@ def spoil(optimizer: Any, fault: Callable[[Tensor], Tensor]) -> None:
     optimizer.compute = wrong_answer
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("at_zero", [False, True])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_direction_fails_on_networks_with_kinks(fault: str, at_zero: bool) -> None:
@@ -359,6 +363,7 @@ WITH_PRODUCTS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", WITH_PRODUCTS)
 def test_a_wrong_product_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = WITH_PRODUCTS[name]
@@ -407,6 +412,7 @@ def test_a_wrong_discount_and_a_missing_slope_fail(monkeypatch: pytest.MonkeyPat
     assert verdict(bilevel.check_directions(optimizer, *problem.batches(2)), "upper direction") is False
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore::UserWarning")  # bfloat16 is too coarse for differences
 @every_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -555,6 +561,7 @@ def test_differences_of_a_detached_part_fail_and_say_hold(method: Any) -> None:
     assert bilevel.check_directions(problem.optimizer(method), *problem.batches).verdict == "all passed"
 
 
+@pytest.mark.thorough
 @every_method
 @pytest.mark.parametrize("old", [False, True], ids=["parametrization", "old style"])
 def test_spectral_norm_fails_nothing_without_a_reason(name: str, old: bool) -> None:

@@ -188,6 +188,7 @@ def test_a_lost_checkpoint_is_said(run: Path, capsys: pytest.CaptureFixture[str]
     assert cifar.main([*SHORT, "--overwrite", "--out", str(run)]) == 0
 
 
+@pytest.mark.thorough
 def test_own_data_says_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows, out = points(), tmp_path / "run"
     command = [

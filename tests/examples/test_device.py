@@ -101,6 +101,7 @@ def _guarded_to(original: Callable[..., Any], watch: Watch) -> Callable[..., Any
     return guarded
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_waits_for_nothing(method: str, cifar10_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = cifar_run(cifar10_folder, method=method, on_nonfinite="ignore", corrupt_clean=0.5)

@@ -13,6 +13,8 @@ from sklearn.svm import LinearSVC
 
 from examples.noisy_labels.label_corrector import LabelCorrector
 
+pytestmark = pytest.mark.thorough  # each judges by cross-fitting many classifiers
+
 Array = np.ndarray
 NAMES = np.array(["ape", "bee", "cow"])
 

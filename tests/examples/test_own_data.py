@@ -133,6 +133,7 @@ def test_ids_keep_their_labels_in_any_order_of_rows(method: str, tmp_path: Path)
     assert [(row["id"], row["given"]) for row in out] == [(row["id"], row["label"]) for row in asked]
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("_no_pictures")
 @pytest.mark.parametrize("method", options.METHODS)
 def test_a_label_that_is_changed_becomes_suspicious(method: str, tmp_path: Path) -> None:
@@ -290,6 +291,7 @@ def test_a_model_that_runs_code_is_refused(tmp_path: Path) -> None:
         model.load(tmp_path / "model.pt")
 
 
+@pytest.mark.thorough
 def test_images_from_folder_to_contact_sheet(tmp_path: Path) -> None:
     folder, out = tmp_path / "shapes", tmp_path / "run"
     true = pictures(folder)

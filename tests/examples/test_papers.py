@@ -20,6 +20,7 @@ from examples.noisy_labels.training import Run
 METHODS = ("mlc", "emlc", "emlc-one-step", "l2rw", "mwnet", "pmwnet", "coteaching-plus", "dividemix")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_learns_the_digits(method: str) -> None:
     torch.set_num_threads(1)

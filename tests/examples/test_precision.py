@@ -53,6 +53,7 @@ def test_a_step_has_nearly_the_numbers_of_float32(method: str) -> None:
         assert found["bf16"][name] != found["off"][name]
 
 
+@pytest.mark.thorough
 def test_training_in_bfloat16_is_about_as_good() -> None:
     accuracies = {}
     for amp in ("off", "bf16"):

@@ -43,6 +43,7 @@ def test_its_constants_are_those_of_the_paper_preset() -> None:
     assert settings.network == "resnet32"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("noise", ["uniform", "flip"])
 def test_its_first_steps_are_the_programs(noise: str, cifar10_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # 120 images: a sixth of them trusted, batches of 15, so that both sets begin a second pass within ten steps.

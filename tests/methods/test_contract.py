@@ -413,6 +413,7 @@ def test_a_loss_that_raises_at_any_call_changes_nothing(case: Case, verb: str, w
     assert len(problem.calls) == len(case.step_calls)
 
 
+@pytest.mark.thorough
 @every_case
 def test_an_interruption_at_any_call_of_a_look_changes_nothing(case: Case) -> None:
     # A look calls the losses more often, twice in float64 among them; how often depends on what it suspects.
@@ -441,6 +442,7 @@ def test_an_interruption_at_any_call_of_a_look_changes_nothing(case: Case) -> No
     assert interrupted > len(case.step_calls)
 
 
+@pytest.mark.thorough
 @every_dtype
 @every_case
 def test_looks_leave_no_trace(case: Case, dtype: torch.dtype) -> None:

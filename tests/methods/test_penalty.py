@@ -133,6 +133,7 @@ def test_the_bias_of_the_penalised_problem_is_of_order_one_over_gamma() -> None:
     assert biases[1] > 0.1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("gamma", [2.0, 8.0])
 def test_vpbgd_ends_at_the_minimiser_of_the_penalised_problem(gamma: float) -> None:
     problem = problems.quadratic(seed=2)
@@ -220,6 +221,7 @@ def test_each_step_of_f2sa_may_have_an_upper_batch_of_its_own() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("p", [1, 2, 3])
 def test_the_error_of_f2sa_is_of_order_p(p: int) -> None:
     """With the copies solved, the direction misses the hypergradient by a constant times nu^p."""
@@ -309,6 +311,7 @@ def test_bvfsm_is_its_code(argument: Any, slack: float | None, inner_steps: int,
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("argument", "sigma", "slack"), [("released", 200.0, 50.0), ("paper", 2.0, 1.0)])
 def test_bvfsm_ends_at_the_minimiser_of_its_barrier(argument: Any, sigma: float, slack: float) -> None:
     """There the barrier is a penalty of the weight ``sigma / A``."""
@@ -387,6 +390,7 @@ def test_pdbo_is_its_scheme(inner_steps: int, start: Any, extrapolation: float) 
     assert 0 <= float(stats.multiplier) <= 0.9
 
 
+@pytest.mark.thorough
 def test_pdbo_ends_where_its_constraint_is_met_and_the_lagrangian_is_smallest() -> None:
     distances = []
     for tolerance in (0.5, 0.1):
@@ -449,6 +453,7 @@ def test_gpbgd_is_its_code(normalise: bool, product: Any) -> None:
     assert_follows(bilevel.GPBGD, gpbgd(normalise=normalise), penalty=schedule, normalise=normalise, product=product)
 
 
+@pytest.mark.thorough
 def test_gpbgd_comes_closer_as_its_penalty_grows() -> None:
     found = []
     for penalty in (4.0, 16.0):
@@ -466,6 +471,7 @@ def test_gpbgd_resumes() -> None:
 # --- all ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("method", "options"),
     [

@@ -215,6 +215,7 @@ def test_a_loss_that_raises_at_any_call_changes_nothing(case: Case, verb: str) -
         assert_same(dict(leaves(optimizer.state_dict()["state"], "")), dict(leaves(own, "")))
 
 
+@pytest.mark.thorough
 @every_atomic
 def test_without_atomic_a_step_that_fails_stays_half_taken(case: Case) -> None:
     """As documented: optimizer steps that were taken stay; buffers, random state and flags are given back."""
@@ -643,6 +644,7 @@ CHECKED: dict[str, tuple[Any, dict[str, Any], bool]] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("kind", ["momentum", "adam"])
 @pytest.mark.parametrize("name", CHECKED)

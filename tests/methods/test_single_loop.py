@@ -58,6 +58,7 @@ def test_v_moves_at_the_rate_of_the_lower_optimizer() -> None:
     assert torch.equal(default.alpha, said.alpha)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("method", "options"), [(bilevel.SOBA, {}), (bilevel.MASOBA, {"theta": 0.3})])
 def test_they_find_the_solution(method: Any, options: dict[str, Any]) -> None:
     for seed in range(3):
@@ -133,6 +134,7 @@ def test_with_one_row_saba_is_soba() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.thorough
 def test_without_noise_at_the_end_where_soba_keeps_it() -> None:
     """At one constant rate: the answer of the whole sum, and a ball around it."""
     solved = Curved()
@@ -200,6 +202,7 @@ def test_meha_is_its_scheme(gamma: float) -> None:
     assert_follows(bilevel.MEHA, step, steps=8, **options)
 
 
+@pytest.mark.thorough
 def test_meha_comes_closer_as_its_penalty_grows() -> None:
     found = []
     for c in (8.0, 32.0):
@@ -209,6 +212,7 @@ def test_meha_comes_closer_as_its_penalty_grows() -> None:
     assert found[1] == pytest.approx(found[0] / 4, rel=0.3)
 
 
+@pytest.mark.thorough
 def test_meha_finds_a_minimum_of_a_lower_loss_that_is_not_convex() -> None:
     """G has its minima where sin(w - alpha) = -1, and alpha can bring one of them to w = 1, where F is smallest."""
     alpha, w = torch.tensor(0.5, dtype=torch.float64), torch.tensor(-0.8, dtype=torch.float64)

@@ -179,6 +179,7 @@ def test_many_steps_reach_the_hypergradient_of_the_solution() -> None:
 # --- autograd through the whole walk ------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("options", WAYS, ids=WAY_NAMES)
 @pytest.mark.parametrize(("steps", "batches"), [(1, 1), (3, 3), (3, 1)])
 @every_kind
@@ -334,6 +335,7 @@ def trained(kind: str, steps: int, batches: int, size: float, probe: Tensors, wa
     return setup.upper_loss(setup.data[0]).item()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("options", WAYS, ids=WAY_NAMES)
 @pytest.mark.parametrize(("steps", "batches"), [(1, 1), (3, 3), (3, 1)])
 @every_kind

@@ -53,6 +53,7 @@ def messages(optimizer: Any, steps: int = 3) -> list[str]:
     return [str(entry.message) for entry in seen]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("behind", [False, True], ids=["in place", "through .data"])
 @every_method
 def test_an_active_clamp_is_said_once(name: str, behind: bool) -> None:

@@ -71,6 +71,7 @@ def test_an_infinite_loss_is_found(case: Case, value: float, side: str) -> None:
     assert Record(problem).differences(before) == []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("side", ["U", "L"])
 @every_poison
 @every_case
@@ -99,6 +100,7 @@ def test_skip_moves_neither_level_nor_any_state(case: Case, how: Callable[[Tenso
     assert torch.equal(torch.get_rng_state(), after)
 
 
+@pytest.mark.thorough
 @every_case
 def test_after_a_skipped_step_training_goes_on_as_if_it_had_not_been(case: Case) -> None:
     problem, twin = Problem(), Problem()
@@ -122,6 +124,7 @@ def test_after_a_skipped_step_training_goes_on_as_if_it_had_not_been(case: Case)
     assert all(t.isfinite().all() for s in one.state_dict()["lower_optimizer"]["state"].values() for t in s.values())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("side", ["U", "L"])
 @every_poison
 @every_case

@@ -67,6 +67,7 @@ def test_the_gate_closes(
     assert complaint in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_hypergradients_are_compared_only_if_equal_and_all_parts_are_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,7 @@ SUBJECTS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS.keys())
 @pytest.mark.parametrize("contract", CONTRACTS, ids=[contract.__name__ for contract in CONTRACTS])
 def test_the_librarys_methods_keep_the_contracts(contract: Any, subject: Subject) -> None:
