@@ -1,8 +1,4 @@
-"""The oracle: the losses around the current point, every shortcut compared with plain autograd of the closure.
-
-A closure can tell that an evaluation is forward-only through the lower model, or that it is called a second time; so
-that in looks (``verification.py``) it is evaluated with every flag on as well, and twice.
-"""
+"""The oracle: what a method asks. Two losses around the current point, and real lower steps; who opens one."""
 
 from __future__ import annotations
 
@@ -14,28 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import unpacked
-from ..errors import ClosureError
 from ..levels import Level
 from ..vectors import Vector
-from .evaluations import Evaluation, Evaluations, Key, Point, Side, Subject, Wrt
-from .inspection import inspected, refuse_accumulation_hooks, refuse_one_shot, refuse_shared_memory
-from .losses import Loss, sequence_number
-from .precision import float64, widened, widening
+from .evaluations import Side, Subject
+from .inspection import refuse_accumulation_hooks, refuse_one_shot, refuse_shared_memory
+from .losses import Loss
 from .replay import Policy, Replay
-from .verification import (
-    BLATANT,
-    DECIDED,
-    Verification,
-    Verify,
-    coarsest,
-    out_of_memory,
-    rounding,
-    value_gap,
-    vector_gap,
-)
-
-# How torch says that a loss differentiates something that has no graph: with the lower variables' flags off.
-NO_GRAPH_INSIDE = ("does not require grad", "not have been used in the graph")
+from .verification import Verification, Verify
+from .verified import VerifiedEvaluations
 
 
 class Moves(Protocol):
@@ -115,16 +97,13 @@ class Evaluator:
             self.verification.end()
 
 
-class Oracle(Evaluations):
+class Oracle(VerifiedEvaluations):
     """What a method asks: the two losses around the current point, on the batches of one step.
 
     ``oracle.upper(...)`` and ``oracle.lower(...)`` are the losses and their gradients, at any point;
     ``oracle.point()`` is the current one; ``oracle.train(direction)`` really moves the lower variables (``directions``
     takes it back). What else is asked of it, products and walks, is in :mod:`bilevel.hypergradient`. Every shortcut is
-    compared with plain autograd of the closure (``verification.py``).
-
-    Attributes:
-        plain: Whether plain autograd of the closures as they stand is asked for, and no shortcut at all.
+    compared with plain autograd of the closure (``verified.py``).
 
     Example:
         >>> import bilevel
@@ -134,8 +113,6 @@ class Oracle(Evaluations):
         >>> len(f.lower), len(g.lower)
         (1, 0)
     """
-
-    plain = False
 
     def __init__(
         self,
@@ -148,11 +125,7 @@ class Oracle(Evaluations):
     ) -> None:
         lower, self._lower_numbers = unpacked(lower_batches)
         upper, self._upper_numbers = unpacked(upper_batches)
-        super().__init__(evaluator.subject, replay, upper, lower)
-        self._evaluator = evaluator
-        self._verifies = verifies
-        self._inspected: set[str] = set()
-        self._repeated: set[str] = set()
+        super().__init__(evaluator, replay, upper, lower, verifies=verifies)
         self.moves: Moves | None = None
 
     def train(self, direction: Vector) -> None:
@@ -208,184 +181,3 @@ class Oracle(Evaluations):
         if self.moves is None:
             raise RuntimeError("oracle.train: this oracle only looks; real steps are taken in step and directions.")
         return self.moves
-
-    @property
-    def verification(self) -> Verification:
-        """What is known about shortcuts, kept from step to step."""
-        return self._evaluator.verification
-
-    @property
-    def watching(self) -> bool:
-        """Whether shortcuts are to be verified at all."""
-        return self._verifies and self.verification.mode != "never"
-
-    @property
-    def checking(self) -> bool:
-        """Whether this look searches the graphs of the losses for what it cannot serve."""
-        return self._verifies and self.verification.due
-
-    @property
-    def comparing(self) -> bool:
-        """Whether this look calls the losses anew to compare shortcuts with plain autograd."""
-        return self._verifies and self.verification.comparing
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the fewest digits among the variables."""
-        return coarsest(self._subject.variables)
-
-    @contextmanager
-    def in_float64(self) -> Iterator[Oracle]:
-        """Look at the same losses and batches in float64, for a decision; nothing stays changed."""
-        with float64(self._subject.modules, self._subject.variables), widening():
-            replay = Replay(self._devices, self._evaluator.modules, self._subject.variables)
-            replay.follow(self.replay)
-            upper, lower = ([widened(batch) for batch in self._batches[side]] for side in ("upper", "lower"))
-            try:
-                yield Oracle(self._evaluator, replay, upper, lower, verifies=False)
-            finally:
-                replay.undo()
-
-    def refuse_hooks(self) -> None:
-        """A hook on a variable makes of its gradient something that no product is the derivative of."""
-        if not any(tensor._backward_hooks for tensor in self._subject.variables):
-            return
-        for name, tensor in self._subject.named_variables:
-            if tensor._backward_hooks:
-                raise ClosureError(
-                    f"{self.owner}: a gradient hook is registered on {name} (register_hook). {self.owner} takes "
-                    "derivatives of gradients, which a hook changes and no route follows. Clip or mask in a "
-                    "register_step_pre_hook of the torch optimizer, scale inside the loss, or use BOME or EBOMLC."
-                )
-
-    def _evaluate(self, key: Key, at: Point | None, wrt: Wrt) -> Evaluation:
-        loss, _ = self._called(key)
-        shortcut = f"{loss.name}, forward-only"
-        if wrt == "upper" and shortcut not in self.verification.choices:
-            try:
-                found = self._evaluate_as(key, at, wrt, freeze=True)
-            except RuntimeError as error:
-                if not any(mark in str(error) for mark in NO_GRAPH_INSIDE):
-                    raise
-                self.verification.choices[shortcut] = "gradients on"  # it differentiates inside: nothing is wrong
-            else:
-                return self._verified(shortcut, found, key, at) if self.comparing else found
-        found = self._evaluate_as(key, at, wrt)
-        self.verification.held(loss.name, self.replay.held_count(key))
-        if self.comparing and loss.name not in self._repeated:
-            self._repeat(found.value, key, at)
-        return found
-
-    def _repeat(self, value: Tensor, key: Key, at: Point | None) -> None:
-        """See that a second call of a loss gives the same."""
-        loss, batch = self._called(key)
-        self._repeated.add(loss.name)
-        try:
-            with self.replay.silently(), self._prepared(key, at, current=at is None):
-                since = sequence_number()
-                value_again, _ = loss(batch, self._devices)
-                self._refuse_stale(loss, value_again, since)
-                again = loss.number(value_again)
-        except (RuntimeError, MemoryError) as error:
-            self._unverified(loss.name, error)
-            return
-        if bool(value_gap(value, again) > rounding(value.dtype)):
-            self.verification.unrepeatable.add(loss.name)
-            self.verification.say_of(
-                loss.name,
-                f"{loss.name} returned {float(value):.7g}, and then {float(again):.7g} for the same batch, "
-                "variables and random state, so that differences of it, and its slopes, mean nothing. Usual causes: "
-                "random numbers of numpy, Python or a torch.Generator of one's own, a counter, a batch or a module "
-                "(not named in other=) that the loss changes. Draw such numbers outside the loss, in the batch.",
-            )
-
-    @contextmanager
-    def _prepared(self, key: Key, at: Point | None, *, substituted: bool = False, **options: Any) -> Iterator[None]:
-        """Surround one evaluation; in a look, the first one of a loss must change nothing."""
-        prepared = super()._prepared(key, at, substituted=substituted, **options)
-        loss, batch = self._called(key)
-        if not self.comparing or loss.name in self._inspected:
-            with prepared:
-                yield
-            return
-        if not substituted:  # else it is asked again of the variables themselves
-            self._inspected.add(loss.name)
-        with prepared, inspected(loss.name, self._watched(), set(map(id, self._subject.variables)), batch):
-            yield
-
-    def _watched(self) -> list[tuple[str, Tensor]]:
-        """The variables and all other parameters of the known modules, as errors call them."""
-        found = {id(x): (name, x) for name, x in self._subject.named_variables}
-        for module in self._subject.modules:
-            for name, x in module.named_parameters():
-                found.setdefault(id(x), (f"parameter {name} of {type(module).__name__}", x))
-        return list(found.values())
-
-    def _verified(self, shortcut: str, found: Evaluation, key: Key, at: Point | None) -> Evaluation:
-        """Compare a forward-only evaluation with the one that has every flag on, which replaces it if they differ."""
-        loss, _ = self._called(key)
-        try:
-            with self.replay.silently():
-                plain = self._evaluate_as(key, at, "upper")
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            self._unverified(shortcut, error)
-            return found
-        gap = _gap(found, plain)
-        if loss.name in self.verification.unrepeatable:
-            return found
-        if not self.verification.suspects(shortcut, gap, rounding(self.dtype)):
-            return found
-
-        def in_float64() -> float:
-            with self.in_float64() as wide:
-                point = None if at is None else [x.double() for x in at]
-                a, b = (wide._evaluate_as(key, point, "upper", freeze=freeze) for freeze in (False, True))
-                return float(_gap(a, b))
-
-        if self.differs(shortcut, float(gap), in_float64):
-            self.verification.choices[shortcut] = "gradients on"
-            self.verification.say(
-                f"{loss.name} is another function where its lower variables need no gradient (by {float(gap):.1e}). "
-                "Usual causes: a condition on requires_grad or torch.is_grad_enabled(), such as a penalty on [p for p "
-                "in model.parameters() if p.requires_grad]. Choose the parameters once, outside the loss, by name. "
-                "From now on it is evaluated with all gradients on, at more memory."
-            )
-        return plain
-
-    def differs(self, name: str, gap: float, in_float64: Callable[[], float], limit: float = DECIDED) -> bool:
-        """Decide a suspicion: whether two routes, ``gap`` apart here, are more than ``limit`` apart in float64 as well.
-
-        Where float64 cannot be asked, only a blatant difference counts; another one is told, and changes nothing.
-        """
-        try:
-            wide = in_float64()
-        except Exception as error:  # whatever a closure may say to float64
-            if gap > BLATANT:  # what replaces a shortcut is right in any case
-                return True
-            if out_of_memory(error):
-                self._unverified(name, error)
-            else:
-                self.verification.say(
-                    f"{name}: differs from plain autograd by {gap:.1e}, and whether that is noise of a low precision "
-                    f"could not be decided in float64 ({type(error).__name__}: {error}). Nothing was changed. Compare "
-                    "with bilevel.check_directions."
-                )
-            self.verification.clear(name, gap)
-            return False
-        if wide > limit:
-            return True
-        self.verification.clear(name, gap)
-        return False
-
-    def _unverified(self, what: str, error: BaseException) -> None:
-        if not out_of_memory(error):
-            raise error
-        self.verification.say(f"{what}: not verified, for want of memory. Nothing else is affected.")
-
-
-def _gap(a: Evaluation, b: Evaluation) -> Tensor:
-    """Return the larger of the gaps of values and of upper gradients."""
-    gradients = vector_gap(a.upper, b.upper)
-    return torch.maximum(value_gap(a.value, b.value).to(gradients.device, gradients.dtype), gradients)

@@ -23,7 +23,7 @@ from torch.autograd.graph import Node
 from torch.utils.checkpoint import CheckpointError
 
 from ..errors import ClosureError
-from ..evaluation.oracle import NO_GRAPH_INSIDE
+from ..evaluation.verified import NO_GRAPH_INSIDE
 
 ProductMode = Literal["auto", "forward", "reverse", "difference"]
 PRODUCT_MODES: tuple[str, ...] = ("auto", "forward", "reverse", "difference")

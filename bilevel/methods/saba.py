@@ -11,7 +11,8 @@ from ..errors import count
 from ..evaluation.oracle import Oracle
 from ..hypergradient import ProductMode
 from ..optimizer.base import Common
-from ..optimizer.method_state import LevelState, TableState
+from ..optimizer.method_state import LevelState
+from ..optimizer.table_state import TableState
 from ..settings import Fixed
 from ..vectors import Vector
 from .single_loop import SingleLoop, SingleLoopStats

@@ -21,8 +21,9 @@ from ..lower_steps import GradientDescent, InnerStep, OptimizerStep, Rule, check
 from ..settings import Fixed, Setting, chosen, counted, numeric
 from . import orders
 from .hooks import HookWatch
-from .method_state import LevelState, MethodState, NumberState, Remembered, ScalarState, StateStart, TableState
+from .method_state import LevelState, MethodState, NumberState, Remembered, ScalarState, StateStart
 from .moves import OnNonFinite
+from .table_state import TableState
 
 Losses = Callable[..., Any]
 E = TypeVar("E", bound=Remembered[Any])

@@ -7,14 +7,14 @@ Only moving commits them: looking twice remembers nothing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any, Generic, Literal, TypeVar, cast
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..directions import Directions, Mark, NamedTensors, Reduction, Rows
+from ..directions import Directions, Mark, NamedTensors, Reduction
 from ..levels import Level
 from ..vectors import Vector, accumulation_dtype
 
@@ -37,6 +37,10 @@ class Remembered(ABC, Generic[V]):
 
     def saved(self) -> V:
         """Return what is stored as a checkpoint needs it."""
+        return self.stored
+
+    def before(self, value: Any) -> Any:
+        """Return what undoes that ``value`` is committed."""
         return self.stored
 
     def commit(self, value: Any) -> None:
@@ -83,7 +87,7 @@ class LevelState(Remembered[NamedTensors]):
     def fitted(self, value: Any) -> NamedTensors:
         if not isinstance(value, Mapping):
             raise ValueError(f"the state {self.name} is a {type(value).__name__}, expected tensors by name")
-        return _fitted(f"the state {self.name}", value, self._level)
+        return fitted_to(f"the state {self.name}", value, self._level)
 
     def _beginning(self, variable: Tensor) -> Tensor | None:
         if self._start == "nothing":
@@ -141,71 +145,8 @@ class NumberState(Remembered[Tensor | None]):
         return None if value is None else self.fitted(value)
 
 
-class TableState(Remembered[NamedTensors]):
-    """A row like the variables of a level for each batch of a data set: the memory of variance reduction.
-
-    Rows that were never written are zero. ``Directions.state`` names the rows that a step writes: ``{index: vector}``.
-    Memory: ``rows`` copies of the level, made at the first write.
-    """
-
-    def __init__(self, name: str, level: Level, rows: int) -> None:
-        super().__init__(name, {}, None)
-        self._level, self.rows = level, rows
-
-    def __getitem__(self, index: int) -> Vector:
-        """Return a row; not a copy, so read it before the step that writes it is over."""
-        self._check_index(index)
-        variables = zip(self._level.names, self._level.tensors, strict=True)
-        found = (self.stored[n][index] if n in self.stored else torch.zeros_like(x) for n, x in variables)
-        return Vector(found, self._level.names)
-
-    def mean(self) -> Vector:
-        """Return the mean of all rows; it costs a pass over the table."""
-        variables = zip(self._level.names, self._level.tensors, strict=True)
-        found = (self.stored[n].mean(0) if n in self.stored else torch.zeros_like(x) for n, x in variables)
-        return Vector(found, self._level.names)
-
-    def saved(self) -> NamedTensors:
-        names = set(self._level.trainable())
-        return {name: x for name, x in self.stored.items() if name in names}
-
-    def commit(self, value: Rows | NamedTensors) -> None:
-        """Write rows, or put a whole table in the place of this one."""
-        if all(isinstance(key, str) for key in value):
-            self.stored = cast(NamedTensors, value)
-            return
-        variables = dict(zip(self._level.names, self._level.tensors, strict=True))
-        table = dict(self.stored)
-        for index, row in cast(Rows, value).items():
-            for name, x in row.items():
-                if name not in table:
-                    table[name] = variables[name].detach().new_zeros((self.rows, *x.shape))
-                table[name][index] = x
-        self.stored = table
-
-    def fitted(self, value: Any) -> Rows:
-        if not isinstance(value, Mapping):
-            raise ValueError(f"the state {self.name} is a {type(value).__name__}, expected rows by number")
-        for index in value:
-            self._check_index(index)
-        what = f"the state {self.name}, row"
-        return {index: _fitted(f"{what} {index}", row, self._level) for index, row in value.items()}
-
-    def loaded(self, value: Any) -> NamedTensors:
-        if not isinstance(value, Mapping):
-            raise ValueError(f"the state {self.name} is a {type(value).__name__}, expected tensors by name")
-        return _fitted(f"the state {self.name}", value, self._level, self.rows)
-
-    def overwritten(self, rows: Iterable[int]) -> Rows:
-        """Return copies of rows, to undo that they are written."""
-        return {index: self[index].clone().named() for index in rows}
-
-    def _check_index(self, index: Any) -> None:
-        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < self.rows:
-            raise ValueError(f"the state {self.name} has the rows 0 to {self.rows - 1}, got {index!r}")
-
-
-def _fitted(what: str, value: NamedTensors, level: Level, *leading: int) -> NamedTensors:
+def fitted_to(what: str, value: NamedTensors, level: Level, *leading: int) -> NamedTensors:
+    """Return tensors where the variables of a level are, or raise ValueError if one does not fit its variable."""
     variables = dict(zip(level.names, level.tensors, strict=True))
     for name, x in value.items():
         if name not in variables:
@@ -251,12 +192,9 @@ class MethodState:
 
     def commit(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Replace what ``values`` name; return what undoes it."""
-        before = {name: self._entries[name].stored for name in values}
+        before = {name: self._entries[name].before(value) for name, value in values.items()}
         for name, value in values.items():
-            entry = self._entries[name]
-            if isinstance(entry, TableState) and not all(isinstance(key, str) for key in value):
-                before[name] = entry.overwritten(value)
-            entry.commit(value)
+            self._entries[name].commit(value)
         self._version += bool(values)
         return before
 
