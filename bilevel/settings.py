@@ -30,12 +30,12 @@ class _Kept(Generic[V]):
     def __get__(self, instance: Any, owner: type) -> V: ...
 
     def __get__(self, instance: Any, owner: type) -> Self | V:
+        """Return the default: what was set is found in the instance before this is asked."""
         if instance is None:
             return self
-        found: V = instance.__dict__.get(self._name, self._default)
-        if found is NONE:
+        if self._default is NONE:
             raise AttributeError(f"{type(instance).__name__} keeps no attribute {self._name}")
-        return found
+        return self._default
 
 
 class Setting(_Kept[V]):
@@ -45,17 +45,28 @@ class Setting(_Kept[V]):
         super().__init__(default)
         self._check = check
 
-    def __set__(self, instance: Any, value: V) -> None:
-        self._check(type(instance).__name__, self._name, value)
-        instance.__dict__[self._name] = value
+    def accept(self, owner: str, value: V) -> None:
+        """Refuse a value that does not pass."""
+        self._check(owner, self._name, value)
 
 
 class Fixed(_Kept[V]):
     """An argument of the constructor that cannot be set later, and says so instead of doing nothing."""
 
-    def __set__(self, instance: Any, value: V) -> None:
+    def accept(self, owner: str, value: V) -> None:
+        """Refuse every value."""
         advice = "is fixed at construction. Build a new optimizer; load_state_dict carries its state on."
-        raise AttributeError(message(type(instance).__name__, self._name, value, advice))
+        raise AttributeError(message(owner, self._name, value, advice))
+
+
+class Settable:
+    """A class whose settings are checked as they are set; reading one is reading an ordinary attribute."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        kept = getattr(type(self), name, None)
+        if isinstance(kept, (Setting, Fixed)):
+            kept.accept(type(self).__name__, value)
+        super().__setattr__(name, value)
 
 
 def numeric(minimum: float, maximum: float | None = None, *, exclusive: bool = False, optional: bool = False) -> Check:

@@ -350,7 +350,7 @@ MUTATIONS = [
     Mutation(
         "what moved is not taken back",
         "Moves.undo",
-        "saved.restore()",
+        "copy.restore()",
         "None",
         "test_rollback.py::test_a_hook_that_raises_takes_the_whole_step_back",
     ),

@@ -123,7 +123,7 @@ class SAMA(HypergradientMethod[HypergradientStats]):
                 yield from difference_checks(checker, plain, self.lower_batches - 1, u)
 
     def _real_step(self) -> OptimizerStep:
-        return OptimizerStep(self._lower)
+        return OptimizerStep(self.lower_level)
 
     def _adapted(self, last: Step, upper: Vector) -> Vector:
         """Return ``u = D grad_w F``."""

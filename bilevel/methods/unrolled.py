@@ -174,13 +174,13 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         return found, mode_taken(oracle, self.product_kind, self.product)
 
     def _started(self) -> list[Tensor] | None:
-        return None if self.start is None else start_of("Unrolled", self.start, self._lower)
+        return None if self.start is None else start_of("Unrolled", self.start, self.lower_level)
 
     def _keeps_graph(self, oracle: Oracle) -> bool:
         if self.differentiate != "auto":
             return self.differentiate == "graph" and not oracle.plain
         several = self._differentiated > 1 or self.start is not None
-        unfit = self._lower.has_bare_tensors or KEPT_GRAPH in oracle.verification.choices
+        unfit = self.lower_level.has_bare_tensors or KEPT_GRAPH in oracle.verification.choices
         return several and not unfit and not oracle.plain
 
     @property
@@ -206,7 +206,7 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
     def graph_start(self) -> GraphStart:
         """The function that computes the starting point."""
         start = self.start
-        return None if start is None else lambda: start_of("Unrolled", start, self._lower)
+        return None if start is None else lambda: start_of("Unrolled", start, self.lower_level)
 
     def formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:
         """Back through the last ``truncate`` steps, one product after the other."""

@@ -18,7 +18,7 @@ from ..evaluation.replay import Policy
 from ..evaluation.verification import Verify
 from ..levels import Level, Variables, check_disjoint
 from ..lower_steps import GradientDescent, InnerStep, OptimizerStep, Rule, check_followed, current_rates
-from ..settings import Fixed, Setting, chosen, counted, numeric
+from ..settings import Fixed, Settable, Setting, chosen, counted, numeric
 from . import orders
 from .hooks import HookWatch
 from .method_state import LevelState, MethodState, NumberState, Remembered, ScalarState, StateStart
@@ -43,7 +43,7 @@ class Common(TypedDict, total=False):
     verify: Verify
 
 
-class Method(ABC, Generic[S]):
+class Method(Settable, ABC, Generic[S]):
     """The side of :class:`bilevel.BilevelOptimizer` that authors of methods use; see there for the arguments."""
 
     order: orders.Order = orders.AT_ONCE  # in which order the two levels move
@@ -157,6 +157,16 @@ class Method(ABC, Generic[S]):
     def lower_groups(self) -> list[dict[str, Any]]:
         """Return the lower optimizer's parameter group of each lower variable."""
         return self._lower.groups()
+
+    @property
+    def upper_level(self) -> Level:
+        """The upper variables: their names, tensors, modules and torch optimizer."""
+        return self._upper
+
+    @property
+    def lower_level(self) -> Level:
+        """The same of the lower variables."""
+        return self._lower
 
     @property
     def upper_names(self) -> tuple[str, ...]:
