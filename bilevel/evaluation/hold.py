@@ -74,8 +74,8 @@ def hold(tensor: Tensor) -> Tensor:
     variables are then. So a held value is a constant of the step: no gradient flows through it. Outside a step it is
     the identity, gradient included.
 
-    Use it for the features that a label corrector reads (otherwise the targets at the look-ahead point would differ
-    from those at the current one), and for targets that dropout must not touch.
+    Use it for the features of the lower model that an upper module reads (otherwise what it computes would differ
+    between the look-ahead point and the current one), and for targets that dropout must not touch.
 
     Args:
         tensor: Any tensor that is computed inside the loss.

@@ -78,7 +78,7 @@ class Loss:
         """Refuse a loss that uses none of a level's variables where it must use some."""
         if all(part is None for part in gradient):
             cause = (
-                "Usual causes: hard labels, a corrected target that was detached, or a corrector that is never called."
+                "Usual causes: what they compute was detached, rounded (argmax), or is never used."
                 if side == "upper"
                 else "Usual causes: another copy of the model inside the loss, or a detached output."
             )

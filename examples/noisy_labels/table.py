@@ -112,6 +112,8 @@ def _cells(options: argparse.Namespace, further: list[str]) -> list[Cell]:
         common = list(further)
         for name in OPTIONS_OF_ALL:
             value = getattr(options, name)
+            if name == "device" and options.report:
+                value = "cpu"  # nothing is trained: runs of another machine's device can be read anywhere
             if value is not None and not (name == "preset" and dataset == "digits"):  # which has one of its own
                 common += [f"--{name}", str(value)]
         table += cells(options.methods, [dataset], options.noise, options.seeds, common, options.out)
