@@ -1,12 +1,15 @@
 """Settings of every test, and the pages whose examples are tests."""
 
+import os
+
 import pytest
 import torch
 
 from pages import PAGES
 
-# The networks of the tests are tiny: a second thread waits more than it computes, and its sums have another order.
-torch.set_num_threads(1)
+# The networks of the tests are tiny: a second thread waits more than it computes. Unless one is asked for, as
+# tests/variations.py does, because sums over several threads have another order.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 pytest_collect_file = PAGES.pytest()
 collect_ignore_glob = ["docs/*.py"]  # programs: Sphinx's settings, and what draws a picture

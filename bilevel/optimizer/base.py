@@ -81,7 +81,8 @@ class BilevelOptimizer(Method[S], ABC):
         """Compute what :meth:`step` would hand to the torch optimizers, and move nothing.
 
         Parameters, buffers, ``.grad``, optimizer state, random state, ``requires_grad`` and training flags are as
-        before, bit for bit.
+        before, bit for bit. So a loop of ``apply(directions(...))`` draws the same dropout masks each time, unless
+        something else draws in between; ``step`` goes on with the random state.
         """
         with self._oracle(batches, upper, lower) as oracle, self._looking(oracle):
             answer = self.compute(oracle)
