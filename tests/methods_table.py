@@ -84,17 +84,17 @@ def two_gradients(steps: int) -> str:
 
 
 def with_products(steps: int) -> str:
-    """One mixed product, of one call, for each inner step."""
+    """One Hessian product, of one call, for each inner step."""
     return steps * "L" + "L" + steps * "L" + "U"
 
 
 def with_differences(steps: int) -> str:
-    """One mixed product, of two calls, for each inner step."""
+    """One Hessian product, of two calls, for each inner step."""
     return steps * "L" + "L" + steps * "LL" + "U"
 
 
 def walk_and_back(steps: int) -> str:
-    """The walk, F at its end, then one mixed product for each step, the first of which needs that of alpha alone."""
+    """The walk, F at its end, then one Hessian product for each step, the first of which needs that of alpha alone."""
     return steps * "L" + "U" + (steps - 1) * "L" + "l"
 
 
@@ -103,7 +103,7 @@ def walk_and_back_by_double_backward(steps: int) -> str:
 
 
 def train_and_upper_products(steps: int) -> str:
-    """Real steps, F, then an mixed product for each."""
+    """Real steps, F, then a mixed product for each."""
     return steps * "L" + "U" + steps * "l"
 
 

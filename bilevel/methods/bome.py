@@ -30,7 +30,7 @@ class BOME(DynamicBarrier):
         inner_steps: T >= 1, descent steps on G per update. More steps, a better estimate of the lower optimum, more
             time. Default 1, the cheapest; the paper's experiments use 1 to 20.
         inner_lr: a > 0. Default: the lower optimizer's current learning rate, per parameter group.
-        inner_step: ``"plain"`` gradient descent (default, as in the paper) or ``"preview"``: the step that the lower
+        inner_step: ``"gradient"`` descent (default, as in the paper) or ``"optimizer"``: the step that the lower
             optimizer (SGD with momentum, Adam, AdamW) would take from its real state, weight decay included.
         barrier: phi. Default ``GradientNorm(0.5)``, as in the paper's toy experiments; its hyperparameter experiments
             use ``Value``.
@@ -41,7 +41,7 @@ class BOME(DynamicBarrier):
         eps: Added to ``|grad q|^2``; default 1e-8, as in the paper's code.
         cutoff: lambda is 0 where ``|grad q|^2 <= cutoff``; default 1e-12.
         multiplier_max: Largest lambda, or None (default).
-        product: Mode of the mixed products that ``"unrolled"`` needs: ``"auto"``, ``"forward"``, ``"reverse"``,
+        product: Mode of the Hessian products that ``"unrolled"`` needs: ``"auto"``, ``"forward"``, ``"reverse"``,
             ``"difference"``.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
             ``upper_buffers``, ``lower_buffers``: see :class:`bilevel.BilevelOptimizer`.
@@ -52,7 +52,7 @@ class BOME(DynamicBarrier):
     Cost:
         ``inner_steps + 1`` calls of the lower loss, the last forward-only through the lower module, and one of the
         upper loss. Memory: one copy of the lower variables beside the gradients. ``"difference"`` adds one backward
-        pass; ``"unrolled"`` adds that, one mixed product per inner step, and ``inner_steps`` copies.
+        pass; ``"unrolled"`` adds that, one Hessian product per inner step, and ``inner_steps`` copies.
 
     Example:
         >>> import torch, bilevel

@@ -45,7 +45,7 @@ class EBOMLC(DynamicBarrier):
         eps: Added to ``|grad Q|^2``; default 1e-8, as in the authors' code.
         cutoff: beta is 0 where ``|grad Q|^2 <= cutoff``; default 1e-12.
         multiplier_max: Largest beta (before xi), or None (default).
-        product: Mode of the mixed products that ``"unrolled"`` needs.
+        product: Mode of the Hessian products that ``"unrolled"`` needs.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
             ``upper_buffers``, ``lower_buffers``: see :class:`bilevel.BilevelOptimizer`.
 

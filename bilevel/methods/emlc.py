@@ -55,7 +55,7 @@ class EMLC(HypergradientMethod[HypergradientStats]):
         TypeError, ValueError: An argument is off; the message says which and what to do.
 
     Cost:
-        k gradients of G, one of F, k upper products of G (one dual evaluation each, no reverse pass through the lower
+        k gradients of G, one of F, k mixed products of G (one dual evaluation each, no reverse pass through the lower
         model). Memory: ``"store"`` k copies of the lower variables.
 
     Example:

@@ -98,8 +98,8 @@ class Implicit(HypergradientMethod[ImplicitStats]):
         TypeError, ValueError: An argument is off; the message says which and what to do.
 
     Cost:
-        k gradients of G (with ``inner_steps=0`` one, for the stats), one of F, one mixed product per iteration of the
-        solver, one upper product. One mixed product more for the residual of ``Neumann``, and for the other solvers
+        k gradients of G (with ``inner_steps=0`` one, for the stats), one of F, one Hessian product per iteration of the
+        solver, one mixed product. One Hessian product more for the residual of ``Neumann``, and for the other solvers
         where they start from the last p. Memory: a few copies of the lower variables, whatever k is.
 
     Example:

@@ -49,7 +49,7 @@ class MLC(BilevelOptimizer[HypergradientStats]):
         TypeError, ValueError: An argument is off, or the lower optimizer cannot be followed; the message says what can.
 
     Cost:
-        One gradient of G and one of F (two with ``inner_steps > 1``), one upper product of G. Memory: a copy of the
+        One gradient of G and one of F (two with ``inner_steps > 1``), one mixed product of G. Memory: a copy of the
         lower variables, and of the upper ones.
 
     Example:

@@ -73,8 +73,8 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         TypeError, ValueError: An argument is off, or the lower optimizer cannot be followed; the message says what can.
 
     Cost:
-        k gradients of G and one of F. Adjoint: one upper product of G for the first step and one mixed product for each
-        later one. Graph: the way back through all of them. With ``virtual=True`` one more gradient of G for the
+        k gradients of G and one of F. Adjoint: one mixed product of G for the first step and one Hessian product for
+        each later one. Graph: the way back through all of them. With ``virtual=True`` one more gradient of G for the
         ordinary step.
 
     Example:

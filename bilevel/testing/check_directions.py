@@ -39,7 +39,7 @@ def check_directions(
     closures faster:
 
     * ``BOME``, ``EBOMLC``: gradients of F, G and q (as ``value_gradient`` reads it), Q, the multiplier, the directions
-      of both levels and, with ``step_from="inner"``, the inner point;
+      of both levels and, with ``step_from="lookahead"``, the inner point;
     * ``Unrolled``: the derivative back through the (last ``truncate``) lower steps, one double backward each;
     * ``EMLC``, ``MLC``: the products at their own points, with their own discount; of ``MLC`` the accumulated estimate;
     * ``Implicit``: the formula with the p that was found, and the residual of that p;

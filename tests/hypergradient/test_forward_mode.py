@@ -40,7 +40,7 @@ class Row:
         make: The layer under test, or a loss between outputs and targets.
         data: Its input.
         upper: Which route serves the mixed product: forward, reverse (after a warning), or none (an error).
-        mixed: Which routes serve the mixed product: forward and reverse, reverse alone, or none.
+        mixed: Which routes serve the Hessian product: forward and reverse, reverse alone, or none.
         names: What the warning or the error names.
         graph: Whether ``Unrolled(differentiate="graph")`` works.
         dtype: Type of the numbers.
@@ -335,7 +335,7 @@ def test_the_route_of_the_table_is_taken_and_right(row: Row, kind: str) -> None:
     found, messages = heard(optimizer)
     assert (found - expected).norm() < row.tolerance * expected.norm()
     assert expected.norm() > 1e-4
-    if row.upper == FORWARD:  # Unrolled takes an mixed product too, for its first step
+    if row.upper == FORWARD:  # Unrolled takes a mixed product too, for its first step
         assert messages == []
     else:
         assert len(messages) == 1

@@ -1,4 +1,4 @@
-"""Mixed products of the lower loss: three routes, one closed form, and what happens where a route has no rule.
+"""Hessian products of the lower loss: three routes, one closed form, and what happens where a route has no rule.
 
 ``v`` is a direction in w. The products are ``G_ww v`` and ``G_aw v``, the derivative of both gradients of G along v.
 """

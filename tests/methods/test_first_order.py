@@ -228,7 +228,7 @@ def test_sama(kind: str, steps: int, batches: int, radius: float) -> None:
 
 
 def test_sama_leaves_the_rate_of_sgd_out() -> None:
-    """D is the identity, as in the code: a small difference is the mixed product with f_w itself."""
+    """D is the identity, as in the code: a small difference is the Hessian product with f_w itself."""
     setup = Setup("sgd")
     upper, lower = setup.with_masks(*setup.data[:2], seed=SEED)
     moved, _ = step(plain_lower, [a.detach() for a in setup.alpha], leaves(setup.w), setup.states, setup.movers, lower)

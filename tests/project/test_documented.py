@@ -17,6 +17,7 @@ import pytest
 import bilevel
 import bilevel.barrier
 import bilevel.problems
+from bilevel.settings import Setting
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -83,3 +84,35 @@ def test_every_public_name_has_a_docstring_of_its_own(name: str, value: Any) -> 
 def test_what_users_call_has_an_example_that_runs(name: str, value: Any) -> None:
     section = inspect.getdoc(value).partition("\nExample:\n")[2]  # type: ignore[union-attr]
     assert ">>>" in section  # pytest runs it as a doctest
+
+
+@pytest.mark.parametrize("page", [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"], ids=lambda page: page.name)
+def test_options_in_the_pages_have_values_that_are_accepted(page: Path) -> None:
+    """``option="value"`` in a text, and the cells of a table of options that begin with a value."""
+    text = page.read_text(encoding="utf-8")
+    said = re.findall(r"\b(\w+)=\"(\w+)\"", text)
+    for name, cells in re.findall(r"^\| `(\w+)` \|(.*)", text, re.MULTILINE):
+        said += [(name, value) for cell in cells.split("|") for value in re.findall(r"^ `\"(\w+)\"`", cell)]
+    for name, value in said:
+        if name in ("inner_step", "step_from", "value_gradient", "product", "differentiate", "on_nonfinite", "verify"):
+            assert any(accepted(kept, value) for kept in settings(name)), f"{name}={value!r}"
+
+
+def settings(name: str) -> list[Setting[Any]]:
+    """The settings of this name of all methods."""
+    found = [value for _, value in NAMES if isinstance(value, type) and issubclass(value, bilevel.BilevelOptimizer)]
+    return [kept for kind in found for base in kind.__mro__ if isinstance(kept := vars(base).get(name), Setting)]
+
+
+def accepted(kept: Setting[Any], value: str) -> bool:
+    try:
+        kept.accept("docs", value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def test_names_of_options_that_were_changed_are_gone() -> None:
+    old = re.compile(r"\b(restore|mode)=|`restore`|upper products?\b")
+    texts = {page: page.read_text(encoding="utf-8") for page in [*DOCS.rglob("*.md"), *PACKAGE.rglob("*.py")]}
+    assert [page.name for page, text in texts.items() if page.name != "changelog.md" and old.search(text)] == []
