@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from .errors import message
 from .vectors import Vector, without_aliasing
+
+
+class Evaluated(Protocol):
+    """A loss that was evaluated: :class:`bilevel.evaluation.evaluations.Evaluation`."""
+
+    @property
+    def value(self) -> Tensor: ...
+
+    @property
+    def aux(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,20 @@ class Stats:
     skipped: bool = False
     upper_aux: Any = None
     lower_aux: Any = None
+
+    @classmethod
+    def of(cls, upper: Evaluated, lower: Evaluated, **numbers: Any) -> Self:
+        """Return the stats of a step from the evaluations of F and G, and the method's own numbers.
+
+        Example:
+            >>> import bilevel
+            >>> problem = bilevel.problems.quadratic(seed=0)
+            >>> with bilevel.testing.oracle(problem) as oracle:
+            ...     stats = bilevel.HypergradientStats.of(oracle.upper(), oracle.lower(), product="forward")
+            >>> stats.product
+            'forward'
+        """
+        return cls(upper_loss=upper.value, lower_loss=lower.value, upper_aux=upper.aux, lower_aux=lower.aux, **numbers)
 
     @classmethod
     def unknown(cls, lower_loss: Tensor) -> Self:

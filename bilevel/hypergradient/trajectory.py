@@ -36,7 +36,7 @@ class Trajectory:
     Attributes:
         first: G at its first point, on the first batch.
         end: Its last point.
-        state: The rule's state there.
+        state: The rule's state there; of real steps empty, as it is in the torch optimizer.
         steps: Its last steps, as far as they were kept.
     """
 
@@ -129,7 +129,7 @@ def train(
             gradient = g.lower if gradients == "all" or index == steps - 1 else Vector([])
             kept.append(Step(index, oracle.point().clone(), gradient, copied(rule)))
         oracle.train(g.lower)
-    return Trajectory(first or oracle.lower(wrt="lower"), oracle.point(), copied(rule), kept)
+    return Trajectory(first or oracle.lower(wrt="lower"), oracle.point(), [], kept)
 
 
 def copied(rule: Callable[[], Rule] | None) -> State:

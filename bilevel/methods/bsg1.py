@@ -87,5 +87,5 @@ class BSG1(BilevelOptimizer[Stats]):
         ratio = f.lower.dot(g.lower) / (g.lower.squared_norm() + self.eps)
         return Directions(
             upper=f.upper - ratio * g.upper,
-            stats=Stats(f.value, first.value, upper_aux=f.aux, lower_aux=first.aux),
+            stats=Stats.of(f, first),
         )

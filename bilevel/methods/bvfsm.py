@@ -11,7 +11,6 @@ from ..directions import Directions
 from ..evaluation.oracle import Oracle
 from ..optimizer import orders
 from ..optimizer.base import Common
-from ..optimizer.hooks import VIRTUAL
 from ..penalty import Power, Scheduled, scheduled
 from ..settings import Setting, chosen, counted, numeric
 from ..vectors import Vector, present
@@ -86,6 +85,7 @@ class BVFSM(PenaltyMethod[PenaltyStats]):
         <https://arxiv.org/abs/2110.04974>`_, TPAMI 2023, and its code ``vis-opt-group/BVFSM``.
     """
 
+    walks_virtually = True
     order = orders.TRAIN_THEN_CORRECT
     regularisation = Setting[Scheduled](scheduled(0.0))
     decay = Setting[Scheduled](scheduled(0.0))
@@ -98,9 +98,9 @@ class BVFSM(PenaltyMethod[PenaltyStats]):
         upper_loss: Callable[..., Any],
         lower_loss: Callable[..., Any],
         *,
-        penalty: Scheduled = Power(0.001, -1.1),  # noqa: B008 (frozen values)
-        regularisation: Scheduled = Power(0.01, -1.1),  # noqa: B008
-        decay: Scheduled = Power(0.01, -1.1),  # noqa: B008
+        penalty: Scheduled = Power(0.001, -1.1),
+        regularisation: Scheduled = Power(0.01, -1.1),
+        decay: Scheduled = Power(0.01, -1.1),
         inner_steps: int = 25,
         value_steps: int = 50,
         inner_lr: float | None = None,
@@ -114,11 +114,6 @@ class BVFSM(PenaltyMethod[PenaltyStats]):
         self.slack, self.argument, self.atomic = slack, argument, atomic
         super().__init__(upper_loss, lower_loss, penalty=penalty, **common)
         self._z = self.lower_state("z", start="variables", reduction="mean")
-
-    @property
-    def ignores_clipping(self) -> str | None:
-        """Virtual steps do, but a rate of its own was chosen for what it is."""
-        return VIRTUAL if self.inner_lr is None else None
 
     def compute(self, oracle: Oracle) -> Directions[PenaltyStats]:
         sigma, mu, theta = (self.scheduled(x) for x in (self.penalty, self.regularisation, self.decay))
@@ -136,14 +131,7 @@ class BVFSM(PenaltyMethod[PenaltyStats]):
         return Directions(
             upper=f.upper + self._weight(sigma, bound, g.value) * (g.upper - value.upper),
             state={**self.stepped(), "z": z},
-            stats=PenaltyStats(
-                start.value,
-                first.value,
-                upper_aux=start.aux,
-                lower_aux=first.aux,
-                penalty=sigma,
-                constraint=difference(g.value, value.value),
-            ),
+            stats=PenaltyStats.of(start, first, penalty=sigma, constraint=difference(g.value, value.value)),
         )
 
     def _walk(self, oracle: Oracle, mu: float) -> Vector:

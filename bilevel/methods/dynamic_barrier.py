@@ -20,7 +20,6 @@ from ..hypergradient import ProductMode, adjoint, descend, mode_taken
 from ..hypergradient.modes import PRODUCT_MODES
 from ..lower_steps import InnerStep
 from ..optimizer.base import BilevelOptimizer, Common
-from ..optimizer.hooks import VIRTUAL
 from ..settings import Setting, chosen, numeric
 from ..vectors import Vector, accumulation_dtype
 from .barrier_formulas import Terms, ValueGradient, barrier_checks
@@ -89,6 +88,7 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
         w     <- w     - eta_w     (grad_w f     + xi lambda grad_w q)
     """
 
+    walks_virtually = True
     barrier = Setting[Barrier](_check_barrier)
     value_gradient = Setting[ValueGradient](chosen("value_function", "difference", "unrolled"))
     step_from = Setting[StepFrom](chosen("current", "lookahead"))
@@ -122,11 +122,6 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
         super().__init__(*losses, **common)
         self.inner_rule()  # refuses an optimizer that cannot be followed
 
-    @property
-    def ignores_clipping(self) -> str | None:
-        """Virtual steps do; but a rate of its own was chosen for what it is."""
-        return VIRTUAL if self.inner_lr is None else None
-
     def compute(self, oracle: Oracle) -> Directions[BarrierStats]:
         at = self.terms(oracle)
         f, q_upper, q_lower = at.upper, at.upper_gradient, at.lower_gradient
@@ -143,11 +138,9 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
             upper=f.upper + weight * q_upper,
             lower=f.lower + weight * q_lower,
             start=at.inner_point if self.step_from == "lookahead" else None,
-            stats=BarrierStats(
-                upper_loss=f.value,
-                lower_loss=at.lower.value,
-                upper_aux=f.aux,
-                lower_aux=at.lower.aux,
+            stats=BarrierStats.of(
+                f,
+                at.lower,
                 multiplier=weight,
                 active=weight > 0,
                 constraint=at.constraint,

@@ -113,7 +113,7 @@ class EMLC(HypergradientMethod[HypergradientStats]):
         taken = mode_taken(oracle, "mixed", self.product)
         return Directions(
             upper=f.upper - through,
-            stats=HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=taken),
+            stats=HypergradientStats.of(f, g, product=taken),
         )
 
     def _stored(self, oracle: Oracle, walk: Trajectory, weighted: list[Vector]) -> Vector:

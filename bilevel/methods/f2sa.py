@@ -11,7 +11,6 @@ from ..errors import count
 from ..evaluation.oracle import Oracle
 from ..optimizer import orders
 from ..optimizer.base import Common
-from ..optimizer.hooks import VIRTUAL
 from ..penalty import Linear, Scheduled, scheduled
 from ..settings import Fixed, Setting, chosen
 from ..vectors import Vector
@@ -86,6 +85,7 @@ class F2SA(PenaltyMethod[PenaltyStats]):
         Highly-smooth Stochastic Bilevel Optimization <https://arxiv.org/abs/2509.02937>`_, ICLR 2026.
     """
 
+    walks_virtually = True
     order = orders.TRAIN_THEN_CORRECT
     penalty = Setting[Scheduled](scheduled(0.0, exclusive=True))
     p = Fixed[int]()
@@ -97,7 +97,7 @@ class F2SA(PenaltyMethod[PenaltyStats]):
         upper_loss: Callable[..., Any],
         lower_loss: Callable[..., Any],
         *,
-        penalty: Scheduled = Linear(1.0, slope=0.1),  # noqa: B008 (a frozen value)
+        penalty: Scheduled = Linear(1.0, slope=0.1),
         p: int = 1,
         inner_steps: int = 10,
         inner_lr: float | None = None,
@@ -115,11 +115,6 @@ class F2SA(PenaltyMethod[PenaltyStats]):
         self._copies = {
             j: self.lower_state(f"y[{j}]", start="variables", reduction="mean") for j in self._coefficients if j != 1
         }
-
-    @property
-    def ignores_clipping(self) -> str | None:
-        """Virtual steps do, but a rate of its own was chosen for what it is."""
-        return VIRTUAL if self.inner_lr is None else None
 
     def compute(self, oracle: Oracle) -> Directions[PenaltyStats]:
         penalty = self.scheduled(self.penalty)
@@ -141,14 +136,7 @@ class F2SA(PenaltyMethod[PenaltyStats]):
         return Directions(
             upper=upper / upper.norm() if self.normalise else upper,
             state={**self.stepped(), **{f"y[{j}]": y for j, y in ends.items()}},
-            stats=PenaltyStats(
-                f.value,
-                g.value,
-                upper_aux=f.aux,
-                lower_aux=g.aux,
-                penalty=penalty,
-                constraint=difference(gs[1].value, gs[nearest].value),
-            ),
+            stats=PenaltyStats.of(f, g, penalty=penalty, constraint=difference(gs[1].value, gs[nearest].value)),
         )
 
     def _walk(self, oracle: Oracle, j: int, y: Vector, penalty: float) -> Vector:

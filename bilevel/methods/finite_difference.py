@@ -17,7 +17,6 @@ from ..hypergradient import Step, mixed_product, mode_taken, pull_back
 from ..lower_steps import InnerStep
 from ..optimizer import orders
 from ..optimizer.base import Common
-from ..optimizer.hooks import VIRTUAL
 from ..settings import Setting, numeric
 from ..vectors import Vector
 from .formulas import Formula, central_difference, difference_checks, summed
@@ -72,6 +71,7 @@ class FiniteDifference(HypergradientMethod[HypergradientStats]):
         Liu, Simonyan and Yang, `DARTS <https://arxiv.org/abs/1806.09055>`_, ICLR 2019, equations 7 and 8, and its code.
     """
 
+    walks_virtually = True
     order = orders.LOOK_THEN_TRAIN
     follows_maximize = True
     radius = Setting[float](numeric(0.0, exclusive=True))
@@ -94,11 +94,6 @@ class FiniteDifference(HypergradientMethod[HypergradientStats]):
         super().__init__(upper_loss, lower_loss, **common)
         self.inner_rule()  # refuses an optimizer that cannot be followed
 
-    @property
-    def ignores_clipping(self) -> str | None:
-        """Virtual steps do; but a rate of its own was chosen for what it is."""
-        return VIRTUAL if self.inner_lr is None else None
-
     def compute(self, oracle: Oracle) -> Directions[HypergradientStats]:
         w, g = oracle.point(), oracle.lower(wrt="lower")
         rule = self.inner_rule()
@@ -110,7 +105,7 @@ class FiniteDifference(HypergradientMethod[HypergradientStats]):
         taken = mode_taken(oracle, "mixed", "difference")
         return Directions(
             upper=f.upper + through,
-            stats=HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=taken),
+            stats=HypergradientStats.of(f, g, product=taken),
         )
 
     def formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:

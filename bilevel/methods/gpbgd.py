@@ -109,11 +109,9 @@ class GPBGD(PenaltyMethod[GPBGDStats]):
             upper=scale * (f.upper + gamma * mixed),
             lower=scale * (f.lower + gamma * hessian),
             state=self.stepped(),
-            stats=GPBGDStats(
-                f.value,
-                g.value,
-                upper_aux=f.aux,
-                lower_aux=g.aux,
+            stats=GPBGDStats.of(
+                f,
+                g,
                 penalty=gamma,
                 constraint=0.5 * g.lower.squared_norm(),
                 product=mode_taken(oracle, "hessian", self.product),

@@ -161,11 +161,9 @@ class Implicit(HypergradientMethod[ImplicitStats]):
         return Directions(
             upper=f.upper - mixed_product(oracle, p, batch=last, product=self.product),
             state={"last": p},
-            stats=ImplicitStats(
-                f.value,
-                g.value,
-                upper_aux=f.aux,
-                lower_aux=g.aux,
+            stats=ImplicitStats.of(
+                f,
+                g,
                 product=mode_taken(oracle, "hessian", self.product),
                 iterations=found.iterations,
                 residual=found.residual,

@@ -9,7 +9,6 @@ from ..directions import Directions
 from ..evaluation.oracle import Oracle
 from ..optimizer import orders
 from ..optimizer.base import Common
-from ..optimizer.hooks import VIRTUAL
 from ..penalty import Power, Scheduled, scheduled
 from ..settings import Setting, numeric
 from ..vectors import Vector
@@ -73,6 +72,7 @@ class MEHA(PenaltyMethod[PenaltyStats]):
         Hessian-free Solution Strategy <https://arxiv.org/abs/2405.09927>`_, ICML 2024.
     """
 
+    walks_virtually = True
     order = orders.TRAIN_THEN_CORRECT
     penalty = Setting[Scheduled](scheduled(0.0, exclusive=True))
     gamma = Setting[float](numeric(0.0, exclusive=True))
@@ -82,7 +82,7 @@ class MEHA(PenaltyMethod[PenaltyStats]):
         upper_loss: Callable[..., Any],
         lower_loss: Callable[..., Any],
         *,
-        penalty: Scheduled = Power(1.0, 0.25),  # noqa: B008 (a frozen value)
+        penalty: Scheduled = Power(1.0, 0.25),
         gamma: float = 1.0,
         inner_lr: float | None = None,
         atomic: bool = True,
@@ -91,11 +91,6 @@ class MEHA(PenaltyMethod[PenaltyStats]):
         self.gamma, self.inner_lr, self.atomic = gamma, inner_lr, atomic
         super().__init__(upper_loss, lower_loss, penalty=penalty, **common)
         self._theta = self.lower_state("theta", start="variables", reduction="mean")
-
-    @property
-    def ignores_clipping(self) -> str | None:
-        """Virtual steps do, but a rate of its own was chosen for what it is."""
-        return VIRTUAL if self.inner_lr is None else None
 
     def compute(self, oracle: Oracle) -> Directions[PenaltyStats]:
         c = self.scheduled(self.penalty)
@@ -113,14 +108,7 @@ class MEHA(PenaltyMethod[PenaltyStats]):
         return Directions(
             upper=(1 / c) * above.upper + here.upper - ahead.upper,
             state={**self.stepped(), "theta": theta},
-            stats=PenaltyStats(
-                f.value,
-                g.value,
-                upper_aux=f.aux,
-                lower_aux=g.aux,
-                penalty=c,
-                constraint=difference(here.value, ahead.value) - envelope,
-            ),
+            stats=PenaltyStats.of(f, g, penalty=c, constraint=difference(here.value, ahead.value) - envelope),
         )
 
 

@@ -16,7 +16,6 @@ from ..hypergradient import ProductMode, Step, mixed_product, mode_taken, pull_b
 from ..hypergradient.modes import PRODUCT_MODES
 from ..lower_steps import check_followed
 from ..optimizer.base import BilevelOptimizer, Common
-from ..optimizer.hooks import VIRTUAL
 from ..settings import Setting, chosen
 from ..vectors import Vector, squared_norm
 from .formulas import Formula, derivative_checks, summed
@@ -70,7 +69,7 @@ class MLC(BilevelOptimizer[HypergradientStats]):
     """
 
     follows_maximize = True
-    ignores_clipping = VIRTUAL
+    walks_virtually = True
     product = Setting[ProductMode](chosen(*PRODUCT_MODES))
     lower_batches = 1  # inner_steps counts calls
 

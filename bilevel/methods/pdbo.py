@@ -12,7 +12,6 @@ from ..directions import Directions, Stats
 from ..evaluation.oracle import Oracle
 from ..hypergradient import descend
 from ..optimizer.base import BilevelOptimizer, Common
-from ..optimizer.hooks import VIRTUAL
 from ..settings import Setting, chosen, numeric
 from .penalty_method import difference
 
@@ -93,6 +92,7 @@ class PDBO(BilevelOptimizer[PDBOStats]):
         <https://arxiv.org/abs/2203.01123>`_, 2022.
     """
 
+    walks_virtually = True
     tolerance = Setting[float](numeric(0.0))
     dual_lr = Setting[float](numeric(0.0, exclusive=True))
     multiplier_max = Setting[float](numeric(0.0, exclusive=True))
@@ -122,11 +122,6 @@ class PDBO(BilevelOptimizer[PDBOStats]):
         self._multiplier = self.number_state("multiplier", 0.0, reduction="mean")
         self._constraint = self.number_state("constraint", 0.0, reduction="mean")
 
-    @property
-    def ignores_clipping(self) -> str | None:
-        """Virtual steps do, but a rate of its own was chosen for what it is."""
-        return VIRTUAL if self.inner_lr is None else None
-
     def compute(self, oracle: Oracle) -> Directions[PDBOStats]:
         g = oracle.lower()
         begin: dict[str, Any] = {"start": self._omega.value} if self.start == "last" else {"first": g}
@@ -142,7 +137,5 @@ class PDBO(BilevelOptimizer[PDBOStats]):
             upper=f.upper + multiplier * (g.upper - ahead.upper),
             lower=f.lower + multiplier * g.lower,
             state={"omega": walk.end, "multiplier": multiplier, "constraint": constraint},
-            stats=PDBOStats(
-                f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, multiplier=multiplier, constraint=constraint
-            ),
+            stats=PDBOStats.of(f, g, multiplier=multiplier, constraint=constraint),
         )

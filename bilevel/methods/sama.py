@@ -102,7 +102,7 @@ class SAMA(HypergradientMethod[HypergradientStats]):
         taken = mode_taken(oracle, "mixed", "difference")
         return Directions(
             upper=f.upper - product,
-            stats=HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=taken),
+            stats=HypergradientStats.of(f, g, product=taken),
         )
 
     def formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:

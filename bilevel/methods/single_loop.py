@@ -80,11 +80,9 @@ class SingleLoop(BilevelOptimizer[SingleLoopStats], ABC):
 
     def numbers(self, oracle: Oracle, at: Sample) -> SingleLoopStats:
         """Return the stats of a step."""
-        return SingleLoopStats(
-            at.f.value,
-            at.g.value,
-            upper_aux=at.f.aux,
-            lower_aux=at.g.aux,
+        return SingleLoopStats.of(
+            at.f,
+            at.g,
             residual=(at.hessian + at.f.lower).norm() / at.f.lower.norm(),
             product=mode_taken(oracle, "hessian", self.product),
         )

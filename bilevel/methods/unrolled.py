@@ -25,7 +25,7 @@ from ..hypergradient.mode_choice import Kind
 from ..lower_steps import InnerStep, check_followed
 from ..optimizer import orders
 from ..optimizer.base import Common
-from ..optimizer.hooks import ONLY_REAL, VIRTUAL
+from ..optimizer.hooks import ONLY_REAL
 from ..settings import Fixed, Setting, chosen
 from .formulas import Formula, GraphStart, derivative, summed
 from .hypergradient_method import HypergradientMethod, HypergradientStats
@@ -95,6 +95,7 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         <https://arxiv.org/abs/1703.03400>`_, ICML 2017.
     """
 
+    walks_virtually = True
     follows_maximize = True
     differentiate = Setting[Differentiate](chosen("auto", "adjoint", "graph"))
     # These are checked together, at construction.
@@ -135,17 +136,15 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
 
     @property
     def ignores_clipping(self) -> str | None:
-        """Real steps follow a clip and the derivative does not; virtual ones do not follow it."""
-        if not self.virtual:
-            return ONLY_REAL
-        return VIRTUAL if self.inner_lr is None else None  # a rate of its own was chosen for what it is
+        """Real steps follow a clip, and the derivative does not."""
+        return super().ignores_clipping if self.virtual else ONLY_REAL
 
     def compute(self, oracle: Oracle) -> Directions[HypergradientStats]:
         found, product = self._unrolled(oracle)
         f, g = found.upper, found.lower
         return Directions(
             upper=f.upper + found.through,
-            stats=HypergradientStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, product=product),
+            stats=HypergradientStats.of(f, g, product=product),
         )
 
     def _unrolled(self, oracle: Oracle) -> tuple[Unrolling, str]:

@@ -9,7 +9,6 @@ from ..directions import Directions
 from ..evaluation.oracle import Oracle
 from ..hypergradient import descend
 from ..optimizer.base import Common
-from ..optimizer.hooks import VIRTUAL
 from ..penalty import Scheduled
 from ..settings import Setting, chosen
 from .penalty_method import PenaltyMethod, PenaltyStats, difference
@@ -74,6 +73,7 @@ class VPBGD(PenaltyMethod[PenaltyStats]):
         2023, algorithm V-PBGD, and its code.
     """
 
+    walks_virtually = True
     start = Setting[Literal["last", "current"]](chosen("last", "current"))
     normalise = Setting[bool](chosen(True, False))
 
@@ -95,11 +95,6 @@ class VPBGD(PenaltyMethod[PenaltyStats]):
         # Of several tasks the mean is where one step on the mean of their losses would end.
         self._omega = self.lower_state("omega", start="variables", reduction="mean")
 
-    @property
-    def ignores_clipping(self) -> str | None:
-        """As of BOME: virtual steps do, but a rate of its own was chosen for what it is."""
-        return VIRTUAL if self.inner_lr is None else None
-
     def compute(self, oracle: Oracle) -> Directions[PenaltyStats]:
         gamma = self.scheduled(self.penalty)
         scale = min(1 / (gamma + 1e-8), 1.0) if self.normalise else 1.0
@@ -112,12 +107,5 @@ class VPBGD(PenaltyMethod[PenaltyStats]):
             upper=scale * (f.upper + gamma * (g.upper - ahead.upper)),
             lower=scale * (f.lower + gamma * g.lower),
             state={**self.stepped(), "omega": walk.end},
-            stats=PenaltyStats(
-                f.value,
-                g.value,
-                upper_aux=f.aux,
-                lower_aux=g.aux,
-                penalty=gamma,
-                constraint=difference(g.value, ahead.value),
-            ),
+            stats=PenaltyStats.of(f, g, penalty=gamma, constraint=difference(g.value, ahead.value)),
         )

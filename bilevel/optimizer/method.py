@@ -20,7 +20,7 @@ from ..levels import Level, Variables, check_disjoint
 from ..lower_steps import GradientDescent, InnerStep, OptimizerStep, Rule, check_followed, current_rates
 from ..settings import Fixed, Settable, Setting, chosen, counted, numeric
 from . import orders
-from .hooks import HookWatch
+from .hooks import VIRTUAL, HookWatch
 from .method_state import LevelState, MethodState, NumberState, Remembered, ScalarState, StateStart
 from .moves import OnNonFinite
 from .table_state import TableState
@@ -47,6 +47,7 @@ class Method(Settable, ABC, Generic[S]):
     """The side of :class:`bilevel.BilevelOptimizer` that authors of methods use; see there for the arguments."""
 
     order: orders.Order = orders.AT_ONCE  # in which order the two levels move
+    walks_virtually: ClassVar[bool] = False  # whether lower steps are taken that move nothing
     follows_maximize: ClassVar[bool] = False  # whether a lower optimizer may walk uphill
     stats_class: ClassVar[type[Stats]] = Stats  # what compute returns, from the type argument of the class
 
@@ -121,8 +122,11 @@ class Method(Settable, ABC, Generic[S]):
 
     @property
     def ignores_clipping(self) -> str | None:
-        """What a clip by a hook of the lower optimizer makes wrong, said once it acts; None: nothing."""
-        return None
+        """What a clip by a hook of the lower optimizer makes wrong, said once it acts; None: nothing.
+
+        Virtual steps do not follow it; but a rate of their own was chosen for what it is.
+        """
+        return VIRTUAL if self.walks_virtually and self.inner_lr is None else None
 
     @abstractmethod
     def compute(self, oracle: Oracle) -> Directions[S]:

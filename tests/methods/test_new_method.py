@@ -39,7 +39,7 @@ class Penalty(bilevel.BilevelOptimizer[PenaltyStats]):
         return Directions(
             upper=f.upper + self.gamma * (g.upper - ahead.upper),
             lower=f.lower + self.gamma * g.lower,
-            stats=PenaltyStats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux, gap=g.value - ahead.value),
+            stats=PenaltyStats.of(f, g, gap=g.value - ahead.value),
         )
 
 
@@ -57,7 +57,7 @@ class OneStep(bilevel.BilevelOptimizer[Stats]):
         f = oracle.upper(oracle.point() - a * g.lower)
         return Directions(
             upper=f.upper - a * mixed_product(oracle, f.lower, product="reverse"),
-            stats=Stats(f.value, g.value, upper_aux=f.aux, lower_aux=g.aux),
+            stats=Stats.of(f, g),
         )
 
 
