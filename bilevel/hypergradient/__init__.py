@@ -1,6 +1,6 @@
 """Derivatives through the lower problem: products of G, walks of lower steps and their adjoint, solvers."""
 
-from .adjoint import Unrolling, adjoint, pull_back, unrolled_by_adjoint
+from .adjoint import Unrolling, adjoint, pull_back, through_hyperparameters, transposed, unrolled_by_adjoint
 from .graph import KeptGraph, Unreached, leaves, unrolled_by_graph
 from .mode_choice import mode_taken
 from .modes import ProductMode
@@ -31,8 +31,10 @@ __all__ = [
     "mode_taken",
     "pull_back",
     "start_of",
+    "through_hyperparameters",
     "through_start",
     "train",
+    "transposed",
     "unrolled_by_adjoint",
     "unrolled_by_graph",
 ]

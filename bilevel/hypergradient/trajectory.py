@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..evaluation.evaluations import Evaluation
 from ..evaluation.oracle import Oracle
-from ..lower_steps import Rule, State
+from ..lower_steps import Rule, State, constant
 from ..vectors import Tensors, Vector
 
 
@@ -81,7 +81,7 @@ def descend(
     """
     point = oracle.point() if start is None else oracle.point().like(start)
     at = None if start is None else point
-    first = first or oracle.lower(at, wrt="lower")
+    first, rule = first or oracle.lower(at, wrt="lower"), constant(rule)
     state, kept = rule.start(), []
     gradient = first.lower
     for index in range(steps):

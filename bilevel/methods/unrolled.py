@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Unpack
 
+import torch
 from torch import Tensor
 
 from ..checks.plain import Plain
@@ -22,7 +24,8 @@ from ..hypergradient import (
     unrolled_by_graph,
 )
 from ..hypergradient.mode_choice import Kind
-from ..lower_steps import InnerStep, check_followed
+from ..lower_hyperparameters import Hyperparameters, LowerHyperparameters
+from ..lower_steps import InnerStep, Rule, check_followed
 from ..optimizer import orders
 from ..optimizer.base import Common
 from ..optimizer.hooks import ONLY_REAL
@@ -57,6 +60,12 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         virtual: True (default): the steps are virtual; w then takes its ordinary step, on the first lower batch, with
             the new upper variables. False: the k steps are the real training (hooks included, which are not
             differentiated), and the upper update follows them.
+        lower_hyperparameters: A function without arguments that computes hyperparameters of the lower optimizer from
+            the upper variables, which then learn them: ``lambda: {"lr": log_lr.exp(), "momentum": m.sigmoid()}``, for
+            all parameter groups, or a list with one mapping for each. SGD: ``lr``, ``momentum``, ``dampening``,
+            ``weight_decay``; Adam and AdamW: ``lr``, ``betas`` (a pair), ``eps``, ``weight_decay``;
+            ``inner_step="gradient"``: ``lr``. It is called in each step; real lower steps use its values too, written
+            into ``lower_optimizer.param_groups`` before each. G may then depend on no upper variable.
         start: A function without arguments that computes the starting lower variables from the upper ones, as a
             mapping by name or in parameter order; it is differentiated through (MAML). The lower variables themselves
             then never move, nor do the buffers of their modules.
@@ -89,6 +98,20 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         >>> torch.allclose(direction, problem.hypergradient(problem.upper), atol=1e-3)
         True
 
+        The rate of the lower steps is learned. On ``G = F = 2 |w|^2`` the best one is 1/4, for any w:
+
+        >>> model, log_lr = torch.nn.Linear(3, 1, bias=False), torch.tensor(-3.0, requires_grad=True)
+        >>> loss = lambda: 2 * model.weight.square().sum()
+        >>> optimizer = bilevel.Unrolled(
+        ...     loss, loss, upper=log_lr, lower=model, upper_optimizer=torch.optim.Adam([log_lr], lr=0.1),
+        ...     lower_optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        ...     lower_hyperparameters=lambda: {"lr": log_lr.exp()},
+        ... )
+        >>> for _ in range(100):
+        ...     stats = optimizer.apply(optimizer.directions())  # moves the rate alone; step() would train w as well
+        >>> round(log_lr.exp().item(), 2)
+        0.25
+
     References:
         Shu et al., `Meta-Weight-Net <https://arxiv.org/abs/1902.07379>`_, NeurIPS 2019; Ren et al., `Learning to
         Reweight Examples <https://arxiv.org/abs/1803.09050>`_, ICML 2018; Finn et al., `MAML
@@ -101,6 +124,7 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
     # These are checked together, at construction.
     truncate = Fixed[int | None]()
     virtual = Fixed[bool]()
+    lower_hyperparameters = Fixed[Callable[[], Hyperparameters] | None]()
     start = Fixed[Start | None]()
 
     def __init__(
@@ -113,6 +137,7 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         inner_step: InnerStep | None = None,
         truncate: int | None = None,
         virtual: bool = True,
+        lower_hyperparameters: Callable[[], Hyperparameters] | None = None,
         start: Start | None = None,
         differentiate: Differentiate = "auto",
         product: ProductMode = "auto",
@@ -120,14 +145,32 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         **common: Unpack[Common],
     ) -> None:
         _check_together(inner_steps, inner_lr, inner_step, truncate, virtual, start)
+        if lower_hyperparameters is not None:
+            _refuse_rate(inner_lr)
         self.inner_steps, self.inner_lr = inner_steps, inner_lr
         self.inner_step = self._default_inner_step(inner_step)
         self.differentiate, self.product, self.atomic = differentiate, product, atomic
-        self.__dict__.update(truncate=truncate, start=start, virtual=virtual)
+        self.__dict__.update(
+            truncate=truncate, start=start, virtual=virtual, lower_hyperparameters=lower_hyperparameters
+        )
         super().__init__(upper_loss, lower_loss, **common)
         if self.inner_step == "optimizer":
             otherwise = 'inner_step="gradient" for gradient descent' if virtual else "EMLC, which follows none"
             check_followed("Unrolled", self.lower_optimizer, otherwise)
+        if lower_hyperparameters is not None:
+            self._learned = LowerHyperparameters(
+                "Unrolled", lower_hyperparameters, self.upper_level, self.lower_level, lambda: self.inner_step
+            )
+            with torch.random.fork_rng([]):
+                self._learned.groups()  # refuses what it can at construction
+            self._evaluator.lower_loss.needs_upper = False
+
+    def inner_rule(self) -> Rule:
+        """The lower step, with the hyperparameters that the upper variables give it now."""
+        if self._learned is None:
+            return super().inner_rule()
+        _refuse_rate(self.inner_lr)
+        return self._learned.rule(self._learned.groups())
 
     @property
     def order(self) -> orders.Order:  # type: ignore[override]
@@ -152,10 +195,8 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         last, real = self._differentiated, not self.virtual
         if self._keeps_graph(oracle):
             try:
-                start = self._started()
-                return unrolled_by_graph(
-                    oracle, self.inner_rule, self.inner_steps, last=last, start=start, real=real
-                ), "graph"
+                rule, start = self._rule_of_one_look(), self._started()
+                return unrolled_by_graph(oracle, rule, self.inner_steps, last=last, start=start, real=real), "graph"
             except Unreached as problem:
                 if self.differentiate != "auto" or real:
                     raise
@@ -163,7 +204,7 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
                 oracle.verification.say(f"{problem} Falling back to it for this optimizer.")
         found = unrolled_by_adjoint(
             oracle,
-            self.inner_rule,
+            self._rule_of_one_look(),
             self.inner_steps,
             last=last,
             start=self._started(),
@@ -171,6 +212,13 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
             product=self.product,
         )
         return found, mode_taken(oracle, self.product_kind, self.product)
+
+    def _rule_of_one_look(self) -> Callable[[], Rule]:
+        """What makes the lower step, as it is at the moment, with hyperparameters of one call and one graph."""
+        if self._learned is None:
+            return self.inner_rule
+        _refuse_rate(self.inner_lr)
+        return partial(self._learned.rule, self._learned.groups())
 
     def _started(self) -> list[Tensor] | None:
         return None if self.start is None else start_of("Unrolled", self.start, self.lower_level)
@@ -218,6 +266,12 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         as_trained = answer.stats.product == "graph"
         last = steps[-self._differentiated :]
         return summed(f.upper, 1.0, plain.adjoint(self.inner_rule(), last, f.lower, as_trained=as_trained)[0])
+
+
+def _refuse_rate(inner_lr: float | None) -> None:
+    if inner_lr is not None:
+        advice = "goes with no lower_hyperparameters: what is differentiated would not be what is done. Leave it out."
+        raise ValueError(message("Unrolled", "inner_lr", inner_lr, advice))
 
 
 def _check_together(

@@ -147,6 +147,7 @@ class BilevelOptimizer(Method[S], ABC):
             self.on_nonfinite,
             self.atomic,
             self.ignores_clipping,
+            self._learned,
         )
 
     @contextmanager

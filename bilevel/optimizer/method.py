@@ -17,6 +17,7 @@ from ..evaluation.oracle import Evaluator, Oracle
 from ..evaluation.replay import Policy
 from ..evaluation.verification import Verify
 from ..levels import Level, Variables, check_disjoint
+from ..lower_hyperparameters import LowerHyperparameters
 from ..lower_steps import GradientDescent, InnerStep, OptimizerStep, Rule, check_followed, current_rates
 from ..settings import Fixed, Settable, Setting, chosen, counted, numeric
 from . import orders
@@ -104,6 +105,7 @@ class Method(Settable, ABC, Generic[S]):
         self._state = MethodState()
         self._warned_of_processes = False
         self._hooks = HookWatch(owner, self._lower)
+        self._learned: LowerHyperparameters | None = None  # what the lower groups hold, if upper variables say so
 
     @property
     def upper_optimizer(self) -> torch.optim.Optimizer:

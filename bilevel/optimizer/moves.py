@@ -11,6 +11,7 @@ from torch import Tensor
 from ..directions import Directions, T
 from ..evaluation.replay import Replay
 from ..levels import Level
+from ..lower_hyperparameters import LowerHyperparameters, tensors_of
 from ..vectors import Tensors, Vector
 from .apply import are_finite, checked, match, set_values, step_along
 from .hooks import HookWatch
@@ -33,6 +34,8 @@ class Moved:
         on_nonfinite: What a number that is not finite does.
         atomic: Whether moves are taken back if something fails after the first one.
         ignores_clipping: What a clip by a hook makes wrong, or None.
+        hyperparameters: What the lower optimizer's groups are to hold in each real step, computed from the upper
+            variables, or None.
     """
 
     owner: str
@@ -43,6 +46,7 @@ class Moved:
     on_nonfinite: OnNonFinite
     atomic: bool
     ignores_clipping: str | None
+    hyperparameters: LowerHyperparameters | None = None
 
 
 class SkippedStep(Exception):
@@ -75,9 +79,15 @@ class Moves:
     def train(self, direction: Vector, loss: Tensor | None = None) -> None:
         """Take a real lower step, if it is finite; ``loss`` is what it comes from."""
         seen: dict[str, Tensors] = {"the direction of a lower step": direction}
+        learned = self._moved.hyperparameters
+        groups = [] if learned is None else learned.groups()
+        if groups:
+            seen["lower_hyperparameters"] = tensors_of(groups)
         if not self._looking and not self._are_finite({"lower_loss": [loss]} | seen):
             raise SkippedStep(_loss_of(loss, direction))
         self._save(self._moved.lower)
+        if learned is not None:
+            learned.write(groups)
         if self._beginning is not None:
             self._groups.append(GroupsCopy(self._moved.lower))
         self._train_along(direction.clone() if self._is_rewritten() else direction)
