@@ -1,6 +1,7 @@
 """Derivatives through the lower problem: products of G, walks of lower steps and their adjoint, solvers."""
 
 from .adjoint import Unrolling, adjoint, pull_back, through_hyperparameters, transposed, unrolled_by_adjoint
+from .forward import unrolled_by_forward
 from .graph import KeptGraph, Unreached, leaves, unrolled_by_graph
 from .mode_choice import mode_taken
 from .modes import ProductMode
@@ -36,5 +37,6 @@ __all__ = [
     "train",
     "transposed",
     "unrolled_by_adjoint",
+    "unrolled_by_forward",
     "unrolled_by_graph",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, Unpack
@@ -21,6 +22,7 @@ from ..hypergradient import (
     mode_taken,
     start_of,
     unrolled_by_adjoint,
+    unrolled_by_forward,
     unrolled_by_graph,
 )
 from ..hypergradient.mode_choice import Kind
@@ -33,7 +35,8 @@ from ..settings import Fixed, Setting, chosen
 from .formulas import Formula, GraphStart, derivative, summed
 from .hypergradient_method import HypergradientMethod, HypergradientStats
 
-Differentiate = Literal["auto", "adjoint", "graph"]
+Differentiate = Literal["auto", "adjoint", "graph", "forward"]
+MANY, TOO_MANY = 100, 1000  # upper numbers in forward mode: a warning, a refusal
 KEPT_GRAPH = "the kept graph"  # as a shortcut that verification may replace
 
 
@@ -71,8 +74,9 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
             then never move, nor do the buffers of their modules.
         differentiate: ``"adjoint"`` stores the k points and walks back with one product of G per step: memory of one
             step beside copies of the lower variables. ``"graph"`` keeps the graph of all steps, as other libraries do:
-            their memory, and no second evaluation. ``"auto"`` (default) is the faster one as measured: adjoint for one
-            differentiated step, graph for more; adjoint where lower variables are in no module.
+            their memory, and no second evaluation. ``"forward"`` carries the derivative of w along every upper number:
+            for few of them, memory does not grow with k. ``"auto"`` (default) is the faster one as measured: adjoint
+            for one differentiated step, graph for more; adjoint where lower variables are in no module.
         product: Mode of the products of G in adjoint mode.
         atomic: Whether a step that fails half-way is taken back; see the concepts page. Default True.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
@@ -119,8 +123,9 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
     """
 
     walks_virtually = True
+    _warned_of_many = False
     follows_maximize = True
-    differentiate = Setting[Differentiate](chosen("auto", "adjoint", "graph"))
+    differentiate = Setting[Differentiate](chosen("auto", "adjoint", "graph", "forward"))
     # These are checked together, at construction.
     truncate = Fixed[int | None]()
     virtual = Fixed[bool]()
@@ -193,6 +198,11 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
     def _unrolled(self, oracle: Oracle) -> tuple[Unrolling, str]:
         """F after the lower steps, its derivative through the last of them, and what it was computed by."""
         last, real = self._differentiated, not self.virtual
+        if self.differentiate == "forward" and not oracle.plain:
+            self._check_few()
+            return unrolled_by_forward(
+                oracle, self._rule_of_one_look(), self.inner_steps, last=last, start=self._started(), real=real
+            ), "reverse"
         if self._keeps_graph(oracle):
             try:
                 rule, start = self._rule_of_one_look(), self._started()
@@ -219,6 +229,21 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
             return self.inner_rule
         _refuse_rate(self.inner_lr)
         return partial(self._learned.rule, self._learned.groups())
+
+    def _check_few(self) -> None:
+        """Refuse more upper scalars than forward mode is for, and warn before that."""
+        count, size = (sum(x.numel() for x in level.tensors) for level in (self.upper_level, self.lower_level))
+        if count <= MANY:
+            return
+        cost = (
+            f"carries a copy of all {size} lower numbers, and of the optimizer's state, for each of {count} upper "
+            f'numbers, and takes as many passes a step. Use "adjoint", with checkpoints="sqrt" if memory is short.'
+        )
+        if count > TOO_MANY:
+            raise ValueError(message("Unrolled", "differentiate", "forward", f"{cost} At most {TOO_MANY} are allowed."))
+        if not self._warned_of_many:
+            self._warned_of_many = True
+            warnings.warn(message("Unrolled", "differentiate", "forward", cost), stacklevel=6)
 
     def _started(self) -> list[Tensor] | None:
         return None if self.start is None else start_of("Unrolled", self.start, self.lower_level)
@@ -263,7 +288,7 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
             )
         steps = plain.train(self.inner_steps, self.inner_rule)
         f = plain.upper()
-        as_trained = answer.stats.product == "graph"
+        as_trained = answer.stats.product == "graph" or self.differentiate == "forward"
         last = steps[-self._differentiated :]
         return summed(f.upper, 1.0, plain.adjoint(self.inner_rule(), last, f.lower, as_trained=as_trained)[0])
 

@@ -369,8 +369,8 @@ def test_a_wrong_product_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     case = WITH_PRODUCTS[name]
     module, function = PRODUCTS[case.method]
     target = getattr(methods, module)
-    if case.options.get("differentiate") == "graph":
-        function = "unrolled_by_graph"
+    if (way := case.options.get("differentiate")) in ("graph", "forward"):
+        function = f"unrolled_by_{way}"
     original = getattr(target, function)
 
     def damaged(*arguments: Any, **options: Any) -> Any:

@@ -55,8 +55,10 @@ CASES: dict[str, tuple[Maker, Values]] = {
 WAYS: dict[str, dict[str, Any]] = {
     "adjoint": {"differentiate": "adjoint"},
     "graph": {"differentiate": "graph"},
+    "forward": {"differentiate": "forward"},
     "real adjoint": {"differentiate": "adjoint", "virtual": False},
     "real graph": {"differentiate": "graph", "virtual": False},
+    "real forward": {"differentiate": "forward", "virtual": False},
 }
 RARER = ("dampening", "amsgrad", "adam, eps")
 every_case = pytest.mark.parametrize(
@@ -181,7 +183,7 @@ def test_the_last_steps_alone(way: str) -> None:
     torch.testing.assert_close(found, torch.stack([torch.as_tensor(expected), *torch.zeros(3, dtype=DOUBLE)]))
 
 
-@pytest.mark.parametrize("way", ["adjoint", "graph"])
+@pytest.mark.parametrize("way", ["adjoint", "graph", "forward"])
 def test_plain_steps_take_the_rate_alone(way: str) -> None:
     """``inner_step="gradient"``: ``dF/dlr = -<F_w(w_1), g>``, whatever momentum the real step has."""
     world = World(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), lambda raw: {"lr": raw[0].exp()})
@@ -196,7 +198,7 @@ def test_plain_steps_take_the_rate_alone(way: str) -> None:
     torch.testing.assert_close(found, torch.as_tensor(-rate * expected))
 
 
-@pytest.mark.parametrize("way", ["adjoint", "graph"])
+@pytest.mark.parametrize("way", ["adjoint", "graph", "forward"])
 def test_rates_of_a_start(way: str) -> None:
     """Meta-SGD: a learned start and a learned rate; ``w_1 = a - r (a - t)``, ``F = (w_1 - s)^2 / 2``."""
     a, r = (torch.tensor(x, dtype=DOUBLE, requires_grad=True) for x in (2.0, 0.25))
@@ -259,7 +261,7 @@ def test_single_precision(case: str) -> None:
     world.net.float()
     world.lower_optimizer.load_state_dict(deepcopy(world.lower_optimizer.state_dict()))  # casts its state
     world.x, world.y = world.x.float(), world.y.float()
-    for way in ("adjoint", "graph"):
+    for way in ("adjoint", "graph", "forward"):
         found = world.unrolled(inner_steps=2, differentiate=way).directions().upper["0"]
         expected = wide.unrolled(inner_steps=2, differentiate=way).directions().upper["0"]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -281,7 +283,7 @@ def test_the_ordinary_step_has_the_values_of_the_new_upper_variables(case: str) 
         torch.testing.assert_close(world.net.state_dict(), plain.net.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("way", ["real adjoint", "real graph"])
+@pytest.mark.parametrize("way", ["real adjoint", "real graph", "real forward"])
 @every_case
 def test_real_steps_have_the_values_that_are_differentiated(case: str, way: str) -> None:
     world, plain = World(*CASES[case]), World(*CASES[case])
