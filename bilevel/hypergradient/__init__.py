@@ -1,6 +1,7 @@
 """Derivatives through the lower problem: products of G, walks of lower steps and their adjoint, solvers."""
 
 from .adjoint import Unrolling, adjoint, pull_back, through_hyperparameters, transposed, unrolled_by_adjoint
+from .checkpoints import Checkpoints
 from .forward import unrolled_by_forward
 from .graph import KeptGraph, Unreached, leaves, unrolled_by_graph
 from .mode_choice import mode_taken
@@ -11,6 +12,7 @@ from .start import Start, start_of, through_start
 from .trajectory import Step, Trajectory, copied, descend, train
 
 __all__ = [
+    "Checkpoints",
     "ConjugateGradient",
     "FixedPoint",
     "KeptGraph",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ..evaluation.oracle import Oracle
 from ..levels import Level
 from ..lower_steps import Rule
 from ..vectors import Tensors, Vector, present
+from .checkpoints import Checkpoints, descend_with_checkpoints
 from .modes import ProductMode
 from .products import hessian_product, mixed_product
 from .start import through_start
@@ -44,6 +45,7 @@ def unrolled_by_adjoint(
     start: list[Tensor] | None = None,
     real: bool = False,
     product: ProductMode = "auto",
+    checkpoints: Checkpoints | None = None,
 ) -> Unrolling:
     """Walk, keeping points, and pull F's gradient back: memory of one step beside copies of the lower variables.
 
@@ -55,25 +57,41 @@ def unrolled_by_adjoint(
         start: Where they begin, with its graph in the upper variables; None: at the current point.
         real: Whether they are the real training.
         product: By which mode the products of G are computed.
+        checkpoints: How many of the points of virtual steps are kept; None: all.
     """
     fixed = rule()
+    steps_back: Steps
     if real:
         walk = train(oracle, steps, rule=rule, keep=last)
-        f = oracle.upper()
+        steps_back, f = walk.steps, oracle.upper()
     else:
         begin = None if start is None else [x.detach().clone() for x in start]
-        walk = descend(oracle, fixed, steps, start=begin, keep=last)
+        if checkpoints is None:
+            walk = descend(oracle, fixed, steps, start=begin, keep=last)
+            steps_back = walk.steps
+        else:
+            walk, steps_back = descend_with_checkpoints(
+                oracle, fixed, steps, start=begin, last=last, checkpoints=checkpoints
+            )
         f = oracle.upper(walk.end)
-    through, bar = adjoint(oracle, fixed, walk.steps, f.lower, product=product, to_start=start is not None)
+    through, bar = adjoint(oracle, fixed, steps_back, f.lower, product=product, to_start=start is not None)
     if start is not None:
         through = through + through_start(start, oracle.upper_level.tensors, bar)
     return Unrolling(f, walk.first, through)
 
 
+class Steps(Protocol):
+    """Steps that can be gone through backwards."""
+
+    def __len__(self) -> int: ...
+
+    def __reversed__(self) -> Iterator[Step]: ...
+
+
 def adjoint(
     oracle: Oracle,
     rule: Rule,
-    steps: Sequence[Step],
+    steps: Steps,
     cotangent: Tensors,
     *,
     product: ProductMode = "auto",

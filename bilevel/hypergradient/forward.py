@@ -185,7 +185,7 @@ class Tangents:
             w, g, rest = now[: len(point)], now[len(point) : 2 * len(point)], now[2 * len(point) :]
             state = [dict(entry) for entry in self._state]
             for (i, name), x in zip(places, rest, strict=False):
-                state[i][name] = x  # type: ignore[assignment]
+                state[i][name] = x
             h = rest[len(places) :]
             moved, after = self._rule.at(present(h)).step(w, g, state)
             kept[:] = [[name for name in entry if name != "step"] for entry in after]

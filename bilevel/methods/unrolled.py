@@ -15,6 +15,7 @@ from ..directions import Directions
 from ..errors import choice, count, message
 from ..evaluation.oracle import Oracle
 from ..hypergradient import (
+    Checkpoints,
     ProductMode,
     Start,
     Unreached,
@@ -38,6 +39,11 @@ from .hypergradient_method import HypergradientMethod, HypergradientStats
 Differentiate = Literal["auto", "adjoint", "graph", "forward"]
 MANY, TOO_MANY = 100, 1000  # upper numbers in forward mode: a warning, a refusal
 KEPT_GRAPH = "the kept graph"  # as a shortcut that verification may replace
+
+
+def _known_checkpoints(owner: str, name: str, value: Any) -> None:
+    if value is not None and value != "sqrt":
+        count(owner, name, value, minimum=1)
 
 
 class Unrolled(HypergradientMethod[HypergradientStats]):
@@ -77,6 +83,9 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
             their memory, and no second evaluation. ``"forward"`` carries the derivative of w along every upper number:
             for few of them, memory does not grow with k. ``"auto"`` (default) is the faster one as measured: adjoint
             for one differentiated step, graph for more; adjoint where lower variables are in no module.
+        checkpoints: How many of the k points the adjoint keeps; the steps between are taken once more on the way back,
+            with the same numbers: n points need the memory of n + k / n. ``"sqrt"``: the root of k. Default None: all.
+            Needs ``virtual=True``; with ``differentiate="auto"`` it means the adjoint.
         product: Mode of the products of G in adjoint mode.
         atomic: Whether a step that fails half-way is taken back; see the concepts page. Default True.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
@@ -126,6 +135,7 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
     _warned_of_many = False
     follows_maximize = True
     differentiate = Setting[Differentiate](chosen("auto", "adjoint", "graph", "forward"))
+    checkpoints = Setting[Checkpoints | None](_known_checkpoints)
     # These are checked together, at construction.
     truncate = Fixed[int | None]()
     virtual = Fixed[bool]()
@@ -145,6 +155,7 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         lower_hyperparameters: Callable[[], Hyperparameters] | None = None,
         start: Start | None = None,
         differentiate: Differentiate = "auto",
+        checkpoints: Checkpoints | None = None,
         product: ProductMode = "auto",
         atomic: bool = True,
         **common: Unpack[Common],
@@ -155,6 +166,8 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         self.inner_steps, self.inner_lr = inner_steps, inner_lr
         self.inner_step = self._default_inner_step(inner_step)
         self.differentiate, self.product, self.atomic = differentiate, product, atomic
+        self.checkpoints = checkpoints
+        self._check_checkpoints(virtual)
         self.__dict__.update(
             truncate=truncate, start=start, virtual=virtual, lower_hyperparameters=lower_hyperparameters
         )
@@ -198,6 +211,7 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
     def _unrolled(self, oracle: Oracle) -> tuple[Unrolling, str]:
         """F after the lower steps, its derivative through the last of them, and what it was computed by."""
         last, real = self._differentiated, not self.virtual
+        self._check_checkpoints(self.virtual)
         if self.differentiate == "forward" and not oracle.plain:
             self._check_few()
             return unrolled_by_forward(
@@ -220,6 +234,7 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
             start=self._started(),
             real=real,
             product=self.product,
+            checkpoints=self.checkpoints,
         )
         return found, mode_taken(oracle, self.product_kind, self.product)
 
@@ -229,6 +244,17 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
             return self.inner_rule
         _refuse_rate(self.inner_lr)
         return partial(self._learned.rule, self._learned.groups())
+
+    def _check_checkpoints(self, virtual: bool) -> None:
+        if self.checkpoints is None:
+            return
+        advice = ""
+        if not virtual:
+            advice = "needs virtual=True: real steps are not taken twice. Truncate, or take fewer inner steps."
+        elif self.differentiate in ("graph", "forward"):
+            advice = f'are points of the adjoint, and differentiate="{self.differentiate}". Use "adjoint", or leave it.'
+        if advice:
+            raise ValueError(message("Unrolled", "checkpoints", self.checkpoints, advice))
 
     def _check_few(self) -> None:
         """Refuse more upper scalars than forward mode is for, and warn before that."""
@@ -252,7 +278,11 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         if self.differentiate != "auto":
             return self.differentiate == "graph" and not oracle.plain
         several = self._differentiated > 1 or self.start is not None
-        unfit = self.lower_level.has_bare_tensors or KEPT_GRAPH in oracle.verification.choices
+        unfit = (
+            self.checkpoints is not None
+            or self.lower_level.has_bare_tensors
+            or KEPT_GRAPH in oracle.verification.choices
+        )
         return several and not unfit and not oracle.plain
 
     @property

@@ -896,24 +896,12 @@ def test_forward_mode_warns_of_many_upper_numbers_once_and_refuses_more() -> Non
 
 
 def test_forward_mode_keeps_nothing_of_a_step() -> None:
-    """What is alive after 40 steps is what is after 4: tensors are counted when F is called, at the end of the walk."""
-
-    def alive(way: str, steps: int) -> int:
-        setup, counted = Setup("momentum"), []
-
-        def upper_loss(batch: Any) -> Tensor:
-            gc.collect()
-            counted.append(sum(isinstance(x, Tensor) for x in gc.get_objects()))
-            return setup.upper_loss(batch)
-
-        optimizer = setup.optimizer(
-            bilevel.Unrolled, inner_steps=steps, differentiate=way, verify="never", upper_loss=upper_loss
-        )
-        optimizer.directions(*setup.data[:2])
-        return counted[0]
-
-    assert alive("forward", 20) == alive("forward", 2)
-    assert alive("adjoint", 20) > alive("adjoint", 2) + 18 * 4
+    """What is alive after 20 steps is what is after 2: tensors are counted when F is called, at the end of the walk."""
+    at = {
+        (way, k): alive_at_the_end(inner_steps=k, differentiate=way) for way in ("forward", "adjoint") for k in (2, 20)
+    }
+    assert at["forward", 20] == at["forward", 2]
+    assert at["adjoint", 20] >= at["adjoint", 2] + 18 * 3 * 6
 
 
 def test_forward_mode_finds_what_is_captured_and_refuses_a_missing_second_derivative() -> None:
@@ -937,3 +925,95 @@ def test_forward_mode_finds_what_is_captured_and_refuses_a_missing_second_deriva
         build(lambda: (captured - alpha).square().sum()).directions()
     with pytest.raises(bilevel.ClosureError, match="does not depend on any upper variable"):
         build(lambda: point["w"].square().sum()).directions()
+
+
+# --- checkpoints of the adjoint -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"truncate": 5}, {"inner_step": "gradient"}], ids=["all", "last", "plain"])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("kind", ["momentum", "amsgrad"])
+def test_checkpoints_change_no_bit(kind: str, steps: int, options: dict[str, Any]) -> None:
+    """BatchNorm, dropout, a batch for each step; also more points than steps."""
+    setup = Setup(kind)
+    if options.get("truncate", 0) > steps:
+        return
+    every = found(setup, setup.data[: steps + 1], inner_steps=steps, **ADJOINT, **options)
+    for points in (2, 20, "sqrt"):
+        some = found(setup, setup.data[: steps + 1], inner_steps=steps, checkpoints=points, **options)
+        assert all(torch.equal(a, b) for a, b in zip(every, some, strict=True)), points
+
+
+def test_checkpoints_of_a_walk_from_a_start() -> None:
+    setup = Setup("momentum")
+    scale = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+    fixed = [p.detach().clone() for p in setup.student.parameters()]
+    options = {
+        "upper": [setup.corrector, scale],
+        "upper_optimizer": torch.optim.SGD([*setup.corrector.parameters(), scale], lr=0.1),
+        "start": lambda: [scale * p for p in fixed],
+        "inner_steps": 6,
+    }
+    every = found(setup, setup.data[:2], **ADJOINT, **options)
+    some = found(setup, setup.data[:2], checkpoints="sqrt", **options)
+    assert all(torch.equal(a, b) for a, b in zip(every, some, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("points", "calls"),
+    # 9 steps: 3 + 3 + 3, of which the first two threes are walked again; 5 + 4; 9; each; and F, G for the real step.
+    [("sqrt", 9 + 6), (2, 9 + 5), (1, 9), (9, 9 + 8)],
+)
+def test_what_checkpoints_cost(points: Any, calls: int) -> None:
+    """Gradients of G on the way there and back; products are calls as well, one for each step."""
+    setup, counted = Setup("sgd"), []
+
+    def lower_loss(batch: Any) -> Tensor:
+        counted.append(1)
+        return setup.lower_loss(batch)
+
+    found(setup, setup.data[:2], inner_steps=9, checkpoints=points, lower_loss=lower_loss, verify="never")
+    assert len(counted) == calls + 9
+
+
+def alive_at_the_end(**options: Any) -> int:
+    """How many tensors there are when F is called, at the end of the walk."""
+    setup, counted = Setup("momentum"), []
+
+    def upper_loss(batch: Any) -> Tensor:
+        gc.collect()
+        counted.append(sum(issubclass(type(x), Tensor) for x in gc.get_objects()))
+        return setup.upper_loss(batch)
+
+    optimizer = setup.optimizer(bilevel.Unrolled, verify="never", upper_loss=upper_loss, **options)
+    optimizer.directions(*setup.data[:2])
+    return counted[0]
+
+
+def test_checkpoints_keep_about_two_roots_of_the_steps() -> None:
+    """Of 36 steps: 6 points and states, and the last 6 steps, with gradients; a step has 6 tensors of each kind."""
+    few = alive_at_the_end(inner_steps=1, **ADJOINT)
+    every, some = (alive_at_the_end(inner_steps=36, **ADJOINT, **more) for more in ({}, {"checkpoints": "sqrt"}))
+    assert every - few > 34 * 3 * 6
+    assert some - few < (every - few) / 2.5
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"checkpoints": 0}, "must be at least 1"),
+        ({"checkpoints": 2, "virtual": False}, "needs virtual=True: real steps are not taken twice"),
+        ({"checkpoints": 2, "differentiate": "graph"}, 'are points of the adjoint, and differentiate="graph"'),
+        ({"checkpoints": "sqrt", "differentiate": "forward"}, 'and differentiate="forward"'),
+    ],
+)
+def test_checkpoints_that_mean_nothing_are_refused(options: dict[str, Any], told: str) -> None:
+    setup = Setup("sgd")
+    with pytest.raises(ValueError, match=told):
+        setup.optimizer(bilevel.Unrolled, inner_steps=3, **options)
+    optimizer = setup.optimizer(bilevel.Unrolled, inner_steps=3, checkpoints="sqrt")
+    with pytest.raises(TypeError, match="must be an integer"):
+        optimizer.checkpoints = "root"
+    optimizer.differentiate = "graph"
+    with pytest.raises(ValueError, match="are points of the adjoint"):
+        optimizer.step(*setup.data[:2])
