@@ -18,7 +18,7 @@ from ..levels import Level
 from ..lower_steps import Point, Rule, State
 from ..vectors import Tensors, Vector, present
 from .adjoint import Unrolling
-from .modes import refuse_wrong_rules, two_derivatives
+from .modes import NoDoubleBackward, refuse_wrong_rules, second_derivatives
 from .trajectory import copied, descend, train
 
 FIRST_ORDER = (
@@ -30,8 +30,12 @@ RECOMPUTED = (
 )
 
 
-class Unreached(ClosureError):
-    """Substitution gives another function than the closure: it cannot be walked by a kept graph."""
+class NoGraph(ClosureError):
+    """A loss cannot be walked by a kept graph: it has no second derivative, or recomputes what it saved."""
+
+
+class Unreached(NoGraph):
+    """Substitution gives another function than the closure."""
 
 
 def unrolled_by_graph(
@@ -99,7 +103,7 @@ class KeptGraph:
         with torch.enable_grad(), _hooks_refused():
             with (
                 self._oracle.lower_graph(batch, substitute=w, current=current) as (value, aux),
-                two_derivatives(FIRST_ORDER),
+                _two_derivatives(),
             ):
                 inputs = [*w, *self._oracle.lower_level.tensors]
                 found = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
@@ -138,7 +142,7 @@ class KeptGraph:
         loss, upper = self._oracle.upper_loss, self._oracle.upper_level.tensors
         with torch.enable_grad(), _hooks_refused():
             graph = self._oracle.upper_graph(substitute=self._point, current=real)
-            with graph as (value, aux), two_derivatives(FIRST_ORDER):
+            with graph as (value, aux), _two_derivatives():
                 inputs = [*upper, *self._point, *self._oracle.lower_level.tensors]
                 found = torch.autograd.grad(value, inputs, allow_unused=True)
         total, lower = found[: len(upper)], found[len(upper) : len(upper) + len(self._point)]
@@ -157,7 +161,7 @@ class KeptGraph:
         loss.check_use("lower", gradient)
         if not self._chained and not leaves_of(value, _names(self._oracle.upper_level)):
             loss.check_use("upper", [])
-        with two_derivatives(FIRST_ORDER):
+        with _two_derivatives():
             refuse_wrong_rules([value, *(g for g in gradient if g is not None)])
 
     def _compare(self, here: Evaluation, w: Sequence[Tensor], batch: int | None, *, current: bool) -> None:
@@ -237,4 +241,13 @@ def _hooks_refused() -> Iterator[None]:
     except RuntimeError as error:
         if RECOMPUTED not in str(error):
             raise
-        raise ClosureError(RECOMPUTED) from error
+        raise NoGraph(RECOMPUTED) from error
+
+
+@contextmanager
+def _two_derivatives() -> Iterator[None]:
+    try:
+        with second_derivatives():
+            yield
+    except NoDoubleBackward as problem:
+        raise NoGraph(f"{problem} {FIRST_ORDER}") from problem.__cause__
