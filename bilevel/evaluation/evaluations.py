@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 from ..batches import MISSING
 from ..errors import ClosureError
 from ..levels import Level
-from ..vectors import Tensors, Vector, exchange, present
+from ..vectors import Tensors, Vector, place, present
 from .inspection import explained
 from .losses import Loss, sequence_number, stale_variables
 from .replay import Replay
@@ -292,8 +292,7 @@ class Evaluations:
         with replayed, torch.enable_grad():
             # An autocast region around the step would go on to serve casts of the values before the exchange.
             torch.clear_autocast_cache()
-            if at is not None:
-                exchange(parameters, at)
+            take_out = place(parameters, at) if at is not None else None
             try:
                 if freeze:
                     # Without gradients for the lower variables this is forward-only through the lower model.
@@ -304,6 +303,6 @@ class Evaluations:
                 for variable in variables:
                     if not variable.requires_grad:
                         variable.requires_grad_(True)
-                if at is not None:
-                    exchange(parameters, at)
+                if take_out is not None:
+                    take_out()
                 torch.clear_autocast_cache()
