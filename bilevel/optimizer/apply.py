@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from ..directions import Directions
 from ..errors import NonFiniteError, message
 from ..levels import Level
+from ..processes.joined import agreed
 from ..vectors import Tensors, all_finite, without_aliasing
 
 
@@ -55,7 +56,7 @@ def are_finite(owner: str, checks: Mapping[str, Tensors], must_be: bool, moved: 
     what was ``moved``.
     """
     together = all_finite([tensor for vector in checks.values() for tensor in vector])
-    if together is None or bool(together):
+    if not agreed(together is not None and not bool(together), "whether all is finite"):
         return True
     if must_be:
         verdicts = {name: all_finite(vector) for name, vector in checks.items()}
