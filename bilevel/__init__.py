@@ -3,7 +3,7 @@
 from . import without_numpy as without_numpy  # before anything that imports torch
 
 # isort: split
-from . import barrier, penalty, problems, testing
+from . import barrier, penalty, problems, projection, testing
 from .batches import Batches, Indexed
 from .directions import Directions, Stats
 from .errors import ClosureError, NonFiniteError
@@ -86,5 +86,6 @@ __all__ = [
     "hold",
     "penalty",
     "problems",
+    "projection",
     "testing",
 ]

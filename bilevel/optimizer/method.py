@@ -16,8 +16,10 @@ from ..errors import choice, message
 from ..evaluation.oracle import Evaluator, Oracle
 from ..evaluation.replay import Policy
 from ..evaluation.verification import Verify
+from ..feasible import FeasibleSet, Projected
 from ..levels import Level, Variables, check_disjoint
 from ..lower_steps import GradientDescent, InnerStep, OptimizerStep, Rule, check_followed, current_rates
+from ..projection import Projections
 from ..settings import Fixed, Settable, Setting, chosen, counted, numeric
 from . import orders
 from .hooks import VIRTUAL, HookWatch
@@ -41,6 +43,8 @@ class Common(TypedDict, total=False):
     upper_buffers: Policy
     lower_buffers: Policy
     verify: Verify
+    upper_projection: Projections | None
+    lower_projection: Projections | None
 
 
 class Method(Settable, ABC, Generic[S]):
@@ -60,6 +64,7 @@ class Method(Settable, ABC, Generic[S]):
     on_nonfinite = Setting[OnNonFinite](chosen("raise", "skip", "ignore"))
     upper_loss, lower_loss, upper, lower, other = Fixed[Any](), Fixed[Any](), Fixed[Any](), Fixed[Any](), Fixed[Any]()
     upper_buffers, lower_buffers = Fixed[Any](), Fixed[Any]()
+    upper_projection, lower_projection = Fixed[Projections | None](), Fixed[Projections | None]()
     verify = Setting[Verify](chosen("auto", "always", "never"))
 
     def __init_subclass__(cls) -> None:
@@ -83,6 +88,8 @@ class Method(Settable, ABC, Generic[S]):
         upper_buffers: Policy = "once",
         lower_buffers: Policy = "once",
         verify: Verify = "auto",
+        upper_projection: Projections | None = None,
+        lower_projection: Projections | None = None,
     ) -> None:
         owner = type(self).__name__
         self.on_nonfinite = on_nonfinite
@@ -92,6 +99,9 @@ class Method(Settable, ABC, Generic[S]):
         self._upper = Level(owner, "upper", upper, upper_optimizer)
         self._lower = Level(owner, "lower", lower, lower_optimizer, may_maximize=self.follows_maximize)
         check_disjoint(self._upper, self._lower)
+        self.__dict__.update(upper_projection=upper_projection, lower_projection=lower_projection)
+        self._upper_set = FeasibleSet(owner, self._upper, upper_projection)
+        self._lower_set = FeasibleSet(owner, self._lower, lower_projection)
         extra = [other] if isinstance(other, nn.Module) or not isinstance(other, Iterable) else list(other)
         for item in extra:
             if not isinstance(item, nn.Module):
@@ -147,12 +157,17 @@ class Method(Settable, ABC, Generic[S]):
     def inner_rule(self) -> Rule:
         """Return the virtual lower step: gradient descent at ``inner_lr``, or at the lower optimizer's current rates.
 
-        With ``inner_step="optimizer"`` it is the step that the lower optimizer would take from its real state.
+        With ``inner_step="optimizer"`` it is the step that the lower optimizer would take from its real state. The
+        projection of the lower level, if there is one, is part of it.
         """
         if self.inner_step == "optimizer":
             check_followed(type(self).__name__, self.lower_optimizer, 'inner_step="gradient" for gradient descent')
-            return OptimizerStep(self._lower, self.inner_lr)
-        return GradientDescent(self.lower_rates(self.inner_lr))
+            return self.projected(OptimizerStep(self._lower, self.inner_lr))
+        return self.projected(GradientDescent(self.lower_rates(self.inner_lr)))
+
+    def projected(self, rule: Rule) -> Rule:
+        """Return the lower step that is followed by the projection of the lower level, if there is one."""
+        return Projected(rule, self._lower_set) if self._lower_set.bounded else rule
 
     def lower_rates(self, rate: float | None = None) -> list[float | Tensor]:
         """Return the current learning rate of each lower variable, or ``rate`` for all if it is given."""
@@ -171,6 +186,16 @@ class Method(Settable, ABC, Generic[S]):
     def lower_level(self) -> Level:
         """The same of the lower variables."""
         return self._lower
+
+    @property
+    def upper_set(self) -> FeasibleSet:
+        """The set that the upper variables stay in."""
+        return self._upper_set
+
+    @property
+    def lower_set(self) -> FeasibleSet:
+        """The set that the lower variables stay in."""
+        return self._lower_set
 
     @property
     def upper_names(self) -> tuple[str, ...]:
