@@ -6,7 +6,7 @@ from . import without_numpy as without_numpy  # before anything that imports tor
 from . import barrier, penalty, problems, projection, testing
 from .batches import Batches, Indexed
 from .directions import Directions, Stats
-from .errors import ClosureError, NonFiniteError
+from .errors import ClosureError, NonFiniteError, ProcessError
 from .evaluation.hold import hold
 from .evaluation.oracle import Oracle
 from .hypergradient import ConjugateGradient, FixedPoint, Neumann
@@ -78,6 +78,7 @@ __all__ = [
     "Oracle",
     "PDBOStats",
     "PenaltyStats",
+    "ProcessError",
     "SingleLoopStats",
     "Stats",
     "Unrolled",
