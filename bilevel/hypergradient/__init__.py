@@ -2,8 +2,10 @@
 
 from .adjoint import Unrolling, adjoint, pull_back, unrolled_by_adjoint
 from .graph import KeptGraph, Unreached, leaves, unrolled_by_graph
+from .kept import HessianProducts
 from .mode_choice import mode_taken
 from .modes import ProductMode
+from .preconditioner import Preconditioner, check_preconditioner, preconditioned
 from .products import hessian_product, mixed_product
 from .segments import KeptSegments
 from .solvers import ConjugateGradient, FixedPoint, Neumann, Solution, Solver
@@ -13,9 +15,11 @@ from .trajectory import Step, Trajectory, copied, descend, train
 __all__ = [
     "ConjugateGradient",
     "FixedPoint",
+    "HessianProducts",
     "KeptGraph",
     "KeptSegments",
     "Neumann",
+    "Preconditioner",
     "ProductMode",
     "Solution",
     "Solver",
@@ -25,12 +29,14 @@ __all__ = [
     "Unreached",
     "Unrolling",
     "adjoint",
+    "check_preconditioner",
     "copied",
     "descend",
     "hessian_product",
     "leaves",
     "mixed_product",
     "mode_taken",
+    "preconditioned",
     "pull_back",
     "start_of",
     "through_start",
