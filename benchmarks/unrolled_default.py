@@ -8,6 +8,7 @@ times to the hand-written step of the same round, with its interval. The last co
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ class Widths(nn.Module):
 
     def __init__(self, *widths: int) -> None:
         super().__init__()
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(itertools.pairwise(widths))
         hidden = [layer for pair in pairs[:-1] for layer in (nn.Linear(*pair), nn.ReLU())]
         self.body, self.head = nn.Sequential(*hidden), nn.Linear(*pairs[-1])
 

@@ -10,6 +10,7 @@ float64.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ class Problem:
     def __init__(self, widths: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
+        for inputs, outputs in itertools.pairwise(widths):
             layers += [nn.Linear(inputs, outputs, dtype=dtype), nn.Tanh()]
         self.net = nn.Sequential(*layers[:-1])
         self.batches = [

@@ -201,7 +201,7 @@ CASES: dict[str, Case] = {
     "finite-difference": Case(bilevel.FiniteDifference, lambda steps: "LUll", **LOOK_FIRST),
     "implicit": Case(
         bilevel.Implicit,
-        lambda steps: steps * "L" + "U" + 3 * "L",  # the series, its residual, the mixed product
+        lambda steps: steps * "L" + "U" + "L",  # the graph of the series, its residual and the mixed product
         {"solver": bilevel.Neumann(1), "product": "reverse", "warm_start": False},
         **TRAIN_FIRST,
     ),

@@ -154,8 +154,8 @@ MUTATIONS = [
     Mutation(
         "norm over the lower level alone",
         "DynamicBarrier.compute",
-        "_on(f, q_upper.squared_norm()) + _on(f, q_lower.squared_norm())",
-        "_on(f, q_lower.squared_norm())",
+        "_on(f, q_q_upper) + _on(f, q_q_lower)",
+        "_on(f, q_q_lower)",
         step_of("ebomlc"),
     ),
     Mutation(
@@ -287,8 +287,8 @@ MUTATIONS = [
     Mutation(
         "Implicit: sign of the part through w",
         "Implicit.compute",
-        "f.upper - mixed_product(oracle, p, batch=last, product=self.product)",
-        "f.upper + mixed_product(oracle, p, batch=last, product=self.product)",
+        "upper=f.upper - through",
+        "upper=f.upper + through",
         "test_implicit.py::test_ridge_regression_entry_by_entry",
     ),
     Mutation(

@@ -4,9 +4,12 @@ from .adjoint import Unrolling, adjoint, pull_back, through_hyperparameters, tra
 from .checkpoints import Checkpoints
 from .forward import unrolled_by_forward
 from .graph import KeptGraph, Unreached, leaves, unrolled_by_graph
+from .kept import HessianProducts
 from .mode_choice import mode_taken
 from .modes import ProductMode
+from .preconditioner import Preconditioner, check_preconditioner, preconditioned
 from .products import hessian_product, mixed_product
+from .segments import KeptSegments
 from .solvers import ConjugateGradient, FixedPoint, Neumann, Solution, Solver
 from .start import Start, start_of, through_start
 from .trajectory import Step, Trajectory, copied, descend, train
@@ -15,8 +18,11 @@ __all__ = [
     "Checkpoints",
     "ConjugateGradient",
     "FixedPoint",
+    "HessianProducts",
     "KeptGraph",
+    "KeptSegments",
     "Neumann",
+    "Preconditioner",
     "ProductMode",
     "Solution",
     "Solver",
@@ -26,12 +32,14 @@ __all__ = [
     "Unreached",
     "Unrolling",
     "adjoint",
+    "check_preconditioner",
     "copied",
     "descend",
     "hessian_product",
     "leaves",
     "mixed_product",
     "mode_taken",
+    "preconditioned",
     "pull_back",
     "start_of",
     "through_hyperparameters",

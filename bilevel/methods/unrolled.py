@@ -16,6 +16,7 @@ from ..errors import choice, count, message
 from ..evaluation.oracle import Oracle
 from ..hypergradient import (
     Checkpoints,
+    KeptSegments,
     ProductMode,
     Start,
     Unreached,
@@ -27,11 +28,12 @@ from ..hypergradient import (
     unrolled_by_graph,
 )
 from ..hypergradient.mode_choice import Kind
-from ..lower_hyperparameters import Hyperparameters, LowerHyperparameters
+from ..lower_hyperparameters import Groups, Hyperparameters, LowerHyperparameters
 from ..lower_steps import InnerStep, Rule, check_followed
 from ..optimizer import orders
 from ..optimizer.base import Common
 from ..optimizer.hooks import ONLY_REAL
+from ..processes.joined import several
 from ..settings import Fixed, Setting, chosen
 from .formulas import Formula, GraphStart, derivative, summed
 from .hypergradient_method import HypergradientMethod, HypergradientStats
@@ -188,7 +190,10 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         if self._learned is None:
             return super().inner_rule()
         _refuse_rate(self.inner_lr)
-        return self._learned.rule(self._learned.groups())
+        return self._rule_with(self._learned, self._learned.groups())
+
+    def _rule_with(self, learned: LowerHyperparameters, groups: Groups) -> Rule:
+        return self.projected(learned.rule(groups))
 
     @property
     def order(self) -> orders.Order:  # type: ignore[override]
@@ -220,7 +225,9 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         if self._keeps_graph(oracle):
             try:
                 rule, start = self._rule_of_one_look(), self._started()
-                return unrolled_by_graph(oracle, rule, self.inner_steps, last=last, start=start, real=real), "graph"
+                kind = None if several() is None else KeptSegments
+                found = unrolled_by_graph(oracle, rule, self.inner_steps, last=last, start=start, real=real, kind=kind)
+                return found, "graph"
             except Unreached as problem:
                 if self.differentiate != "auto" or real:
                     raise
@@ -243,7 +250,7 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         if self._learned is None:
             return self.inner_rule
         _refuse_rate(self.inner_lr)
-        return partial(self._learned.rule, self._learned.groups())
+        return partial(self._rule_with, self._learned, self._learned.groups())
 
     def _check_checkpoints(self, virtual: bool) -> None:
         if self.checkpoints is None:
