@@ -101,7 +101,7 @@ class HalfTheStep(unrolling.ByHand):
 
 
 def test_the_ways_of_unrolled_are_measured_over_k(tmp_path: Path) -> None:
-    """Memory of forward mode is that of two steps, and one copy of w; checkpoints need less than all points, and the graph grows."""
+    """Forward mode needs what two steps need, and a copy of w; checkpoints half of all points; the graph grows."""
     output = tmp_path / "ways.json"
     arguments = ["--steps", "2", "25", "--rounds", "1", "--smoke", "--out", str(output)]
     found = unrolled_ways.main(arguments)
