@@ -1,4 +1,4 @@
-"""Wrappers of other libraries, and of torch's own for several processes: taken off, stepped through, or refused by name.
+"""Wrappers of other libraries, and of torch's own for several processes: taken off, stepped through, or refused.
 
 What is refused would be silently wrong here. Some wrapped optimizers skip steps or count them twice; a wrapped module
 waits for a backward pass that never comes, so that each process trains a model of its own.
@@ -7,7 +7,7 @@ waits for a backward pass that never comes, so that each process trains a model 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 

@@ -46,7 +46,7 @@ def test_a_wrapped_optimizer_is_refused_by_name(case: Case, side: str, name: str
 
 
 def lightning(inner: torch.optim.Optimizer, module: str = LIGHTNINGS[0], *, times: int = 1, scaler: Any = None) -> Any:
-    """What stands for Lightning's wrapper: it counts its steps, and takes ``times`` of the optimizer inside for each."""
+    """What stands for Lightning's wrapper: it counts its steps, each ``times`` of the optimizer inside."""
 
     class LightningOptimizer:
         optimizer = inner

@@ -58,7 +58,8 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
             the new upper variables. False: the k steps are the real training (hooks included, which are not
             differentiated), and the upper update follows them.
         start: A function without arguments that computes the starting lower variables from the upper ones, as a
-            mapping by name or in parameter order; it is differentiated through (MAML). The lower variables themselves
+            mapping by name or in parameter order; it is differentiated through (MAML). It may depend on none of them
+            (zeros: the lower problem is solved anew in each step) if G does. The lower variables themselves
             then never move, nor do the buffers of their modules.
         differentiate: ``"adjoint"`` stores the k points and walks back with one product of G per step: memory of one
             step beside copies of the lower variables. ``"graph"`` keeps the graph of all steps, as other libraries do:
@@ -141,6 +142,11 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
 
     def compute(self, oracle: Oracle) -> Directions[HypergradientStats]:
         found, product = self._unrolled(oracle)
+        if self.start is not None and all(part is None for part in found.through):
+            advice = (
+                "depends on no upper variable. Was it detached? A constant start is for lower steps that depend on one."
+            )
+            raise ValueError(message("Unrolled", "start", "...", advice))
         f, g = found.upper, found.lower
         return Directions(
             upper=f.upper + found.through,

@@ -31,7 +31,9 @@ def display(translator: HTML5Translator, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
-def only_where_needed(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: nodes.document | None) -> None:
+def only_where_needed(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], tree: nodes.document | None
+) -> None:
     """A page without a formula loads nothing for them."""
     if tree is not None and (tree.next_node(nodes.math) or tree.next_node(nodes.math_block)):
         app.add_css_file(KATEX)

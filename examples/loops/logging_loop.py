@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     board.add_scalar(name, value, step)
                 board.add_histogram("weights", model.weights.detach().sigmoid(), step)
                 run.log(numbers, step=step)
-    run.finish(quiet=True)
+    run.finish()
     print(told_apart(model.weights, right))
 
 
