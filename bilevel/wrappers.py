@@ -36,7 +36,7 @@ def refuse_optimizer(owner: str, argument: str, optimizer: object) -> None:
             raise TypeError(message(owner, argument, type(optimizer).__name__, advice))
 
 
-def torch_optimizer(owner: str, argument: str, optimizer: Any) -> tuple[Any, Once | None]:
+def torch_optimizer(owner: str, argument: str, optimizer: Any) -> tuple[torch.optim.Optimizer, Once | None]:
     """Take a wrapper off an optimizer; return what is inside, and what must be stepped in its place, if anything.
 
     Lightning counts, calls back and writes checkpoints by the steps of its wrappers, so these are stepped. Accelerate's

@@ -1,4 +1,4 @@
-"""Draws ``front.png``, the picture of the front page, from the program that the page shows: ``python docs/front.py``."""
+"""Draws ``front.png`` of the front page from the program that the page shows: ``python docs/front.py``."""
 
 from __future__ import annotations
 

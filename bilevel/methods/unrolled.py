@@ -143,9 +143,7 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
     def compute(self, oracle: Oracle) -> Directions[HypergradientStats]:
         found, product = self._unrolled(oracle)
         if self.start is not None and all(part is None for part in found.through):
-            advice = (
-                "depends on no upper variable. Was it detached? A constant start is for lower steps that depend on one."
-            )
+            advice = "depends on no upper variable. Was it detached? If it is constant, lower_loss must depend on one."
             raise ValueError(message("Unrolled", "start", "...", advice))
         f, g = found.upper, found.lower
         return Directions(

@@ -1,7 +1,7 @@
 """Signatures with every argument that a method takes, where the code says ``**common: Unpack[Common]``.
 
-What must be given comes first, then the method's own options, then what all methods share, with the defaults of the base
-class; the list of arguments below the signature gets the base class's words for them.
+What must be given comes first, then the method's own options, then what all methods share, with the defaults of the
+base class; the list of arguments below the signature gets the base class's words for them.
 """
 
 from __future__ import annotations

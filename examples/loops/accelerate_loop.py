@@ -1,9 +1,9 @@
 """Accelerate: ``accelerate launch -m examples.loops.accelerate_loop``, or ``python -m``.
 
-Models, loaders and optimizers are prepared as always; the method takes the prepared optimizers, and the torch optimizers
-out of them. So every ``step`` steps, also under ``gradient_accumulation_steps``, where the wrapper would leave steps out
-without a word. To accumulate, hand several batches to a loss that averages over them (``--accumulate``): that is exact
-for every method, as directions are not linear in gradients.
+Models, loaders and optimizers are prepared as always; the method takes the prepared optimizers, and the torch
+optimizers out of them. So every ``step`` steps, also under ``gradient_accumulation_steps``, where the wrapper would
+leave steps out without a word. To accumulate, hand several batches to a loss that averages over them
+(``--accumulate``): that is exact for every method, as directions are not linear in gradients.
 """
 
 from __future__ import annotations

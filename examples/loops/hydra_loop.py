@@ -1,8 +1,8 @@
 """hydra: the method and its options from a configuration: ``python -m examples.loops.hydra_loop method=sama``.
 
 The configuration names classes; what only a program has (losses, variables, optimizers) is given when it is made.
-``--multirun method=unrolled,sama,bome`` compares methods; ``method.inner_steps=3`` changes an option, and an option that
-the method does not have is an error where it is made.
+``--multirun method=unrolled,sama,bome`` compares methods; ``method.inner_steps=3`` changes an option, and an option
+that the method does not have is an error where it is made.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Reweighting(LightningModule):
         return [upper, lower]
 
     def on_train_start(self) -> None:  # Lightning has wrapped, placed and restored everything
-        upper, lower = self.optimizers()  # type: ignore[misc]
+        upper, lower = self.optimizers()
         self.method = bilevel.Unrolled(
             self.model.upper_loss,
             self.model.lower_loss,

@@ -10,6 +10,7 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> Weighted:
         lower_optimizer=lower_optimizer,
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(lower_optimizer, T_max=30)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 
     first = 0
     if arguments.resume:
