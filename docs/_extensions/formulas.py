@@ -1,7 +1,7 @@
 """Formulas drawn by the KaTeX that lies in ``_static/katex``: pages need no network, nor do builds, nor any program.
 
-A formula stands in its page as TeX, in an element of class ``math``; ``formulas.js`` has KaTeX draw it, with MathML beside
-it for those who listen. Where scripts are off, the TeX stays, which is what one would type.
+A formula stands in its page as TeX, in an element of class ``math``; ``formulas.js`` has KaTeX draw it, with MathML
+beside it for those who listen. Where scripts are off, the TeX stays, which is what one would type.
 """
 
 from __future__ import annotations
