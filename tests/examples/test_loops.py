@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 import bilevel
-from examples.loops import plain
+from examples.loops import from_betty, from_torchopt, plain
 from examples.loops.problem import WRONG, Weighted, data
 from examples.noisy_labels.command_line import parse
 
@@ -210,3 +211,26 @@ def test_the_job_script_is_a_shell_script_that_names_real_options() -> None:
     assert ("--resume", "auto") in itertools.pairwise(options)
     options[options.index("cuda")] = "cpu"  # whatever this machine has
     parse(options)
+
+
+def test_the_port_of_bettys_tutorial_learns() -> None:
+    losses, strength = from_betty.main(steps=20)
+    assert losses[-1] < 0.75 * losses[0]
+    assert strength.min() >= 1e-8
+
+
+def test_the_port_of_torchopts_tutorial_gives_its_number() -> None:
+    assert from_torchopt.main().item() == -28  # 2 a x - 4 x³ at a = 1, x = 2
+
+
+@pytest.mark.parametrize(("name", "there"), [("from_betty", 86), ("from_torchopt", 17)])
+def test_the_lines_of_the_ports_are_counted_right(name: str, there: int) -> None:
+    """``main``, and the imports of torch and of the library."""
+    lines = [line.strip() for line in (LOOPS / f"{name}.py").read_text(encoding="utf-8").splitlines()]
+    first, last = (
+        lines.index(next(line for line in lines if line.startswith("def main"))),
+        lines.index('if __name__ == "__main__":'),
+    )
+    code = [line for line in lines[first:last] if line and not line.startswith("#")]
+    imports = [line for line in lines[:first] if re.match(r"(from|import) (torch|bilevel)", line)]
+    assert f"| {there} | {len(code) + len(imports)} |" in (ROOT / "docs" / "loops" / "ports.md").read_text("utf-8")
