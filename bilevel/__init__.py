@@ -3,10 +3,10 @@
 from . import without_numpy as without_numpy  # before anything that imports torch
 
 # isort: split
-from . import barrier, penalty, problems, testing
+from . import barrier, penalty, problems, projection, testing
 from .batches import Batches, Indexed
 from .directions import Directions, Stats
-from .errors import ClosureError, NonFiniteError
+from .errors import ClosureError, NonFiniteError, ProcessError
 from .evaluation.hold import hold
 from .evaluation.oracle import Oracle
 from .hypergradient import ConjugateGradient, FixedPoint, Neumann
@@ -77,6 +77,7 @@ __all__ = [
     "Oracle",
     "PDBOStats",
     "PenaltyStats",
+    "ProcessError",
     "SingleLoopStats",
     "Stats",
     "Unrolled",
@@ -86,5 +87,6 @@ __all__ = [
     "hold",
     "penalty",
     "problems",
+    "projection",
     "testing",
 ]

@@ -154,8 +154,8 @@ MUTATIONS = [
     Mutation(
         "norm over the lower level alone",
         "DynamicBarrier.compute",
-        "_on(f, q_upper.squared_norm()) + _on(f, q_lower.squared_norm())",
-        "_on(f, q_lower.squared_norm())",
+        "_on(f, q_q_upper) + _on(f, q_q_lower)",
+        "_on(f, q_q_lower)",
         step_of("ebomlc"),
     ),
     Mutation(

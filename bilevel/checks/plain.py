@@ -20,6 +20,7 @@ from ..evaluation.substitution import plain_attention
 from ..hypergradient import Step, copied, pull_back
 from ..hypergradient.modes import NoDoubleBackward, refuse_wrong_rules
 from ..lower_steps import Rule
+from ..processes.joined import Share, averaged
 from ..vectors import Tensors, Vector, add_scaled, exchange, present
 from .constants import constants_of_a_loss
 
@@ -98,11 +99,11 @@ class Plain:
 
     def upper_value(self, at: Tensors | None = None) -> Tensor:
         with self._upper(at) as value:
-            return value.detach().clone()  # a loss may be a view of a variable, F = w[0]
+            return self._valued(value)
 
     def lower_value(self, at: Tensors | None = None, *, batch: int = 0) -> Tensor:
         with self._lower(batch, at) as value:
-            return value.detach().clone()  # a loss may be a view of a variable, F = w[0]
+            return self._valued(value)
 
     def product(
         self, direction: Tensors, *, batch: int = 0, at: Tensors | None = None, buffers: Buffers | None = None
@@ -112,20 +113,31 @@ class Plain:
         Raises:
             NoReference: There is no second derivative, or torch's is known to be wrong.
         """
+        variables = [*self.upper_level.tensors, *self.lower_level.tensors]
+
+        def share() -> Share:
+            return Share((), self._product_here(direction, batch, at, buffers))
+
+        return self._vectors(averaged("a plain product", share, variables).vector)
+
+    def _product_here(self, direction: Tensors, batch: int, at: Tensors | None, buffers: Buffers | None) -> Tensors:
+        """The product of this process's loss."""
         upper, lower = self.upper_level.tensors, self.lower_level.tensors
+        nothing: Tensors = [None] * (len(upper) + len(lower))
         with plain_attention(), self._lower(batch, at, buffers=buffers) as value:
+            if not value.requires_grad:
+                return nothing
             try:
                 gradients = torch.autograd.grad(value, lower, create_graph=True, allow_unused=True)
                 pairs = [(g, v) for g, v in zip(gradients, direction, strict=True) if g is not None and v is not None]
                 pairs = [(g, v.to(g.dtype)) for g, v in pairs if g.requires_grad]
                 if not pairs:
-                    return self._vectors([None] * (len(upper) + len(lower)))
+                    return nothing
                 refuse_wrong_rules([value, *(g for g, _ in pairs)])
                 outputs, weights = zip(*pairs, strict=True)
-                found = torch.autograd.grad(outputs, [*upper, *lower], grad_outputs=weights, allow_unused=True)
+                return torch.autograd.grad(outputs, [*upper, *lower], grad_outputs=weights, allow_unused=True)
             except (RuntimeError, NoDoubleBackward) as error:
                 raise NoReference(str(error).partition("\n")[0]) from error
-        return self._vectors(found)
 
     def walk(self, rule: Rule, count: int, *, start: Tensors | None = None) -> tuple[Vector, list[Step]]:
         """Take ``count`` virtual lower steps from the current point, or from ``start``; return the end, and the
@@ -225,9 +237,20 @@ class Plain:
         return [module for module, _ in self._oracle._evaluator.modules]
 
     def _differentiated(self, value: Tensor) -> Evaluation:
-        upper = self.upper_level.tensors
-        found = torch.autograd.grad(value, [*upper, *self.lower_level.tensors], allow_unused=True)
-        return Evaluation(value.detach().clone(), *self._vectors(found))
+        variables = [*self.upper_level.tensors, *self.lower_level.tensors]
+        size = len(variables)
+
+        def share() -> Share:
+            found = torch.autograd.grad(value, variables, allow_unused=True) if value.requires_grad else [None] * size
+            return Share([value.detach().clone()], found)
+
+        mean = averaged("plain autograd", share, variables)
+        return Evaluation(mean.numbers[0], *self._vectors(mean.vector))
+
+    @staticmethod
+    def _valued(value: Tensor) -> Tensor:
+        # A copy: a loss may be a view of a variable, F = w[0].
+        return averaged("a plain value", lambda: Share([value.detach().clone()])).numbers[0]
 
     def _vectors(self, both: Tensors) -> Product:
         size = len(self.upper_level.tensors)

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from ..batches import MISSING
 from ..errors import ClosureError
+from ..processes.joined import several
 
 
 class Loss:
@@ -67,7 +68,7 @@ class Loss:
             advice = f"The variables are on {on}. Move the batch to the device of the model."
             raise ClosureError(expected.format(f"a tensor on {value.device}", advice))
         if not value.requires_grad:
-            if frozen and not self._needs_upper:
+            if (frozen and not self._needs_upper) or several():  # of others' parts of the batch it may well have one
                 return
             if frozen:
                 self.check_use("upper", [])

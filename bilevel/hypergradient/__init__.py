@@ -5,6 +5,7 @@ from .graph import KeptGraph, Unreached, leaves, unrolled_by_graph
 from .mode_choice import mode_taken
 from .modes import ProductMode
 from .products import hessian_product, mixed_product
+from .segments import KeptSegments
 from .solvers import ConjugateGradient, FixedPoint, Neumann, Solution, Solver
 from .start import Start, start_of, through_start
 from .trajectory import Step, Trajectory, copied, descend, train
@@ -13,6 +14,7 @@ __all__ = [
     "ConjugateGradient",
     "FixedPoint",
     "KeptGraph",
+    "KeptSegments",
     "Neumann",
     "ProductMode",
     "Solution",

@@ -12,6 +12,7 @@ from ..directions import Directions
 from ..errors import choice, count, message
 from ..evaluation.oracle import Oracle
 from ..hypergradient import (
+    KeptSegments,
     ProductMode,
     Start,
     Unreached,
@@ -26,6 +27,7 @@ from ..lower_steps import InnerStep, check_followed
 from ..optimizer import orders
 from ..optimizer.base import Common
 from ..optimizer.hooks import ONLY_REAL
+from ..processes.joined import several
 from ..settings import Fixed, Setting, chosen
 from .formulas import Formula, GraphStart, derivative, summed
 from .hypergradient_method import HypergradientMethod, HypergradientStats
@@ -157,9 +159,11 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         if self._keeps_graph(oracle):
             try:
                 start = self._started()
-                return unrolled_by_graph(
-                    oracle, self.inner_rule, self.inner_steps, last=last, start=start, real=real
-                ), "graph"
+                kind = None if several() is None else KeptSegments
+                found = unrolled_by_graph(
+                    oracle, self.inner_rule, self.inner_steps, last=last, start=start, real=real, kind=kind
+                )
+                return found, "graph"
             except Unreached as problem:
                 if self.differentiate != "auto" or real:
                     raise

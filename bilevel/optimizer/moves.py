@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..directions import Directions, T
 from ..evaluation.replay import Replay
+from ..feasible import FeasibleSet
 from ..levels import Level
 from ..vectors import Tensors, Vector
 from .apply import are_finite, checked, match, set_values, step_along
@@ -33,6 +34,8 @@ class Moved:
         on_nonfinite: What a number that is not finite does.
         atomic: Whether moves are taken back if something fails after the first one.
         ignores_clipping: What a clip by a hook makes wrong, or None.
+        upper_set: What the upper variables stay in.
+        lower_set: What the lower variables stay in.
     """
 
     owner: str
@@ -43,6 +46,8 @@ class Moved:
     on_nonfinite: OnNonFinite
     atomic: bool
     ignores_clipping: str | None
+    upper_set: FeasibleSet
+    lower_set: FeasibleSet
 
 
 class SkippedStep(Exception):
@@ -100,6 +105,7 @@ class Moves:
         self._began = True
         if directions.upper:
             step_along(moved.upper, upper)
+            moved.upper_set.settle()
         if directions.lower:
             self._train_along(lower)
         self._remembered = moved.state.commit(state)
@@ -137,6 +143,7 @@ class Moves:
             raise SkippedStep(_loss_of(None, direction))
         self._groups[self._retraced].restore()
         step_along(self._moved.lower, direction)
+        self._moved.lower_set.settle()
         self._retraced += 1
 
     def end_retracing(self) -> None:
@@ -149,6 +156,11 @@ class Moves:
         self._began = True
 
     def _train_along(self, direction: Tensors) -> None:
+        """Step and project."""
+        self._step_along(direction)
+        self._moved.lower_set.settle()
+
+    def _step_along(self, direction: Tensors) -> None:
         """Step, and say once if hooks make it another step than the method thinks."""
         lower = self._moved.lower
         if self._moved.on_nonfinite == "ignore" and any(x.device.type != "cpu" for x in lower.tensors):

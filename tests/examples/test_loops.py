@@ -227,10 +227,8 @@ def test_the_port_of_torchopts_tutorial_gives_its_number() -> None:
 def test_the_lines_of_the_ports_are_counted_right(name: str, there: int) -> None:
     """``main``, and the imports of torch and of the library."""
     lines = [line.strip() for line in (LOOPS / f"{name}.py").read_text(encoding="utf-8").splitlines()]
-    first, last = (
-        lines.index(next(line for line in lines if line.startswith("def main"))),
-        lines.index('if __name__ == "__main__":'),
-    )
+    first = next(i for i, line in enumerate(lines) if line.startswith("def main"))
+    last = next(i for i, line in enumerate(lines) if line.startswith("if __name__"))
     code = [line for line in lines[first:last] if line and not line.startswith("#")]
     imports = [line for line in lines[:first] if re.match(r"(from|import) (torch|bilevel)", line)]
     assert f"| {there} | {len(code) + len(imports)} |" in (ROOT / "docs" / "loops" / "ports.md").read_text("utf-8")
