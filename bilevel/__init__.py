@@ -38,6 +38,7 @@ from .methods import (
     Unrolled,
 )
 from .optimizer.base import BilevelOptimizer
+from .solver import minimize
 from .testing.check_directions import check_directions
 from .vectors import Vector
 
@@ -85,6 +86,7 @@ __all__ = [
     "barrier",
     "check_directions",
     "hold",
+    "minimize",
     "penalty",
     "problems",
     "projection",

@@ -149,7 +149,7 @@ class Evaluations:
 
     def check_dependence(self, product: Tensors) -> None:
         """Refuse a lower loss that depends on no upper variable; its mixed derivative alone may well be absent."""
-        if all(part is None for part in product):
+        if self.lower_loss.needs_upper and all(part is None for part in product):
             self.lower(wrt="upper")
 
     @contextmanager

@@ -174,6 +174,7 @@ class BilevelOptimizer(Method[S], ABC):
             self.ignores_clipping,
             self._upper_set,
             self._lower_set,
+            self._learned,
         )
 
     @contextmanager

@@ -18,6 +18,7 @@ from ..evaluation.replay import Policy
 from ..evaluation.verification import Verify
 from ..feasible import FeasibleSet, Projected
 from ..levels import Level, Variables, check_disjoint
+from ..lower_hyperparameters import LowerHyperparameters
 from ..lower_steps import GradientDescent, InnerStep, OptimizerStep, Rule, check_followed, current_rates
 from ..processes.group import Group, processes_of, refuse_apart
 from ..processes.joined import Processes, acting
@@ -118,6 +119,7 @@ class Method(Settable, ABC, Generic[S]):
         self._evaluator = Evaluator(owner, upper_loss, lower_loss, self._upper, self._lower, modules, verify)
         self._state = MethodState()
         self._hooks = HookWatch(owner, self._lower)
+        self._learned: LowerHyperparameters | None = None  # what the lower groups hold, if upper variables say so
         self.__dict__["process_group"] = process_group
         self._processes: Processes | None = None
         self._join_processes()

@@ -113,6 +113,7 @@ def test_the_metadata_is_what_was_decided(wheel: zipfile.ZipFile) -> None:
         "jupyter",
         "loops",
         "parquet",
+        "progress",
         "tensorboard",
     }
     assert any(name.endswith("/licenses/LICENSE") for name in wheel.namelist())
