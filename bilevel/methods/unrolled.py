@@ -78,7 +78,8 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
             ``inner_step="gradient"``: ``lr``. It is called in each step; real lower steps use its values too, written
             into ``lower_optimizer.param_groups`` before each. G may then depend on no upper variable.
         start: A function without arguments that computes the starting lower variables from the upper ones, as a
-            mapping by name or in parameter order; it is differentiated through (MAML). The lower variables themselves
+            mapping by name or in parameter order; it is differentiated through (MAML). It may depend on none of them
+            (zeros: the lower problem is solved anew in each step) if G does. The lower variables themselves
             then never move, nor do the buffers of their modules.
         differentiate: ``"adjoint"`` stores the k points and walks back with one product of G per step: memory of one
             step beside copies of the lower variables. ``"graph"`` keeps the graph of all steps, as other libraries do:
@@ -204,6 +205,9 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
 
     def compute(self, oracle: Oracle) -> Directions[HypergradientStats]:
         found, product = self._unrolled(oracle)
+        if self.start is not None and all(part is None for part in found.through):
+            advice = "depends on no upper variable. Was it detached? If it is constant, lower_loss must depend on one."
+            raise ValueError(message("Unrolled", "start", "...", advice))
         f, g = found.upper, found.lower
         return Directions(
             upper=f.upper + found.through,

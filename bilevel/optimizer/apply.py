@@ -114,4 +114,4 @@ def step_along(level: Level, direction: Tensors) -> None:
             tensor.grad = None
     for tensor, part in zip(level.tensors, without_aliasing(direction), strict=True):
         tensor.grad = part
-    level.optimizer.step()
+    level.move()

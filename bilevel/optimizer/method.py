@@ -134,12 +134,12 @@ class Method(Settable, ABC, Generic[S]):
 
     @property
     def upper_optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimizer of the upper level, as it was passed."""
+        """The torch optimizer of the upper level, as it was passed, without a wrapper."""
         return self._upper.optimizer
 
     @property
     def lower_optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimizer of the lower level, as it was passed."""
+        """The torch optimizer of the lower level, as it was passed, without a wrapper."""
         return self._lower.optimizer
 
     @property
