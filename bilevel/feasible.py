@@ -267,6 +267,13 @@ class Projected(Rule):
     def __init__(self, rule: Rule, feasible: FeasibleSet) -> None:
         self.rule, self.feasible = rule, feasible
 
+    @property
+    def hyperparameters(self) -> Sequence[Tensor]:
+        return self.rule.hyperparameters
+
+    def at(self, hyperparameters: Sequence[Tensor]) -> Rule:
+        return Projected(self.rule.at(hyperparameters), self.feasible)
+
     def start(self) -> State:
         return self.rule.start()
 
