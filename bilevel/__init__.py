@@ -6,7 +6,7 @@ from . import without_numpy as without_numpy  # before anything that imports tor
 from . import barrier, penalty, problems, projection, testing
 from .batches import Batches, Indexed
 from .directions import Directions, Stats
-from .errors import ClosureError, NonFiniteError
+from .errors import ClosureError, NonFiniteError, ProcessError
 from .evaluation.hold import hold
 from .evaluation.oracle import Oracle
 from .hypergradient import ConjugateGradient, FixedPoint, Neumann
@@ -38,6 +38,7 @@ from .methods import (
     Unrolled,
 )
 from .optimizer.base import BilevelOptimizer
+from .solver import minimize
 from .testing.check_directions import check_directions
 from .vectors import Vector
 
@@ -77,6 +78,7 @@ __all__ = [
     "Oracle",
     "PDBOStats",
     "PenaltyStats",
+    "ProcessError",
     "SingleLoopStats",
     "Stats",
     "Unrolled",
@@ -84,6 +86,7 @@ __all__ = [
     "barrier",
     "check_directions",
     "hold",
+    "minimize",
     "penalty",
     "problems",
     "projection",

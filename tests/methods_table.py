@@ -186,6 +186,9 @@ CASES: dict[str, Case] = {
     "unrolled-real": Case(
         bilevel.Unrolled, walk_and_back, {"inner_steps": 2, "virtual": False, "differentiate": "adjoint"}, **TRAIN_FIRST
     ),
+    "unrolled-forward": Case(
+        bilevel.Unrolled, lambda steps: steps * "L" + "U", {"inner_steps": 2, "differentiate": "forward"}, **LOOK_FIRST
+    ),
     "unrolled-real-graph": Case(
         bilevel.Unrolled,
         lambda steps: steps * "L" + "U",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ClosureError
+from ..processes.joined import Share, agreed, averaged
 from .evaluations import Evaluation, Evaluations, Key, Point, Subject, Wrt
 from .inspection import inspected
 from .losses import sequence_number
@@ -128,10 +129,16 @@ class VerifiedEvaluations(Evaluations):
             else:
                 return self._verified(shortcut, found, key, at) if self.comparing else found
         found = self._evaluate_as(key, at, wrt)
-        self.verification.held(loss.name, self.replay.held_count(key))
         if self.comparing and loss.name not in self._repeated:
             self._repeat(found.value, key, at)
         return found
+
+    def _has_news(self, key: Key) -> bool:
+        return self.verification.holds_differ(self._called(key)[0].name, self.replay.held_count(key))
+
+    def _hear(self, news: bool) -> None:
+        if news:
+            self.verification.look_now()
 
     def _repeat(self, value: Tensor, key: Key, at: Point | None) -> None:
         """See that a second call of a loss gives the same."""
@@ -139,14 +146,18 @@ class VerifiedEvaluations(Evaluations):
         self._repeated.add(loss.name)
         try:
             with self.replay.silently(), self._prepared(key, at, current=at is None):
-                since = sequence_number()
-                value_again, _ = loss(batch, self._devices)
-                self._refuse_stale(loss, value_again, since)
-                again = loss.number(value_again)
+
+                def share() -> Share:
+                    since = sequence_number()
+                    value_again, _ = loss(batch, self._devices)
+                    self._refuse_stale(loss, value_again, since)
+                    return Share([loss.number(value_again)])
+
+                again = averaged(self._place(key, "once more"), share).numbers[0]
         except (RuntimeError, MemoryError) as error:
             self._unverified(loss.name, error)
             return
-        if bool(value_gap(value, again) > rounding(value.dtype)):
+        if agreed(bool(value_gap(value, again) > rounding(value.dtype))):
             self.verification.unrepeatable.add(loss.name)
             self.verification.say_of(
                 loss.name,
@@ -219,7 +230,7 @@ class VerifiedEvaluations(Evaluations):
         try:
             wide = in_float64()
         except Exception as error:  # whatever a closure may say to float64
-            if gap > BLATANT:  # what replaces a shortcut is right in any case
+            if agreed(gap > BLATANT):  # what replaces a shortcut is right in any case
                 return True
             if out_of_memory(error):
                 self._unverified(name, error)
@@ -231,7 +242,7 @@ class VerifiedEvaluations(Evaluations):
                 )
             self.verification.clear(name, gap)
             return False
-        if wide > limit:
+        if agreed(wide > limit):
             return True
         self.verification.clear(name, gap)
         return False

@@ -16,8 +16,9 @@ from torch import Tensor
 from ..evaluation.evaluations import Evaluation
 from ..evaluation.losses import leaves_of
 from ..evaluation.oracle import Oracle
+from ..processes.joined import Share, averaged, several
 from ..vectors import Tensors, Vector, add_scaled, present, squared_norm, subtract
-from .mode_choice import Found, Ways, by_mode
+from .mode_choice import Found, Way, Ways, by_mode
 from .modes import NoForwardMode, ProductMode, dual_numbers, refuse_wrong_rules, second_derivatives
 
 Product = tuple[Vector, Vector]
@@ -51,7 +52,8 @@ def hessian_product(
         >>> torch.allclose(product[0], problem.hessian @ problem.lower)
         True
     """
-    ways = Ways("hessian", batch, partial(_forward, batch), partial(_reverse, batch), partial(_difference, batch))
+    forward, reverse = (partial(_joined, batch, partial(way, batch)) for way in (_forward, _reverse))
+    ways = Ways("hessian", batch, forward, reverse, partial(_difference, batch))
     found = by_mode(oracle, ways, direction, at, product)
     size = len(oracle.upper_level.tensors)
     return Vector(found[:size], oracle.upper_level.names), Vector(found[size:], oracle.lower_level.names)
@@ -96,10 +98,27 @@ def mixed_product(
         True
     """
     difference = partial(_mixed_difference, batch, radius)
-    ways = Ways("mixed", batch, partial(_forward_mixed, batch), partial(_reverse_mixed, batch), difference)
+    forward, reverse = (partial(_joined, batch, partial(way, batch)) for way in (_forward_mixed, _reverse_mixed))
+    ways = Ways("mixed", batch, forward, reverse, difference)
     found = Vector(by_mode(oracle, ways, direction, at, product, gradient), oracle.upper_level.names)
     oracle.check_dependence(found)
     return found
+
+
+def _joined(batch: int, way: Way, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
+    """A product of G by a way that looks at this process's batch alone: of several processes, the mean of theirs."""
+    if several() is None:
+        return way(oracle, direction, at)
+
+    def share() -> Share:
+        found = way(oracle, direction, at)
+        return Share(found.slope or (), [*found.product, *(found.gradient or ())], rest=found)
+
+    lower = oracle.lower_level.tensors
+    mean = averaged(f"{oracle.owner}: a product", share, [*oracle.upper_level.tensors, *lower, *lower])
+    size = len(mean.rest.product)
+    slope = (mean.numbers[0], mean.numbers[1]) if mean.numbers else None
+    return Found(mean.vector[:size], slope, mean.vector[size:] or None)
 
 
 def _forward(batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
@@ -108,7 +127,9 @@ def _forward(batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None)
     with dual_numbers():
         leaves = [value.detach().requires_grad_() for value in present(at if at is not None else oracle.point())]
         with oracle.lower_graph(batch, substitute=_duals(leaves, direction)) as (value, _):
-            gradients = torch.autograd.grad(value, [*upper, *leaves, *lower], allow_unused=True)
+            gradients: Tensors = [None] * (len(upper) + 2 * len(lower))
+            if value.requires_grad:
+                gradients = torch.autograd.grad(value, [*upper, *leaves, *lower], allow_unused=True)
         missed = zip(oracle.lower_level.names, gradients[len(upper) + len(leaves) :], strict=True)
         _refuse_unreached([name for name, g in missed if g is not None])
         found = gradients[: len(upper) + len(leaves)]
@@ -177,6 +198,8 @@ def _double_backward(
     oracle: Oracle, batch: int, direction: Tensors, at: Tensors | None, inputs: Sequence[Tensor]
 ) -> Tensors:
     with oracle.lower_graph(batch, at) as (value, _), second_derivatives():
+        if not value.requires_grad:  # of this process's part of the batch
+            return [None] * len(inputs)
         gradients = torch.autograd.grad(value, oracle.lower_level.tensors, create_graph=True, allow_unused=True)
         pairs = [(g, v) for g, v in zip(gradients, direction, strict=True) if g is not None and v is not None]
         pairs = [(g, v) for g, v in pairs if g.requires_grad]

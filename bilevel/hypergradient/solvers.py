@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import count, number
+from ..processes.joined import agreed
 from ..vectors import Tensors, add_scaled, dot, squared_norm, subtract
 
 Product = Callable[[Tensors], Tensors]
@@ -118,7 +119,7 @@ class ConjugateGradient(Solver):
         flat = torch.zeros_like(rr, dtype=torch.bool)
         for _ in range(self.iterations):
             active = (rr > goal) & ~flat
-            if _may_ask(rr) and not active:
+            if _may_ask(rr) and not agreed(bool(active)):
                 break
             hp = add_scaled(damped(p), raised, p)
             curvature, length = dot(p, hp), squared_norm(p)
@@ -257,7 +258,7 @@ def _stationary(
     taken = torch.zeros_like(rr)
     for _ in range(steps):
         active = rr > goal if tolerance is not None else torch.ones_like(rr, dtype=torch.bool)
-        if _may_ask(rr) and not active:
+        if _may_ask(rr) and not agreed(bool(active)):
             break
         v = add_scaled(r, momentum, v)
         x = add_scaled(x, active.to(rr.dtype), _times(rates, v))

@@ -129,10 +129,11 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
     def compute(self, oracle: Oracle) -> Directions[BarrierStats]:
         at = self.terms(oracle)
         f, q_upper, q_lower = at.upper, at.upper_gradient, at.lower_gradient
+        (f_q_upper, q_q_upper), (f_q_lower, q_q_lower) = q_upper.dots(f.upper, q_upper), q_lower.dots(f.lower, q_lower)
         products = Products(
-            upper=_on(f, f.upper.dot(q_upper)),
-            lower=_on(f, f.lower.dot(q_lower)),
-            squared_norm=_on(f, q_upper.squared_norm()) + _on(f, q_lower.squared_norm()),
+            upper=_on(f, f_q_upper),
+            lower=_on(f, f_q_lower),
+            squared_norm=_on(f, q_q_upper) + _on(f, q_q_lower),
             value=_on(f, at.constraint),
         )
         numbers: dict[str, Any] = {"eps": self.eps, "cutoff": self.cutoff, "maximum": self.multiplier_max}

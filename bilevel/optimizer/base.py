@@ -15,8 +15,9 @@ from ..directions import Directions, S, T
 from ..errors import message
 from ..evaluation.oracle import Oracle
 from ..levels import check_disjoint
-from ..wrappers import unwrapped, warn_of_processes
-from .checkpoint import Parts, load, saved
+from ..processes.joined import acting, settled
+from ..wrappers import unwrapped
+from .checkpoint import Parts, load_together, saved
 from .method import Common, Method
 from .moves import Moved, Moves, SkippedStep
 
@@ -46,6 +47,10 @@ class BilevelOptimizer(Method[S], ABC):
             first loss at the current point that calls the module, the lower loss first; in ``"every"`` evaluation;
             ``"never"``.
         lower_buffers: The same for the lower modules.
+        process_group: The ``torch.distributed`` group whose processes take every step together, each with its part of
+            the batches: both losses are then the means over them, and the numbers those of one process on the joined
+            batch. Default None: the default group, if one is initialised, which a warning says; False: each steps
+            alone.
         upper_projection: The set that the upper variables stay in: one of :mod:`bilevel.projection`, any function from
             tensor to tensor that gives the nearest point, applied to each variable, or a mapping from variables (a
             parameter, its name, a module) to these. Applied after each of their moves; they start inside.
@@ -74,12 +79,14 @@ class BilevelOptimizer(Method[S], ABC):
             ClosureError: A loss broke its contract; nothing changed.
             NonFiniteError: Under ``on_nonfinite="raise"``; nothing changed.
         """
-        with self._oracle(batches, upper, lower) as oracle, self._moving(oracle) as moves:
+        with self._acting("step"), self._oracle(batches, upper, lower) as oracle, self._moving(oracle) as moves:
             try:
-                return self.order.step(self.compute, oracle, moves)
+                stats = self.order.step(self.compute, oracle, moves)
             except SkippedStep as bad:
                 moves.undo()
-                return cast(S, self.stats_class.unknown(bad.loss))
+                stats = cast(S, self.stats_class.unknown(bad.loss))
+            settled(f"{type(self).__name__}.step: its end")
+        return stats
 
     @eager
     def directions(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING) -> Directions[S]:
@@ -89,9 +96,10 @@ class BilevelOptimizer(Method[S], ABC):
         before, bit for bit. So a loop of ``apply(directions(...))`` draws the same dropout masks each time, unless
         something else draws in between; ``step`` goes on with the random state.
         """
-        with self._oracle(batches, upper, lower) as oracle, self._looking(oracle):
+        with self._acting("directions"), self._oracle(batches, upper, lower) as oracle, self._looking(oracle):
             answer = self.compute(oracle)
-            return replace(answer, mark=self._state.mark())
+            settled(f"{type(self).__name__}.directions: its end")
+        return replace(answer, mark=self._state.mark())
 
     @eager
     def apply(self, directions: Directions[T]) -> T:
@@ -121,26 +129,38 @@ class BilevelOptimizer(Method[S], ABC):
             lower={name: d.clone() for name, d in directions.lower.items()},
             state=deepcopy(dict(directions.state)),
         )
-        return Moves(self._moved(), None).apply(own)
+        with self._acting("apply"):
+            stats = Moves(self._moved(), None).apply(own)
+            settled(f"{type(self).__name__}.apply: its end")
+        return stats
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state of both torch optimizers and of the method; modules are saved by their own
         ``state_dict``.
 
-        Unlike torch's, it shares no tensor with the running optimizers: later steps leave it as it is.
+        Unlike torch's, it shares no tensor with the running optimizers: later steps leave it as it is. Of several
+        processes, all call it and each gets the same: the random states of all are in it.
         """
-        return saved(self._parts())
+        with self._acting("state_dict"):
+            found = saved(self._parts())
+            settled(f"{type(self).__name__}.state_dict: its end")
+        return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; a state that does not fit is refused and changes nothing.
 
+        Of several processes, all load the same; each gets its own random state back.
+
         Raises:
             ValueError: The state is of another method, of a newer format, or does not fit the optimizers.
         """
-        load(self._parts(), state_dict)
+        with self._acting("load_state_dict"):
+            load_together(self._parts(), state_dict)
+            settled(f"{type(self).__name__}.load_state_dict: its end")
 
     def _parts(self) -> Parts:
-        return Parts(type(self).__name__, self._upper, self._lower, self._state, self._evaluator.verification)
+        verification = self._evaluator.verification
+        return Parts(type(self).__name__, self._upper, self._lower, self._state, verification, self._processes)
 
     def _moved(self) -> Moved:
         return Moved(
@@ -154,7 +174,21 @@ class BilevelOptimizer(Method[S], ABC):
             self.ignores_clipping,
             self._upper_set,
             self._lower_set,
+            self._learned,
         )
+
+    @contextmanager
+    def _acting(self, verb: str) -> Iterator[None]:
+        """Surround a call that all processes of the group make; after one that failed they compare themselves."""
+        if self._processes is None and self.process_group is None:
+            self._join_processes()  # the default group may be younger than this optimizer
+        try:
+            with acting(self._processes, f"{type(self).__name__}.{verb}"):
+                yield
+        except BaseException:
+            if self._processes is not None:
+                self._evaluator.verification.look_again()
+            raise
 
     @contextmanager
     def _moving(self, oracle: Oracle) -> Iterator[Moves]:
@@ -189,9 +223,6 @@ class BilevelOptimizer(Method[S], ABC):
         owner = type(self).__name__
         uppers, lowers = sorted_batches(f"{owner}.step", batches, upper, lower, self.lower_batches)
         self._refresh()
-        if not self._warned_of_processes:
-            self._warned_of_processes = True
-            warn_of_processes(owner)
         self._evaluator.verification.mode = self.verify
         looking = self._evaluator.oracle(uppers, lowers, kind=kind, verifies=verifies)
         with looking as oracle, unwrapped(owner):

@@ -18,7 +18,10 @@ from ..evaluation.replay import Policy
 from ..evaluation.verification import Verify
 from ..feasible import FeasibleSet, Projected
 from ..levels import Level, Variables, check_disjoint
+from ..lower_hyperparameters import LowerHyperparameters
 from ..lower_steps import GradientDescent, InnerStep, OptimizerStep, Rule, check_followed, current_rates
+from ..processes.group import Group, processes_of, refuse_apart
+from ..processes.joined import Processes, acting
 from ..projection import Projections
 from ..settings import Fixed, Settable, Setting, chosen, counted, numeric
 from . import orders
@@ -43,6 +46,7 @@ class Common(TypedDict, total=False):
     upper_buffers: Policy
     lower_buffers: Policy
     verify: Verify
+    process_group: Group
     upper_projection: Projections | None
     lower_projection: Projections | None
 
@@ -66,6 +70,7 @@ class Method(Settable, ABC, Generic[S]):
     upper_buffers, lower_buffers = Fixed[Any](), Fixed[Any]()
     upper_projection, lower_projection = Fixed[Projections | None](), Fixed[Projections | None]()
     verify = Setting[Verify](chosen("auto", "always", "never"))
+    process_group = Fixed[Group]()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -88,6 +93,7 @@ class Method(Settable, ABC, Generic[S]):
         upper_buffers: Policy = "once",
         lower_buffers: Policy = "once",
         verify: Verify = "auto",
+        process_group: Group = None,
         upper_projection: Projections | None = None,
         lower_projection: Projections | None = None,
     ) -> None:
@@ -112,8 +118,19 @@ class Method(Settable, ABC, Generic[S]):
         modules += [(module, "once") for module in extra]
         self._evaluator = Evaluator(owner, upper_loss, lower_loss, self._upper, self._lower, modules, verify)
         self._state = MethodState()
-        self._warned_of_processes = False
         self._hooks = HookWatch(owner, self._lower)
+        self._learned: LowerHyperparameters | None = None  # what the lower groups hold, if upper variables say so
+        self.__dict__["process_group"] = process_group
+        self._processes: Processes | None = None
+        self._join_processes()
+
+    def _join_processes(self) -> None:
+        """Find out whether other processes take the steps too, at first or since a group was made."""
+        owner = type(self).__name__
+        self._processes = processes_of(owner, self.process_group)
+        if self._processes is not None:
+            with acting(self._processes, owner):
+                refuse_apart(owner, self._processes, self._evaluator.subject.named_variables)
 
     @property
     def upper_optimizer(self) -> torch.optim.Optimizer:
@@ -124,6 +141,11 @@ class Method(Settable, ABC, Generic[S]):
     def lower_optimizer(self) -> torch.optim.Optimizer:
         """The torch optimizer of the lower level, as it was passed."""
         return self._lower.optimizer
+
+    @property
+    def processes(self) -> Processes | None:
+        """The processes that take every step together, and what this one has sent; None: this one steps alone."""
+        return self._processes
 
     @property
     def lower_batches(self) -> int:

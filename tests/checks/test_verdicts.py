@@ -370,8 +370,8 @@ def test_a_wrong_product_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     case = WITH_PRODUCTS[name]
     module, function = PRODUCTS[case.method]
     target = attrgetter(module)(methods)
-    if case.options.get("differentiate") == "graph":
-        function = "unrolled_by_graph"
+    if (way := case.options.get("differentiate")) in ("graph", "forward"):
+        function = f"unrolled_by_{way}"
     original = getattr(target, function)
 
     def damaged(*arguments: Any, **options: Any) -> Any:
