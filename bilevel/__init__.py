@@ -3,7 +3,7 @@
 from . import without_numpy as without_numpy  # before anything that imports torch
 
 # isort: split
-from . import barrier, penalty, problems, testing
+from . import barrier, penalty, problems, projection, testing
 from .batches import Batches, Indexed
 from .directions import Directions, Stats
 from .errors import ClosureError, NonFiniteError, ProcessError
@@ -38,6 +38,7 @@ from .methods import (
     Unrolled,
 )
 from .optimizer.base import BilevelOptimizer
+from .solver import minimize
 from .testing.check_directions import check_directions
 from .vectors import Vector
 
@@ -85,7 +86,9 @@ __all__ = [
     "barrier",
     "check_directions",
     "hold",
+    "minimize",
     "penalty",
     "problems",
+    "projection",
     "testing",
 ]

@@ -426,3 +426,19 @@ def test_a_vector_is_widened_once_for_several_inner_products(monkeypatch: pytest
     monkeypatch.setattr(vectors, "_flattened", watched)
     dots(a, b, a)
     assert read == [2, 2]
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_values_put_into_variables_come_out_again_bit_for_bit(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(vectors, "CHUNK", chunk)
+    variables = [torch.tensor([-0.0, math.nan, 1e-45]).requires_grad_(), torch.randn(2, 3).t().requires_grad_()]
+    values = [torch.randn(3), torch.randn(3, 2)]
+    before, versions = [x.detach().clone() for x in variables], [x._version for x in variables]
+    expected, places = [x.clone() for x in values], [x.data_ptr() for x in variables]
+    take_out = vectors.place(variables, values)
+    assert all(torch.equal(x, y) for x, y in zip(variables, expected, strict=True))
+    take_out()
+    assert all(x.detach().numpy().tobytes() == y.numpy().tobytes() for x, y in zip(variables, before, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(values, expected, strict=True))
+    assert [x._version for x in variables] == versions
+    assert [x.data_ptr() for x in variables] == places

@@ -28,7 +28,7 @@ from ..errors import ClosureError
 from ..levels import Level
 from ..processes.joined import Share, agreed, averaged, several
 from ..shards import gradients_by_backward, is_shard, part_of
-from ..vectors import Tensors, Vector, exchange, present
+from ..vectors import Tensors, Vector, place, present
 from .inspection import explained
 from .losses import Loss, sequence_number, stale_variables
 from .replay import Replay
@@ -150,7 +150,7 @@ class Evaluations:
 
     def check_dependence(self, product: Tensors) -> None:
         """Refuse a lower loss that depends on no upper variable; its mixed derivative alone may well be absent."""
-        if all(part is None for part in product):
+        if self.lower_loss.needs_upper and all(part is None for part in product):
             self.lower(wrt="upper")
 
     @contextmanager
@@ -335,8 +335,7 @@ class Evaluations:
         with replayed, torch.enable_grad():
             # An autocast region around the step would go on to serve casts of the values before the exchange.
             torch.clear_autocast_cache()
-            if at is not None:
-                exchange(parts, at)
+            take_out = place(parts, at) if at is not None else None
             try:
                 if freeze:
                     # Without gradients for the lower variables this is forward-only through the lower model.
@@ -347,6 +346,6 @@ class Evaluations:
                 for variable in variables:
                     if not variable.requires_grad:
                         variable.requires_grad_(True)
-                if at is not None:
-                    exchange(parts, at)
+                if take_out is not None:
+                    take_out()
                 torch.clear_autocast_cache()

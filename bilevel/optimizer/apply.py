@@ -19,7 +19,8 @@ from ..vectors import Tensors, all_finite, without_aliasing
 
 def match(owner: str, level: Level, named: Mapping[str, Tensor]) -> Tensors:
     """Return the named directions as a vector of ``level``, or refuse names, shapes and dtypes that do not fit."""
-    unknown = [name for name in named if name not in level.names]
+    known = set(level.names)  # a search through the tuple for each name would be quadratic
+    unknown = [name for name in named if name not in known]
     if unknown:
         advice = (
             f"names no {level.side} variable. Directions fit the optimizer, and the set of variables, that made them."

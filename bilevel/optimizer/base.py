@@ -51,6 +51,11 @@ class BilevelOptimizer(Method[S], ABC):
             the batches: both losses are then the means over them, and the numbers those of one process on the joined
             batch. Default None: the default group, if one is initialised, which a warning says; False: each steps
             alone.
+        upper_projection: The set that the upper variables stay in: one of :mod:`bilevel.projection`, any function from
+            tensor to tensor that gives the nearest point, applied to each variable, or a mapping from variables (a
+            parameter, its name, a module) to these. Applied after each of their moves; they start inside.
+        lower_projection: The same for the lower variables, after each real and each virtual step; see the page on
+            constraints for what it makes of each method.
         verify: Whether fast routes are compared with plain autograd of your closures: ``"auto"`` (default) in looks, at
             steps 1, 2, 4, ..., 1024, 2048, ... and after changes; ``"always"`` in every step; ``"never"``, which calls
             no loss beyond the documented number.
@@ -167,6 +172,9 @@ class BilevelOptimizer(Method[S], ABC):
             self.on_nonfinite,
             self.atomic,
             self.ignores_clipping,
+            self._upper_set,
+            self._lower_set,
+            self._learned,
         )
 
     @contextmanager
@@ -222,8 +230,9 @@ class BilevelOptimizer(Method[S], ABC):
 
     def _refresh(self) -> None:
         """Pick up variables that were frozen, unfrozen or added to an optimizer since the last step, or refuse them."""
-        for level in (self._upper, self._lower):
+        for level, feasible in ((self._upper, self._upper_set), (self._lower, self._lower_set)):
             if level.refresh():
                 self._evaluator.forget_checks()
+                feasible.refresh()
         # Each time: what was refused once must not pass the next time, when it is no longer a change.
         check_disjoint(self._upper, self._lower)
