@@ -28,9 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bilevel
 from benchmarks.memory import LiveBytes
-from examples.noisy_labels import accelerator, checkpoint, cifar, command_line, data
-from examples.noisy_labels.settings import Settings
-from examples.noisy_labels.training import Run
+from examples.noisy_labels import cifar
+from examples.noisy_labels.data import pools as data
+from examples.noisy_labels.run import accelerator, checkpoint, command_line
+from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.training import Run
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 METHODS = ("ce", "ebomlc")

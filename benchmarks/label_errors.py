@@ -46,10 +46,10 @@ import bilevel
 from benchmarks.noisy_labels_table import processor
 from examples.noisy_labels import crowd
 from examples.noisy_labels.crowd import Crowd
-from examples.noisy_labels.own.options import Options
-from examples.noisy_labels.own.run import Run
-from examples.noisy_labels.own.samples import UNKNOWN, Samples
-from examples.noisy_labels.randomness import generator
+from examples.noisy_labels.data.randomness import generator
+from examples.noisy_labels.data.samples import UNKNOWN, Samples
+from examples.noisy_labels.run.options import Options
+from examples.noisy_labels.run.own_run import Run
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 SEEDS = tuple(range(1, 9))  # reported

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from examples.noisy_labels import checkpoint, cifar, files, pictures
+from examples.noisy_labels import cifar
+from examples.noisy_labels.report import pictures
+from examples.noisy_labels.run import checkpoint, files
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext

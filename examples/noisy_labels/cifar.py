@@ -17,25 +17,16 @@ from pathlib import Path
 if not __package__:  # started as a script: replace the script's folder by the checkout on the module search path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from examples.noisy_labels import (
-    accelerator,
-    checkpoint,
-    command_line,
-    compare,
-    data,
-    evaluation,
-    files,
-    human_labels,
-    interruption,
-    noise,
-    results,
-)
-from examples.noisy_labels.board import FOLDER, Board, require
-from examples.noisy_labels.command_line import Command
-from examples.noisy_labels.configuration import CONFIGURATION, refuse_lost_checkpoint, refuse_other_options
-from examples.noisy_labels.interruption import Interrupted, Interruption
-from examples.noisy_labels.log import Log, Record
-from examples.noisy_labels.training import Run, save, train
+from examples.noisy_labels.data import human_labels, noise
+from examples.noisy_labels.data import pools as data
+from examples.noisy_labels.report import results
+from examples.noisy_labels.report.board import FOLDER, Board, require
+from examples.noisy_labels.run import accelerator, checkpoint, command_line, compare, evaluation, files, interruption
+from examples.noisy_labels.run.command_line import Command
+from examples.noisy_labels.run.configuration import CONFIGURATION, refuse_lost_checkpoint, refuse_other_options
+from examples.noisy_labels.run.interruption import Interrupted, Interruption
+from examples.noisy_labels.run.log import Log, Record
+from examples.noisy_labels.run.training import Run, save, train
 
 LOG = "log.jsonl"
 
@@ -124,7 +115,9 @@ def describe(task: data.Task, title: str) -> str:
 
 
 def _present(run: Run, log: Log, folder: Path, interruption: Interruption) -> None:
-    from examples.noisy_labels import pictures  # matplotlib takes a second to import, too long for an error message
+    from examples.noisy_labels.report import (
+        pictures,  # matplotlib takes a second to import, too long for an error message
+    )
 
     title = f"{run.settings.method} on {run.settings.title}, seed {run.settings.seed}"
     task, probabilities = run.task, evaluation.corrected_labels(run.recipe, run.task)

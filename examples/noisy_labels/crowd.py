@@ -25,8 +25,9 @@ if not __package__:  # started as a script: replace the script's folder by the c
 import torch
 from torch import Tensor
 
-from examples.noisy_labels import data, noise
-from examples.noisy_labels.randomness import generator
+from examples.noisy_labels.data import noise
+from examples.noisy_labels.data import pools as data
+from examples.noisy_labels.data.randomness import generator
 
 CLASSES = 10
 LOOKALIKE = {0: 6, 1: 7, 2: 7, 3: 8, 4: 9, 5: 3, 6: 0, 7: 1, 8: 3, 9: 4}

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 
-from examples.noisy_labels.own import arrays, classifiers, judging, ways
-from examples.noisy_labels.own.findings import Report
-from examples.noisy_labels.own.network_way import NetworkWay
-from examples.noisy_labels.own.options import Options
-from examples.noisy_labels.own.run import Run
+from examples.noisy_labels.run.options import Options
+from examples.noisy_labels.run.own_run import Run
+from examples.noisy_labels.verdict import arrays, classifiers, judging, ways
+from examples.noisy_labels.verdict.findings import Report
+from examples.noisy_labels.verdict.network_way import NetworkWay
 
 Array = np.ndarray
 STEPS, EPOCHS = 400, 5  # of label correction, at least: five folds and the last training must end within a minute

@@ -15,16 +15,19 @@ from pathlib import Path
 if not __package__:  # started as a script: replace the script's folder by the checkout on the module search path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from examples.noisy_labels import accelerator, checkpoint, command_line, files
-from examples.noisy_labels.configuration import CONFIGURATION, refuse_lost_checkpoint
-from examples.noisy_labels.interruption import EXIT_CODE, Interrupted, Interruption
-from examples.noisy_labels.log import Log
-from examples.noisy_labels.own import judgement, model, options, reading, report
-from examples.noisy_labels.own.options import Command
-from examples.noisy_labels.own.parquet import PARQUET
-from examples.noisy_labels.own.reading import Data
-from examples.noisy_labels.own.run import Run, load, save, train
-from examples.noisy_labels.settings import Settings
+from examples.noisy_labels.data import own as reading
+from examples.noisy_labels.data.own import Data
+from examples.noisy_labels.data.parquet import PARQUET
+from examples.noisy_labels.report import model
+from examples.noisy_labels.report import own_report as report
+from examples.noisy_labels.run import accelerator, checkpoint, command_line, files, options
+from examples.noisy_labels.run.configuration import CONFIGURATION, refuse_lost_checkpoint
+from examples.noisy_labels.run.interruption import EXIT_CODE, Interrupted, Interruption
+from examples.noisy_labels.run.log import Log
+from examples.noisy_labels.run.options import Command
+from examples.noisy_labels.run.own_run import Run, load, save, train
+from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.verdict import judgement
 
 LOG = "log.jsonl"
 
@@ -80,7 +83,9 @@ def _correct(command: Command) -> None:
 
 
 def _present(run: Run, data: Data, log: Log, folder: Path, interruption: Interruption) -> None:
-    from examples.noisy_labels.own import drawings  # matplotlib takes a second to import, too long for an error message
+    from examples.noisy_labels.report import (
+        own_pictures as drawings,  # matplotlib takes a second to import, too long for an error message
+    )
 
     settled, samples = run.options, run.samples
     title = f"{settled.method} on {settled.source}, seed {settled.seed}"

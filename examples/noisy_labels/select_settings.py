@@ -34,13 +34,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.noisy_labels import command_line, data, decoding, evaluation, noise
-from examples.noisy_labels.data import Task
-from examples.noisy_labels.files import replacing
-from examples.noisy_labels.ours import Temper
-from examples.noisy_labels.randomness import generator
-from examples.noisy_labels.settings import Settings
-from examples.noisy_labels.training import Run
+from examples.noisy_labels.data import noise
+from examples.noisy_labels.data import pools as data
+from examples.noisy_labels.data.pools import Task
+from examples.noisy_labels.data.randomness import generator
+from examples.noisy_labels.recipes import decoding
+from examples.noisy_labels.recipes.ours import Temper
+from examples.noisy_labels.run import command_line, evaluation
+from examples.noisy_labels.run.files import replacing
+from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.training import Run
 
 DEVELOPMENT_SEEDS = (101, 102)
 NOISE = ("uniform:0.4", "flip:0.4")

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from examples.noisy_labels import cifar, data, own_data
-from examples.noisy_labels.own import reading
+from examples.noisy_labels import cifar, own_data
+from examples.noisy_labels.data import own as reading
+from examples.noisy_labels.data import pools as data
 
 DIGITS = ["--dataset", "digits"]
 TABLE = ["--table", "t.csv", "--trusted", "c.csv"]
@@ -195,7 +196,7 @@ def test_a_file_that_is_no_json_is_named(program: Any, content: bytes, capsys: p
 
 
 def test_what_a_preset_says_counts_when_a_run_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    from examples.noisy_labels import command_line
+    from examples.noisy_labels.run import command_line
 
     command_line.parse(["--preset", "quick"]).settings.save(Path("config.json"))
     assert command_line.parse(["--resume", "--preset", "quick", "--out", "."]).resume

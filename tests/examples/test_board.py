@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from examples.noisy_labels import cifar
-from examples.noisy_labels.training import Run
+from examples.noisy_labels.run.training import Run
 from killing import log_of
 
 pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")

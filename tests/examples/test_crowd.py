@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import label_errors
 from examples.noisy_labels import crowd
-from examples.noisy_labels.own import reading
-from examples.noisy_labels.own.options import Options
+from examples.noisy_labels.data import own as reading
+from examples.noisy_labels.run.options import Options
 
 
 def test_a_crowd_depends_on_its_seed_alone() -> None:

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.noisy_labels import checkpoint, cifar, files, own_data, pictures
-from examples.noisy_labels.log import Log
-from examples.noisy_labels.own import drawings, model
+from examples.noisy_labels import cifar, own_data
+from examples.noisy_labels.report import model, pictures
+from examples.noisy_labels.report import own_pictures as drawings
+from examples.noisy_labels.run import checkpoint, files
+from examples.noisy_labels.run.log import Log
 from own_worlds import points, write, write_trusted
 
 SHORT = ["--dataset", "digits", "--method", "ebomlc", "--epochs", "2", "--log-interval", "5"]

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from examples.noisy_labels import accelerator, checkpoint, cifar, data, settings
-from examples.noisy_labels.settings import METHODS, Settings
-from examples.noisy_labels.training import Run
+from examples.noisy_labels import cifar
+from examples.noisy_labels.data import pools as data
+from examples.noisy_labels.run import accelerator, checkpoint, settings
+from examples.noisy_labels.run.settings import METHODS, Settings
+from examples.noisy_labels.run.training import Run
 
 SMALL = {"network": "small", "train_images": 120, "clean_fraction": 0.25, "batch_size": 20, "epochs": 2}
 

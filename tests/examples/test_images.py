@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from examples.noisy_labels import archives, data, download
-from examples.noisy_labels.augment import crop_and_flip
-from examples.noisy_labels.batches import Batches
-from examples.noisy_labels.randomness import generator
-from examples.noisy_labels.settings import Settings
+from examples.noisy_labels.data import archives, download
+from examples.noisy_labels.data import pools as data
+from examples.noisy_labels.data.augment import crop_and_flip
+from examples.noisy_labels.data.batches import Batches
+from examples.noisy_labels.data.randomness import generator
+from examples.noisy_labels.run.settings import Settings
 from fake_images import PER_CLASS, fake_images
 
 CPU = torch.device("cpu")

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from examples.noisy_labels import recipes
-from examples.noisy_labels.batches import Batch
-from examples.noisy_labels.enhanced_label_correction import EnhancedLabelCorrection, Teacher, adversarial
-from examples.noisy_labels.models import Corrector, Perceptron
-from examples.noisy_labels.recipes import MetaLabelCorrection
-from examples.noisy_labels.settings import Settings
+from examples.noisy_labels.data.batches import Batch
+from examples.noisy_labels.recipes import build as recipes
+from examples.noisy_labels.recipes.build import MetaLabelCorrection
+from examples.noisy_labels.recipes.enhanced_label_correction import EnhancedLabelCorrection, Teacher, adversarial
+from examples.noisy_labels.recipes.models import Corrector, Perceptron
+from examples.noisy_labels.run.settings import Settings
 
 OPTIONS: dict[str, Any] = {"dataset": "digits", "network": "mlp", "noise": "flip", "augment": False}
 CPU = torch.device("cpu")

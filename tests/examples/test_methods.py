@@ -11,11 +11,12 @@ import torch
 
 import bilevel
 from benchmarks import noisy_labels_table
-from examples.noisy_labels import command_line, recipes
-from examples.noisy_labels.methods import PRINTED, RECIPES
-from examples.noisy_labels.models import Corrector, corrector
-from examples.noisy_labels.recipes import MetaLabelCorrection
-from examples.noisy_labels.settings import Settings
+from examples.noisy_labels.recipes import build as recipes
+from examples.noisy_labels.recipes.build import MetaLabelCorrection
+from examples.noisy_labels.recipes.methods import PRINTED, RECIPES
+from examples.noisy_labels.recipes.models import Corrector, corrector
+from examples.noisy_labels.run import command_line
+from examples.noisy_labels.run.settings import Settings
 
 DIGITS: dict[str, Any] = {"dataset": "digits", "network": "mlp"}
 CPU = torch.device("cpu")

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.noisy_labels import archives, cifar, data, noise
-from examples.noisy_labels.randomness import generator
-from examples.noisy_labels.settings import Settings
+from examples.noisy_labels import cifar
+from examples.noisy_labels.data import archives, noise
+from examples.noisy_labels.data import pools as data
+from examples.noisy_labels.data.randomness import generator
+from examples.noisy_labels.run.settings import Settings
 
 GROUPS = torch.arange(100) % 20  # any assignment of 100 classes to 20 superclasses of 5
 

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from examples.noisy_labels import data, decoding, evaluation
-from examples.noisy_labels.batches import Batch, Batches
-from examples.noisy_labels.ours import Ours, Temper
-from examples.noisy_labels.ours_barrier import OursBarrier
-from examples.noisy_labels.settings import Settings
-from examples.noisy_labels.training import Run
+from examples.noisy_labels.data import pools as data
+from examples.noisy_labels.data.batches import Batch, Batches
+from examples.noisy_labels.recipes import decoding
+from examples.noisy_labels.recipes.ours import Ours, Temper
+from examples.noisy_labels.recipes.ours_barrier import OursBarrier
+from examples.noisy_labels.run import evaluation
+from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.training import Run
 
 CPU = torch.device("cpu")
 PLAIN: dict[str, Any] = {"method": "ours", "dataset": "digits", "network": "mlp", "lr": 0.3, "momentum": 0.0}

@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from examples.noisy_labels import checkpoint, interruption, own_data
-from examples.noisy_labels.own import drawings, model, options, reading
-from examples.noisy_labels.own.options import Options
-from examples.noisy_labels.own.run import Run
+from examples.noisy_labels import own_data
+from examples.noisy_labels.data import own as reading
+from examples.noisy_labels.report import model
+from examples.noisy_labels.report import own_pictures as drawings
+from examples.noisy_labels.run import checkpoint, interruption, options
+from examples.noisy_labels.run.options import Options
+from examples.noisy_labels.run.own_run import Run
 from own_worlds import CENTRES, pictures, points, read, write, write_trusted
 
 SHORT = [

@@ -14,12 +14,14 @@ from PIL import Image
 from torch.nn.functional import one_hot
 
 from examples.noisy_labels import own_data
-from examples.noisy_labels.models import Corrector
-from examples.noisy_labels.own import features, images, labels, networks, reading, table
-from examples.noisy_labels.own.networks import VoteCorrector
-from examples.noisy_labels.own.options import Options
-from examples.noisy_labels.own.run import Run
-from examples.noisy_labels.own.samples import Samples, hold_out
+from examples.noisy_labels.data import features, images, labels, table
+from examples.noisy_labels.data import own as reading
+from examples.noisy_labels.data.samples import Samples, hold_out
+from examples.noisy_labels.recipes import own_networks as networks
+from examples.noisy_labels.recipes.models import Corrector
+from examples.noisy_labels.recipes.own_networks import VoteCorrector
+from examples.noisy_labels.run.options import Options
+from examples.noisy_labels.run.own_run import Run
 from own_worlds import NAMES, Rows, pictures, points, write, write_trusted
 
 REPOSITORY = Path(__file__).parents[2]

@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from examples.noisy_labels import interruption, own_data
-from examples.noisy_labels.own import drawings, judgement, parquet, reading
-from examples.noisy_labels.own.network_way import NetworkWay
-from examples.noisy_labels.own.options import Options
-from examples.noisy_labels.own.problem import UNKNOWN
+from examples.noisy_labels import own_data
+from examples.noisy_labels.data import own as reading
+from examples.noisy_labels.data import parquet
+from examples.noisy_labels.report import own_pictures as drawings
+from examples.noisy_labels.run import interruption
+from examples.noisy_labels.run.options import Options
+from examples.noisy_labels.verdict import judgement
+from examples.noisy_labels.verdict.network_way import NetworkWay
+from examples.noisy_labels.verdict.problem import UNKNOWN
 from own_worlds import Rows, pictures, points, read, write, write_trusted
 
 SHORT = ["--epochs", "4", "--batch-size", "20", "--log-interval", "2"]

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 import bilevel
-from examples.noisy_labels import command_line, compare, data
-from examples.noisy_labels.enhanced_label_correction import EnhancedLabelCorrection
-from examples.noisy_labels.label_correction import split
-from examples.noisy_labels.learning_to_reweight import LearningToReweight
-from examples.noisy_labels.meta_weight_net import MetaWeightNet
-from examples.noisy_labels.recipes import MetaLabelCorrection
-from examples.noisy_labels.settings import Settings
-from examples.noisy_labels.training import Run
+from examples.noisy_labels.data import pools as data
+from examples.noisy_labels.recipes.build import MetaLabelCorrection
+from examples.noisy_labels.recipes.enhanced_label_correction import EnhancedLabelCorrection
+from examples.noisy_labels.recipes.label_correction import split
+from examples.noisy_labels.recipes.learning_to_reweight import LearningToReweight
+from examples.noisy_labels.recipes.meta_weight_net import MetaWeightNet
+from examples.noisy_labels.run import command_line, compare
+from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.training import Run
 
 METHODS = ("mlc", "emlc", "emlc-one-step", "l2rw", "mwnet", "pmwnet", "coteaching-plus", "dividemix")
 

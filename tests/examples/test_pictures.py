@@ -12,7 +12,8 @@ import torch
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from examples.noisy_labels import data, pictures
+from examples.noisy_labels.data import pools as data
+from examples.noisy_labels.report import pictures
 
 
 @pytest.fixture

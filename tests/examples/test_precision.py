@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from examples.noisy_labels import data, evaluation
-from examples.noisy_labels.models import Corrector, ResNet
-from examples.noisy_labels.precision import mixed_precision
-from examples.noisy_labels.settings import METHODS, Settings
-from examples.noisy_labels.training import Run
+from examples.noisy_labels.data import pools as data
+from examples.noisy_labels.recipes.models import Corrector, ResNet
+from examples.noisy_labels.recipes.precision import mixed_precision
+from examples.noisy_labels.run import evaluation
+from examples.noisy_labels.run.settings import METHODS, Settings
+from examples.noisy_labels.run.training import Run
 
 DIGITS: dict[str, Any] = {"dataset": "digits", "network": "mlp", "noise": "flip", "augment": False}
 CPU = torch.device("cpu")

@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.noisy_labels import cifar, command_line, compare, noise, results
-from examples.noisy_labels.compare import Outcome
-from examples.noisy_labels.evaluation import recovery
-from examples.noisy_labels.settings import Settings
+from examples.noisy_labels import cifar
+from examples.noisy_labels.data import noise
+from examples.noisy_labels.report import results
+from examples.noisy_labels.run import command_line, compare
+from examples.noisy_labels.run.compare import Outcome
+from examples.noisy_labels.run.evaluation import recovery
+from examples.noisy_labels.run.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]
 SHORT = ["--dataset", "digits", "--epochs", "2", "--log-interval", "5"]

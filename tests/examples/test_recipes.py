@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.noisy_labels import data, recipes
-from examples.noisy_labels.batches import Batch
-from examples.noisy_labels.label_correction import LabelCorrection
-from examples.noisy_labels.label_correction import split as split_batch
-from examples.noisy_labels.models import Corrector, Perceptron
-from examples.noisy_labels.recipes import MetaLabelCorrection, Supervised
-from examples.noisy_labels.settings import METHODS, Settings
-from examples.noisy_labels.training import Run
+from examples.noisy_labels.data import pools as data
+from examples.noisy_labels.data.batches import Batch
+from examples.noisy_labels.recipes import build as recipes
+from examples.noisy_labels.recipes.build import MetaLabelCorrection, Supervised
+from examples.noisy_labels.recipes.label_correction import LabelCorrection
+from examples.noisy_labels.recipes.label_correction import split as split_batch
+from examples.noisy_labels.recipes.models import Corrector, Perceptron
+from examples.noisy_labels.run.settings import METHODS, Settings
+from examples.noisy_labels.run.training import Run
 
 OPTIONS: dict[str, Any] = {"dataset": "digits", "network": "mlp", "noise": "flip", "augment": False}
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from examples.noisy_labels.batches import Batch
-from examples.noisy_labels.learning_to_reweight import LearningToReweight
-from examples.noisy_labels.meta_weight_net import MetaWeightNet
-from examples.noisy_labels.models import Perceptron
-from examples.noisy_labels.probabilistic_weight_net import PosteriorNet, ProbabilisticWeightNet, draw
-from examples.noisy_labels.randomness import generator
-from examples.noisy_labels.settings import Settings
+from examples.noisy_labels.data.batches import Batch
+from examples.noisy_labels.data.randomness import generator
+from examples.noisy_labels.recipes.learning_to_reweight import LearningToReweight
+from examples.noisy_labels.recipes.meta_weight_net import MetaWeightNet
+from examples.noisy_labels.recipes.models import Perceptron
+from examples.noisy_labels.recipes.probabilistic_weight_net import PosteriorNet, ProbabilisticWeightNet, draw
+from examples.noisy_labels.run.settings import Settings
 
 PLAIN: dict[str, Any] = {"dataset": "digits", "network": "mlp", "lr": 0.3, "momentum": 0.0, "weight_decay": 0.0}
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from examples.noisy_labels import data, select_settings
-from examples.noisy_labels.data import Task
+from examples.noisy_labels import select_settings
+from examples.noisy_labels.data import pools as data
+from examples.noisy_labels.data.pools import Task
+from examples.noisy_labels.run.settings import Settings
 from examples.noisy_labels.select_settings import Trial
-from examples.noisy_labels.settings import Settings
 
 SMALL: dict[str, Any] = {"method": "em", "network": "small", "noise": "flip", "device": "cpu", "epochs": 1, "seed": 7}
 SMALL |= {"clean_fraction": 0.5, "batch_size": 10}

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from examples import ebomlc_cifar
-from examples.noisy_labels import command_line, data
-from examples.noisy_labels.training import Run
+from examples.noisy_labels.data import pools as data
+from examples.noisy_labels.run import command_line
+from examples.noisy_labels.run.training import Run
 
 SCRIPT = Path(ebomlc_cifar.__file__)
 CPU = torch.device("cpu")

@@ -9,14 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.noisy_labels import data, decoding, evaluation, recipes
-from examples.noisy_labels.batches import Batch
-from examples.noisy_labels.expectation_maximization import Counts, ExpectationMaximization
-from examples.noisy_labels.gold_loss_correction import GoldLossCorrection
-from examples.noisy_labels.mixed import Mixed
-from examples.noisy_labels.models import Perceptron
-from examples.noisy_labels.settings import Settings
-from examples.noisy_labels.training import Run
+from examples.noisy_labels.data import pools as data
+from examples.noisy_labels.data.batches import Batch
+from examples.noisy_labels.recipes import build as recipes
+from examples.noisy_labels.recipes import decoding
+from examples.noisy_labels.recipes.expectation_maximization import Counts, ExpectationMaximization
+from examples.noisy_labels.recipes.gold_loss_correction import GoldLossCorrection
+from examples.noisy_labels.recipes.mixed import Mixed
+from examples.noisy_labels.recipes.models import Perceptron
+from examples.noisy_labels.run import evaluation
+from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.training import Run
 
 CPU = torch.device("cpu")
 PLAIN: dict[str, Any] = {"dataset": "digits", "network": "mlp", "lr": 0.3, "momentum": 0.0, "weight_decay": 0.0}

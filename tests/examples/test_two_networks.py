@@ -11,14 +11,15 @@ import torch
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
-from examples.noisy_labels import data, divide_mix
-from examples.noisy_labels.batches import Batch
-from examples.noisy_labels.co_teaching import CoTeachingPlus, choose
-from examples.noisy_labels.divide_mix import DivideMix
-from examples.noisy_labels.loss_mixture import LossMixture
-from examples.noisy_labels.models import Perceptron
-from examples.noisy_labels.settings import Settings
-from examples.noisy_labels.training import Run
+from examples.noisy_labels.data import pools as data
+from examples.noisy_labels.data.batches import Batch
+from examples.noisy_labels.recipes import divide_mix
+from examples.noisy_labels.recipes.co_teaching import CoTeachingPlus, choose
+from examples.noisy_labels.recipes.divide_mix import DivideMix
+from examples.noisy_labels.recipes.loss_mixture import LossMixture
+from examples.noisy_labels.recipes.models import Perceptron
+from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.training import Run
 
 PLAIN: dict[str, Any] = {"dataset": "digits", "network": "mlp", "lr": 0.3, "momentum": 0.0, "weight_decay": 0.0}
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from examples.noisy_labels.own import calibration, folds, intervals, judging, promise, verdict, ways
-from examples.noisy_labels.own.calibration import Temperature
-from examples.noisy_labels.own.intervals import Comparison
-from examples.noisy_labels.own.problem import UNKNOWN, Problem
+from examples.noisy_labels.verdict import calibration, folds, intervals, judging, promise, ways
+from examples.noisy_labels.verdict import decision as verdict
+from examples.noisy_labels.verdict.calibration import Temperature
+from examples.noisy_labels.verdict.intervals import Comparison
+from examples.noisy_labels.verdict.problem import UNKNOWN, Problem
 
 Array = np.ndarray
 CLASSES = 4
