@@ -12,14 +12,16 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 
+from examples.noisy_labels.run import evaluation
 from examples.noisy_labels.run.options import Options
-from examples.noisy_labels.run.own_run import Run
+from examples.noisy_labels.run.training import Run
 from examples.noisy_labels.verdict import arrays, classifiers, judging, ways
 from examples.noisy_labels.verdict.findings import Report
 from examples.noisy_labels.verdict.network_way import NetworkWay
@@ -129,9 +131,9 @@ class LabelCorrector(BaseEstimator):  # type: ignore[misc]
             rule = f"has {features.shape[1]} features, and {self.n_features_in_} were learned from"
             raise ValueError(f"LabelCorrector.predict_proba(X): {rule}. Give the same columns.")
         if isinstance(self._model, Run):
-            with torch.no_grad():
-                self._model.method.train(False)
-                return np.asarray(self._model.method.predict(torch.from_numpy(features).float()).double().numpy())
+            task = replace(self._model.task, samples=torch.from_numpy(features).float())
+            everyone = torch.arange(len(features))
+            return np.asarray(evaluation.predictions(self._model.recipe, task, everyone).double().numpy())
         probabilities = np.zeros((len(features), len(self.classes_)))
         probabilities[:, self._model.classes_.astype(int)] = self._model.predict_proba(features)
         return probabilities

@@ -46,7 +46,7 @@ def logged_points(folder: Path) -> Points:
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cifar, "_present", lambda *_: None)
+    monkeypatch.setattr(cifar, "write", lambda *_: None)
 
 
 class KilledError(Exception):

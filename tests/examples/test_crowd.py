@@ -51,9 +51,9 @@ def test_its_files_are_read_as_what_it_is(tmp_path: Path, capsys: pytest.Capture
     read = reading.read(Options(table=table, annotators=annotators, trusted=trusted, hold_out=0.0)).samples
     made = label_errors.samples_of(crowd.make(5))
     assert (read.ids, read.names) == (made.ids, made.names)
-    for name in ("votes", "labels", "noisy", "trusted"):
+    for name in ("votes", "labels", "noisy", "clean", "given"):
         assert torch.equal(getattr(read, name), getattr(made, name))
-    assert torch.equal(read.inputs.sum(1), made.inputs.sum(1))  # columns are sorted: pixel_10 before pixel_2
+    assert torch.equal(read.samples.sum(1), made.samples.sum(1))  # columns are sorted: pixel_10 before pixel_2
     with (tmp_path / "truth.csv").open() as stream:
         assert [int(row["label"]) for row in csv.DictReader(stream)] == crowd.make(5).true.tolist()
 

@@ -18,7 +18,7 @@ TINY = ["--network", "small", "--train-images", "80", "--clean-fraction", "0.25"
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("curves", "label_heatmap", "suspicious"):
+    for name in ("curves", "label_heatmap", "contact_sheet"):
         monkeypatch.setattr(pictures, name, lambda *_: None)
 
 

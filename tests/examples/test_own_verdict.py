@@ -13,8 +13,8 @@ import pytest
 
 from examples.noisy_labels import own_data
 from examples.noisy_labels.data import own as reading
-from examples.noisy_labels.data import parquet
-from examples.noisy_labels.report import own_pictures as drawings
+from examples.noisy_labels.data import table
+from examples.noisy_labels.report import pictures as drawings
 from examples.noisy_labels.run import interruption
 from examples.noisy_labels.run.options import Options
 from examples.noisy_labels.verdict import judgement
@@ -27,7 +27,7 @@ SHORT = ["--epochs", "4", "--batch-size", "20", "--log-interval", "2"]
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("curves", "label_heatmap", "suspicious"):
+    for name in ("curves", "label_heatmap", "contact_sheet"):
         monkeypatch.setattr(drawings, name, lambda *_: None)
 
 
@@ -104,7 +104,7 @@ def test_groups_and_suspicious_samples_are_read(files: list[str], tmp_path: Path
     assert (problem.truth != UNKNOWN).sum() == 120
     assert problem.annotations.shape == (300, 1)
     assert "patient" not in data.notes[0]
-    assert len(data.samples.held_out) == 0, "all trusted samples train, because all of them judge in turn"
+    assert len(data.samples.test) == 0, "all trusted samples train, because all of them judge in turn"
     (tmp_path / "looked.txt").write_text("row200\n")
     with pytest.raises(ValueError, match="'row200' is not trusted"):
         reading.read(options)
@@ -229,11 +229,15 @@ def test_parquet_in_and_out(files: list[str], tmp_path: Path) -> None:
 
 def test_missing_cells_of_parquet_are_empty() -> None:
     numpy_nan, nothing = float("nan"), None
-    assert [parquet._text(one) for one in (3.0, 2.5, numpy_nan, nothing, " x ", 7)] == ["3", "2.5", "", "", "x", "7"]
+    assert [table._text(one) for one in (3.0, 2.5, numpy_nan, nothing, " x ", 7)] == ["3", "2.5", "", "", "x", "7"]
 
 
 def test_parquet_without_its_reader_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
-    monkeypatch.setitem(__import__("sys").modules, "pandas", None)
-    with pytest.raises(ValueError, match=r"read and written by pandas and pyarrow, which are not installed"):
+
+    def missing(*_: Any) -> None:
+        raise ImportError
+
+    monkeypatch.setattr("pandas.read_parquet", missing)
+    with pytest.raises(ValueError, match=r"read and written by pyarrow, which is not installed"):
         reading.read(Options(table=str(tmp_path / "t.parquet"), trusted="c.csv"))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.noisy_labels.data.batches import Batch
-from examples.noisy_labels.recipes.build import MetaLabelCorrection
+from examples.noisy_labels.recipes.meta_label_correction import MetaLabelCorrection
 from examples.noisy_labels.recipes.models import Corrector
 from examples.noisy_labels.run.settings import Settings
 

@@ -33,7 +33,7 @@ class KilledError(Exception):
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("curves", "label_heatmap", "suspicious"):  # drawn in test_program.py; slow, and not the point here
+    for name in ("curves", "label_heatmap", "contact_sheet"):  # drawn in test_program.py; slow, and not the point here
         monkeypatch.setattr(pictures, name, lambda *_: None)
 
 

@@ -123,7 +123,7 @@ def test_failures_are_recorded_and_tried_again(tmp_path: Path) -> None:
         ("digits-flip0.4-ebomlc-seed1", 3),
         ("digits-flip0.4-em-seed1", 1),
     ]
-    assert all((line["code"], line["said"][-1]) == (1, "it broke") for line in lines)
+    assert all((line["code"], line["output"][-1]) == (1, "it broke") for line in lines)
     # The next call tries it once more than it is told to repeat: it now works.
     assert pool.train(found, Interruption()) == []
 

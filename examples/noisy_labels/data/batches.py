@@ -1,4 +1,4 @@
-"""Endless shuffled batches of images that live on the device, with a position that can be saved."""
+"""Endless shuffled batches of samples that live on the device, with a position that can be saved."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from examples.noisy_labels.data.augment import crop_and_flip
-from examples.noisy_labels.data.pools import Task
 from examples.noisy_labels.data.randomness import generator
+from examples.noisy_labels.data.task import Task
 
 
 class Batch(NamedTuple):
-    """Normalised inputs, and their labels: given ones for noisy images, true ones for trusted images.
+    """Normalised inputs, and their labels: given ones for noisy samples, true ones for trusted samples.
 
-    ``shown`` is what a corrector is told to be the given label. It differs from ``labels`` only for trusted images,
-    and only if some of their labels are corrupted on purpose, so that copying is not the best answer.
+    ``given`` is what a corrector is told to be the given label. It differs from ``labels`` only for trusted samples:
+    where their mistaken label is known, or where some are corrupted on purpose, so that copying is not the best answer.
     """
 
     inputs: Tensor
     labels: Tensor
-    shown: Tensor
+    given: Tensor
 
 
 B = TypeVar("B")
@@ -31,7 +31,7 @@ B = TypeVar("B")
 class Shuffled(abc.ABC, Generic[B]):
     """Iterates for ever over one part of a data set, reshuffled for each pass.
 
-    What is left over at the end of a pass is dropped, because a last batch of one or two would spoil batch statistics;
+    What is left over at the end of a pass is left out, because a last batch of one or two would spoil batch statistics;
     the next shuffle brings it back. A part smaller than the batch size is one batch.
 
     Args:
@@ -76,23 +76,18 @@ class Shuffled(abc.ABC, Generic[B]):
         self.position = state["position"]
 
 
-def cut(task: Task, index: Tensor, stream: torch.Generator, *, augment: bool) -> Tensor:
-    """Return the inputs of some images, cropped and mirrored at random if they are to be augmented."""
-    return task.inputs(crop_and_flip(task.pixels, index, stream) if augment else task.pixels[index])
-
-
 class Batches(Shuffled[Batch]):
-    """Batches of the images of one part.
+    """Batches of one part of a task.
 
     Args:
-        task: Images and parts.
-        index: Positions of the images in ``task.pixels``.
-        labels: Their labels, in the same order.
-        size: Images per batch.
+        task: Samples and parts.
+        index: Positions of the samples in the task.
+        labels: What is learned, in the same order: classes, or shares of them.
+        size: Samples per batch.
         seed, purpose: Name the random stream of the order and of the crops.
         augment: Whether to crop and mirror at random.
-        views: How often each image of a batch is augmented; all images come once, then all once more.
-        corrupt: Share of the shown labels that are drawn anew, uniformly from all classes.
+        views: How often each sample of a batch is augmented; all come once, then all once more.
+        corrupt: For each sample the probability that its given label is drawn anew, uniformly from all classes.
     """
 
     def __init__(
@@ -106,22 +101,25 @@ class Batches(Shuffled[Batch]):
         purpose: str,
         augment: bool,
         views: int = 1,
-        corrupt: float = 0.0,
+        corrupt: Tensor | None = None,
     ) -> None:
         super().__init__(index, size=size, seed=seed, purpose=purpose)
-        self.task, self.labels, self.augment, self.corrupt = task, labels, augment, corrupt
-        self.views = views
+        self.task, self.labels, self.augment, self.views = task, labels, augment, views
+        self.corrupt = corrupt if corrupt is not None and bool(corrupt.any()) else None
 
     def batch(self, chosen: Tensor) -> Batch:
-        """Cut, crop and mirror the chosen images, all at once."""
+        """Cut, crop and mirror the chosen samples, all at once."""
         chosen = chosen.repeat(self.views)
-        inputs = cut(self.task, self.index[chosen], self.stream, augment=self.augment)
-        labels = self.labels[chosen]
-        return Batch(inputs, labels, self._shown(labels))
+        inputs = self.task.inputs(self.index[chosen], self.stream if self.augment else None)
+        return Batch(inputs, self.labels[chosen], self._given(chosen))
 
-    def _shown(self, labels: Tensor) -> Tensor:
-        if self.corrupt == 0:
-            return labels
-        device, stream = labels.device, self.stream
-        drawn = torch.randint(len(self.task.names), labels.shape, device=device, generator=stream)
-        return torch.where(torch.rand(labels.shape, device=device, generator=stream) < self.corrupt, drawn, labels)
+    def _given(self, chosen: Tensor) -> Tensor:
+        given = self.task.given[self.index[chosen]]
+        if self.corrupt is None:
+            return given
+        classes, device = len(self.task.names), given.device
+        drawn = torch.randint(classes, (len(chosen),), device=device, generator=self.stream)
+        random = torch.rand(len(chosen), device=device, generator=self.stream) < self.corrupt[chosen]
+        if given.ndim == 1:
+            return torch.where(random, drawn, given)
+        return torch.where(random.unsqueeze(1), functional.one_hot(drawn, classes).to(given.dtype), given)

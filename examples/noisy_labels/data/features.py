@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pandas
 import torch
+from sklearn.preprocessing import OneHotEncoder
 from torch import Tensor
 
 from examples.noisy_labels.data.table import Table
 from examples.noisy_labels.run.options import Options
 
-EMPTY = {"", "na", "n/a", "nan", "null", "none", "-", "?"}
+EMPTY = ("", "na", "n/a", "nan", "null", "none", "-", "?")
 MANY_CATEGORIES = 200
+LARGEST = 1e150  # squares must be finite for the standard deviation
 
 
 @dataclass(frozen=True)
@@ -36,49 +38,35 @@ class Encoding:
     missing: str
     decimal: str
 
-    @property
-    def width(self) -> int:
-        """Return how many numbers a row becomes."""
-        return len(self.numeric) + sum(map(len, self.categories.values()))
-
     def encode(self, table: Table) -> Tensor:
-        """Return the features of all rows, float64 (rows, width)."""
-        parts = [self._numbers(table, name)[:, None] for name in self.numeric]
+        """Return the features of all rows, float64, the numeric ones first."""
+        parts = []
+        for name in self.numeric:
+            values = numbers(table, name, self.decimal)
+            if np.isnan(values).any() and name not in self.fill:
+                raise ValueError(_empty(table, int(np.isnan(values).argmax()), name))
+            parts.append(np.nan_to_num(values, nan=self.fill.get(name, 0.0))[:, None])
         for name, known in self.categories.items():
-            cells = np.array(table.column(name, "categorical"), dtype=object)
-            self._refuse_empty(table, name)
-            parts.append((cells[:, None] == np.array(known, dtype=object)[None]).astype(np.float64))
+            cells = pandas.Series(table.column(name, "categorical"))
+            empty = cells.str.lower().isin(EMPTY)
+            if empty.any() and self.missing == "refuse":
+                raise ValueError(_empty(table, int(empty.argmax()), name))
+            encoder = OneHotEncoder(categories=[list(known)], handle_unknown="ignore", sparse_output=False)
+            parts.append(encoder.fit_transform(cells.to_frame()))
         return torch.from_numpy(np.concatenate(parts, axis=1))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, which can be saved with tensors."""
         return asdict(self)
 
-    def _numbers(self, table: Table, name: str) -> np.ndarray:
-        cells = table.column(name, "features")
-        values = np.array([number(table, row, name, cell, self.decimal) for row, cell in enumerate(cells)])
-        empty = np.isnan(values)
-        if empty.any() and name not in self.fill:
-            raise ValueError(_empty(table, int(empty.argmax()), name))
-        return np.where(empty, self.fill.get(name, 0.0), values)
-
-    def _refuse_empty(self, table: Table, name: str) -> None:
-        if self.missing == "mean":
-            return
-        for row, cell in enumerate(table.columns[name]):
-            if cell.lower() in EMPTY:
-                raise ValueError(_empty(table, row, name))
-
 
 def fit(table: Table, options: Options, features: Sequence[str], rows: Sequence[int]) -> Encoding:
     """Learn categories and means from the rows that are trained on."""
-    categorical = sorted(options.categorical or ())
-    for name in categorical:
-        table.column(name, "categorical")
-    numeric = sorted(set(features) - set(categorical))
+    numeric = sorted(set(features) - set(options.categorical or ()))
     categories = {}
-    for name in categorical:
-        known = sorted({table.columns[name][row] for row in rows} - ({""} if options.missing == "mean" else set()))
+    for name in sorted(options.categorical or ()):
+        cells = table.column(name, "categorical")
+        known = sorted({cells[row] for row in rows} - ({""} if options.missing == "mean" else set()))
         if len(known) > MANY_CATEGORIES:
             rule = f"has {len(known)} categories, and at most {MANY_CATEGORIES} are sensible"
             raise ValueError(f"Table({table.file.name}, categorical={name!r}): {rule}. Is it a name? Use --ignore.")
@@ -89,34 +77,27 @@ def fit(table: Table, options: Options, features: Sequence[str], rows: Sequence[
     fill: dict[str, float] = {}
     if options.missing == "mean":
         for name in numeric:
-            values = [number(table, row, name, table.column(name, "features")[row], options.decimal) for row in rows]
-            known_values = [value for value in values if not math.isnan(value)]
-            fill[name] = math.fsum(known_values) / len(known_values) if known_values else 0.0
+            values = numbers(table, name, options.decimal)[list(rows)]
+            fill[name] = 0.0 if np.isnan(values).all() else float(np.nanmean(values))
     return Encoding(tuple(numeric), categories, fill, options.missing, options.decimal)
 
 
-def number(table: Table, row: int, name: str, cell: str, decimal: str) -> float:
-    """Return the number in a cell, NaN if the cell is empty."""
-    if cell.lower() in EMPTY:
-        return math.nan
-    try:
-        value = float(cell.replace(decimal, ".") if decimal == "," else cell)
-    except ValueError:
+def numbers(table: Table, name: str, decimal: str) -> np.ndarray:
+    """Return the numbers in a column, NaN where a cell is empty."""
+    cells = pandas.Series(table.column(name, "features"))
+    empty = cells.str.lower().isin(EMPTY)
+    written = cells.str.replace(decimal, ".", regex=False).mask(empty)
+    values = pandas.to_numeric(written, errors="coerce").to_numpy(dtype=float)
+    for wrong in np.flatnonzero(np.isnan(values) & ~empty.to_numpy())[:1]:
         advice = "Name columns of text with --categorical, or leave them out with --ignore"
-        if decimal == "." and _is_number(cell.replace(",", ".")):
-            advice = "Decimal commas are said with --decimal ,"
-        raise ValueError(f"Table({table.where(row)}, column {name!r}): {cell!r} is not a number. {advice}.") from None
-    if not math.isfinite(value) or abs(value) > 1e150:  # squares must be finite for the standard deviation
-        raise ValueError(f"Table({table.where(row)}, column {name!r}): {cell} is too large for a feature. Correct it.")
-    return value
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
+        if decimal == "." and pandas.notna(pandas.to_numeric(cells[wrong].replace(",", "."), errors="coerce")):
+            advice = "Decimal commas are read with --decimal ,"
+        rule = f"{cells[wrong]!r} is not a number"
+        raise ValueError(f"Table({table.where(wrong)}, column {name!r}): {rule}. {advice}.")
+    for large in np.flatnonzero(np.abs(values) > LARGEST)[:1]:
+        rule = f"{cells[large]} is too large for a feature"
+        raise ValueError(f"Table({table.where(large)}, column {name!r}): {rule}. Correct it.")
+    return np.asarray(values)
 
 
 def _empty(table: Table, row: int, name: str) -> str:

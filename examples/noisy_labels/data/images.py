@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pandas
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -24,8 +25,8 @@ def folder_as_table(folder: Path) -> Table:
         if len(file.parts) < 2:
             rule = f"{file} is in no folder, and the folders' names are the labels"
             raise ValueError(f"Images({folder}): {rule}. Move it, or give the labels with --table.")
-    columns = {"file": [file.as_posix() for file in files], "label": [file.parts[0] for file in files]}
-    return Table(folder, columns, [i + 1 for i in range(len(files))])
+    cells = {"file": [file.as_posix() for file in files], "label": [file.parts[0] for file in files]}
+    return Table(folder, pandas.DataFrame(cells, index=range(1, len(files) + 1)))
 
 
 def read(files: Iterable[Path], size: int) -> Tensor:

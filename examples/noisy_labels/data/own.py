@@ -10,13 +10,17 @@ import numpy as np
 import torch
 
 from examples.noisy_labels.data import features, images, labels
+from examples.noisy_labels.data import samples as own
 from examples.noisy_labels.data import table as tables
 from examples.noisy_labels.data.features import Encoding
 from examples.noisy_labels.data.labels import Known
-from examples.noisy_labels.data.samples import UNKNOWN, Samples, hold_out
+from examples.noisy_labels.data.samples import Samples, hold_out
 from examples.noisy_labels.data.table import Table
+from examples.noisy_labels.data.task import UNKNOWN
 from examples.noisy_labels.run.options import Options
 from examples.noisy_labels.verdict.problem import Problem
+
+LISTED = 6  # features in a note
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,19 @@ class Data:
     encoding: Encoding | None
     notes: tuple[str, ...]
     problem: Problem
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The labels of all rows: votes, what each annotator answered, the trusted class or `UNKNOWN`, and the parts."""
+
+    names: tuple[str, ...]
+    votes: torch.Tensor
+    annotations: np.ndarray
+    labels: torch.Tensor
+    noisy: torch.Tensor
+    clean: torch.Tensor
+    test: torch.Tensor
 
 
 def read(options: Options) -> Data:
@@ -54,29 +71,32 @@ def read(options: Options) -> Data:
         raise ValueError(
             f"Test({options.test}): {rule}. A sample can be one of both; with neither list change --hold-out."
         )
-    samples, notes, annotations = _labelled(table, ids, columns, trusted, test, options)
-    problem = _problem(table, samples, annotations, list(test), options)
-    training = torch.cat([samples.noisy, samples.trusted]).tolist()
+    parts, notes = _labelled(table, ids, columns, trusted, test, options)
+    problem = _problem(table, ids, parts, list(test), options)
+    encoding = None
     if folder is not None:
         files = table.column(options.file_column, "file_column")
         inputs = images.read((folder / Path(file.replace("\\", "/")) for file in files), options.image_size)
-        encoding = None
     else:
         used = _features(table, columns, options)
-        encoding = features.fit(table, options, used, training)
+        encoding = features.fit(table, options, used, torch.cat([parts.noisy, parts.clean]).tolist())
         inputs = encoding.encode(table)
-        shown = list(encoding.numeric) + [f"{name} (one-hot)" for name in encoding.categories]
-        more = f", ... and {len(shown) - 6} more" if len(shown) > 6 else ""
-        notes.insert(0, f"features: {', '.join(shown[:6])}{more}")
-    return Data(Samples(**{**vars(samples), "inputs": inputs}), encoding, tuple(notes), problem)
+        listed = list(encoding.numeric) + [f"{name} (one-hot)" for name in encoding.categories]
+        more = f", ... and {len(listed) - LISTED} more" if len(listed) > LISTED else ""
+        notes.insert(0, f"features: {', '.join(listed[:LISTED])}{more}")
+    samples = own.make(
+        inputs, parts.votes, parts.labels, soft=options.annotators is not None, ids=tuple(ids), names=parts.names,
+        noisy=parts.noisy, clean=parts.clean, test=parts.test, memory_format=options.memory_format,
+    )  # fmt: skip
+    return Data(samples, encoding, tuple(notes), problem)
 
 
 def _labelled(
     table: Table, ids: Sequence[str], columns: tuple[str, ...], trusted: Known, test: Known, options: Options
-) -> tuple[Samples, list[str], np.ndarray]:
-    """Return the samples, still without inputs, notes, and what each annotator said."""
+) -> tuple[Parts, list[str]]:
+    """Return the labels and parts of all rows, and notes."""
     rows, known = len(table), trusted | test
-    cells = [table.columns[name] for name in columns]
+    cells = [table.column(name, "label") for name in columns]
     # All labels at once, so that 3 in one column and 3.0 in another are one class.
     flat = labels.canonical([cell for column in cells for cell in column] + list(known.values()))
     given = [flat[i * rows : (i + 1) * rows] for i in range(len(columns))]
@@ -89,16 +109,14 @@ def _labelled(
         )
     votes = labels.count_votes(given, names)
     position = {name: i for i, name in enumerate(names)} | {"": UNKNOWN}
-    said = np.array([[position[cell] for cell in column] for column in given]).T.copy()
+    annotations = np.array([[position[cell] for cell in column] for column in given]).T.copy()
     answers = torch.full((rows,), UNKNOWN)
     for row, name in known.items():
         answers[row] = position[name]
-    everyone = torch.arange(rows)
-    noisy = everyone[answers == UNKNOWN]
-    for row in noisy.tolist():
-        if votes[row].sum() == 0:
-            rule = f"{ids[row]!r} has no label in {', '.join(columns)} and is not trusted"
-            raise ValueError(f"Table({table.where(row)}): {rule}. Give it a label, or take the row out.")
+    noisy = torch.where(answers == UNKNOWN)[0]
+    for row in noisy[votes[noisy].sum(1) == 0][:1].tolist():
+        rule = f"{ids[row]!r} has no label in {', '.join(columns)} and is not trusted"
+        raise ValueError(f"Table({table.where(row)}): {rule}. Give it a label, or take the row out.")
     if len(noisy) == 0:
         rule = "all samples are trusted, so there is nothing to correct"
         raise ValueError(f"Table({table.file.name}): {rule}. Trust only those whose labels were checked.")
@@ -116,33 +134,29 @@ def _labelled(
     if len(checked) and bool((votes[checked].argmax(1) == answers[checked]).all()):
         # They come from the same column, or that column was corrected: as examples of mistakes they would mislead.
         votes[checked] = 0
-        said[checked.numpy()] = UNKNOWN
+        annotations[checked.numpy()] = UNKNOWN
         notes.append(
             "the given labels of all trusted samples are right: they do not show which mistakes are made, so the "
-            f"corrector is told a random label for {100 * options.corrupt:.0f} % of them"
+            f"corrector is told a random label for {100 * options.corrupt_clean:.0f} % of them"
         )
-    samples = Samples(
-        ids=tuple(ids), names=names, inputs=torch.empty(0), votes=votes, labels=answers, noisy=noisy, trusted=kept,
-        held_out=aside,
-    )  # fmt: skip
-    return samples, notes, said
+    return Parts(names, votes, annotations, answers, noisy, kept, aside), notes
 
 
-def _problem(table: Table, samples: Samples, said: np.ndarray, test: list[int], options: Options) -> Problem:
+def _problem(table: Table, ids: Sequence[str], parts: Parts, test: list[int], options: Options) -> Problem:
     """Return the labels as the ways to correct them see them; samples of ``--test`` teach and judge nothing here."""
-    truth, judging = samples.labels.numpy().copy(), np.ones(len(samples.ids), dtype=bool)
-    truth[test], annotations = UNKNOWN, said.copy()
+    truth, judging = parts.labels.numpy().copy(), np.ones(len(ids), dtype=bool)
+    truth[test], annotations = UNKNOWN, parts.annotations.copy()
     annotations[test] = UNKNOWN
     groups = None
     if options.groups is not None:
         groups = np.unique(table.column(options.groups, "groups"), return_inverse=True)[1]
     if options.suspicious is not None:
-        for row in labels.rows_named(options.suspicious, "Suspicious", table, samples.ids, options):
+        for row in labels.rows_named(options.suspicious, "Suspicious", table, ids, options):
             if truth[row] == UNKNOWN:
-                rule = f"{samples.ids[row]!r} is not trusted. Only samples that were checked can be named here"
+                rule = f"{ids[row]!r} is not trusted. Only samples that were checked can be named here"
                 raise ValueError(f"Suspicious({options.suspicious}): {rule}.")
             judging[row] = False
-    return Problem(samples.names, annotations, truth, judging, groups)
+    return Problem(parts.names, annotations, truth, judging, groups)
 
 
 def _features(table: Table, columns: tuple[str, ...], options: Options) -> list[str]:

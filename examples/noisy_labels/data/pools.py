@@ -1,7 +1,7 @@
-"""Images on the device, dealt into trusted, noisy and test images that share none.
+"""CIFAR and the digits, split into trusted, noisy and test images that share none.
 
-All images of a data set are one uint8 tensor; the parts are positions in it. Every class is shuffled once and dealt
-out, so the parts are disjoint by construction and the trusted set has the same number of images of each class. Much
+All images of a data set are one uint8 tensor; the parts are positions in it. Every class is shuffled once and then
+split, so the parts are disjoint by construction and the trusted set has the same number of images of each class. Much
 published code draws the parts independently instead, which puts nearly all trusted images into the noisy set too.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from examples.noisy_labels.data import archives, download, human_labels, noise
 from examples.noisy_labels.data.randomness import generator
+from examples.noisy_labels.data.task import Task
 from examples.noisy_labels.run.settings import Settings
 
 DIGITS_TEST_IMAGES = 500
@@ -39,69 +40,25 @@ class Pool:
     groups: Tensor | None = None  # superclass of each class
 
 
-@dataclass(frozen=True)
-class Task:
-    """A noisy-label problem. ``clean``, ``noisy`` and ``test`` are positions in ``pixels`` and ``labels``."""
-
-    pixels: Tensor
-    labels: Tensor
-    clean: Tensor
-    noisy: Tensor
-    test: Tensor
-    given: Tensor  # the noisy labels, in the order of ``noisy``
-    names: tuple[str, ...]
-    mean: Tensor
-    std: Tensor
-    memory_format: torch.memory_format = torch.preserve_format  # order in memory of the inputs
-
-    def __post_init__(self) -> None:
-        if self.overlap:
-            raise ValueError(f"Task(overlap={self.overlap}): an image is in two of clean, noisy and test. Deal again.")
-
-    @property
-    def overlap(self) -> int:
-        """Return how many positions occur in more than one part, or twice in one."""
-        together = torch.cat([self.clean, self.noisy, self.test])
-        return len(together) - len(together.unique())
-
-    @property
-    def true(self) -> Tensor:
-        """Return the true labels of the noisy images; only for measuring, no method sees them."""
-        return self.labels[self.noisy]
-
-    def inputs(self, pixels: Tensor) -> Tensor:
-        """Turn a batch of uint8 pixels into normalised floating point inputs."""
-        ordered = pixels.to(memory_format=self.memory_format)  # while a pixel is still one byte
-        return (ordered.float() - self.mean) / self.std
-
-
 def load(settings: Settings, device: torch.device) -> Task:
-    """Read the images, deal them into parts and corrupt the labels of the noisy part."""
+    """Read the images, split them into parts and corrupt the labels of the noisy part."""
     if settings.transition is not None:  # the small file first: a mistake in it is told before the images are read
         noise.read(Path(settings.transition).expanduser(), settings.classes)
-    return dealt(digits() if settings.dataset == "digits" else cifar(settings.dataset, settings.data), settings, device)
+    pool = digits() if settings.dataset == "digits" else cifar(settings.dataset, settings.data)
+    return corrupted(pool, settings, device)
 
 
-def dealt(pool: Pool, settings: Settings, device: torch.device) -> Task:
-    """Deal images into parts, corrupt the labels of the noisy part and bring all to the device."""
+def corrupted(pool: Pool, settings: Settings, device: torch.device) -> Task:
+    """Split images into parts, corrupt the labels of the noisy part and bring all to the device."""
     clean, noisy, test = split(pool, settings)
-    given = given_labels(pool, noisy, settings)
-    shape = (1, -1, 1, 1)
-    return Task(
-        pixels=pool.pixels.to(device),
-        labels=pool.labels.to(device),
-        clean=clean.to(device),
-        noisy=noisy.to(device),
-        test=test.to(device),
-        given=given.to(device),
-        names=pool.names,
-        mean=torch.tensor(pool.mean, device=device).view(shape),
-        std=torch.tensor(pool.std, device=device).view(shape),
-        memory_format=settings.memory_format,
-    )
+    given = pool.labels.clone()
+    given[noisy] = noisy_labels(pool, noisy, settings)
+    mean, std = (torch.tensor(one).view(1, -1, 1, 1) for one in (pool.mean, pool.std))
+    order = settings.memory_format
+    return Task(pool.pixels, pool.labels, given, clean, noisy, test, pool.names, mean, std, order).to(device)
 
 
-def given_labels(pool: Pool, noisy: Tensor, settings: Settings) -> Tensor:
+def noisy_labels(pool: Pool, noisy: Tensor, settings: Settings) -> Tensor:
     """Return the noisy labels of the images at the positions ``noisy``."""
     if settings.noise == "human":
         training = pool.labels if pool.official_test is None else pool.labels[: int(pool.official_test[0])]
@@ -116,25 +73,25 @@ def given_labels(pool: Pool, noisy: Tensor, settings: Settings) -> Tensor:
 
 
 def split(pool: Pool, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """Deal the pool into clean, noisy and test positions, each sorted."""
+    """Split the pool into clean, noisy and test positions, each sorted."""
     classes, candidates, test = len(pool.names), torch.arange(len(pool.labels)), pool.official_test
     stream = generator(settings.seed, "split")
     if test is None:
         per_class = DIGITS_TEST_IMAGES // classes
-        test, candidates = deal(pool.labels, candidates, classes, per_class, stream)
+        test, candidates = take(pool.labels, candidates, classes, per_class, stream)
     else:
         candidates = candidates[~torch.isin(candidates, test)]
     if settings.train_images is not None:
-        candidates, _ = deal(pool.labels, candidates, classes, settings.train_images // classes, stream)
+        candidates, _ = take(pool.labels, candidates, classes, settings.train_images // classes, stream)
     per_class = max(1, round(settings.clean_fraction * len(candidates) / classes))
-    clean, noisy = deal(pool.labels, candidates, classes, per_class, stream)
+    clean, noisy = take(pool.labels, candidates, classes, per_class, stream)
     if len(noisy) == 0:
         rule = f"all {len(clean)} training images are trusted, and none is left to correct"
         raise ValueError(f"--clean-fraction {settings.clean_fraction}: {rule}. Trust a smaller share.")
     return clean, noisy, test[: settings.test_images]
 
 
-def deal(
+def take(
     labels: Tensor, candidates: Tensor, classes: int, per_class: int, stream: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Take ``per_class`` random candidates of each class; return them and the remaining ones."""

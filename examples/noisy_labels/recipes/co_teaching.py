@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from examples.noisy_labels.data.batches import Batch
+from examples.noisy_labels.data.task import Task
 from examples.noisy_labels.recipes.recipe import Scalars
 from examples.noisy_labels.recipes.two_networks import TwoNetworks
-from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.settings import Training
 
-DISAGREE_FROM = {"cifar100": 5 / 200}  # E as a share of all epochs
+DISAGREE_FROM = {100: 5 / 200}  # classes: E as a share of all epochs
 DISAGREE_FROM_ELSEWHERE = 20 / 200
 RATE_GROWS_FOR = 10 / 200  # E'
 
@@ -41,11 +42,14 @@ class CoTeachingPlus(TwoNetworks):
         settings: Options.
         network, second: The networks.
         wrong: tau, the share of wrong labels.
+        task: The images.
     """
 
-    def __init__(self, settings: Settings, network: nn.Module, second: nn.Module, wrong: float) -> None:
+    needs = ("second", "wrong", "task")
+
+    def __init__(self, settings: Training, network: nn.Module, second: nn.Module, wrong: float, task: Task) -> None:
         super().__init__(settings, network, second)
-        share = DISAGREE_FROM.get(settings.dataset, DISAGREE_FROM_ELSEWHERE)
+        share = DISAGREE_FROM.get(len(task.names), DISAGREE_FROM_ELSEWHERE)
         self.wrong = wrong
         self.disagree_from = max(1, round(share * settings.epochs))
         self.rate_grows_for = max(1.0, RATE_GROWS_FOR * settings.epochs)
@@ -64,10 +68,6 @@ class CoTeachingPlus(TwoNetworks):
     def rate(self) -> float:
         """Return the share that is dropped in this epoch."""
         return self.wrong * min(self.schedule.last_epoch / self.rate_grows_for, 1.0)
-
-    def correct(self, inputs: Tensor, given: Tensor) -> Tensor:
-        """Return the first network's opinion."""
-        return self.predict(inputs)
 
 
 def choose(losses: Tensor, candidates: Tensor, *, keep: float) -> Tensor:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from examples.noisy_labels.data.batches import Batch
-from examples.noisy_labels.data.pools import Task
+from examples.noisy_labels.data.task import Task
 from examples.noisy_labels.recipes.decoding import blend
 from examples.noisy_labels.recipes.loss_mixture import LossMixture
 from examples.noisy_labels.recipes.recipe import Scalars
@@ -55,6 +55,8 @@ CHUNK = 500  # images per forward pass when losses are taken; only memory depend
 class DivideMix(TwoNetworks):
     """Two networks, each with its mixture of losses, and with batches that the other's mixture has divided."""
 
+    needs = ("second", "task")
+
     def __init__(self, settings: Settings, network: nn.Module, second: nn.Module, task: Task) -> None:
         super().__init__(settings, network, second)
         self.settings, self.task = settings, task
@@ -63,10 +65,10 @@ class DivideMix(TwoNetworks):
         steps = max(1, len(task.noisy) // settings.batch_size)
         self.weight_grows_for = WEIGHT_GROWS_FOR * settings.epochs * steps
         self.steps = 0  # since the warm-up
-        self.mixtures = [LossMixture().to(task.pixels.device) for _ in range(2)]
-        self.belief = torch.zeros(2, len(task.noisy), device=task.pixels.device)  # w by each network
+        self.mixtures = [LossMixture().to(task.samples.device) for _ in range(2)]
+        self.belief = torch.zeros(2, len(task.noisy), device=task.samples.device)  # w by each network
         self.divided: list[tuple[ViewBatches, ViewBatches]] = []  # labelled and unlabelled, for each network
-        self.concentration = torch.tensor(CONCENTRATION, device=task.pixels.device)
+        self.concentration = torch.tensor(CONCENTRATION, device=task.samples.device)
         self.classify = self._together
 
     def step(self, noisy: Batch, clean: Batch) -> Scalars:
@@ -115,8 +117,8 @@ class DivideMix(TwoNetworks):
     def _fitted(self, which: int) -> Tensor:
         """Fit a network's mixture to its losses of all noisy images as they are, and return w."""
         self.pair.eval()
-        parts = zip(self.task.noisy.split(CHUNK), self.task.given.split(CHUNK), strict=True)
-        images = ((self.task.inputs(self.task.pixels[index]), given) for index, given in parts)
+        parts = zip(self.task.noisy.split(CHUNK), self.task.noisy_labels.split(CHUNK), strict=True)
+        images = ((self.task.inputs(index), given) for index, given in parts)
         losses = torch.cat([cross_entropies(self.logits(which, inputs), given) for inputs, given in images])
         self.pair.train()
         self.mixtures[which].fit(losses)

@@ -35,10 +35,12 @@ from torch.nn import functional
 
 import bilevel
 from examples.noisy_labels.data.batches import Batch
+from examples.noisy_labels.data.task import Task
 from examples.noisy_labels.recipes.decoding import blend
+from examples.noisy_labels.recipes.models import Perceptron, ResNet
 from examples.noisy_labels.recipes.precision import mixed_precision
 from examples.noisy_labels.recipes.recipe import Recipe, Scalars, decay, descent
-from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.settings import Training
 
 WIDTH = 128  # of the embedding and of the gate's hidden layer
 
@@ -68,9 +70,12 @@ class Teacher(nn.Module):
 class EnhancedLabelCorrection(Recipe):
     """Student and teacher, moved by `bilevel.EMLC`."""
 
-    def __init__(self, settings: Settings, network: nn.Module, teacher: Teacher) -> None:
+    needs = ("second", "task")
+
+    def __init__(self, settings: Training, network: nn.Module, second: ResNet | Perceptron, task: Task) -> None:
+        self.classes = len(task.names)
+        teacher = Teacher(second, second.features, self.classes).to(next(network.parameters()).device)
         self.corruption, self.noisy_batches = settings.corruption, settings.inner_steps
-        self.classes = teacher.gate.embedding.num_embeddings
         lower = descent(settings, network)
         upper = torch.optim.SGD(teacher.parameters(), lr=settings.lr)
         self.bilevel = bilevel.EMLC(
@@ -89,7 +94,7 @@ class EnhancedLabelCorrection(Recipe):
         self.believe = mixed_precision(teacher.gate, settings.amp)
 
     def step(self, noisy: Batch, clean: Batch) -> Scalars:
-        stats = self.bilevel.step(self.shown(clean), *self.parts(noisy))
+        stats = self.bilevel.step(self.corrupted(clean), *self.parts(noisy))
         return {"upper_loss": stats.upper_loss, "lower_loss": stats.lower_loss, **stats.upper_aux}
 
     def parts(self, noisy: Batch) -> list[Batch]:
@@ -97,12 +102,12 @@ class EnhancedLabelCorrection(Recipe):
         parts = zip(*(part.tensor_split(self.noisy_batches) for part in noisy), strict=True)
         return [Batch(*part) for part in parts]
 
-    def shown(self, clean: Batch) -> Batch:
-        """Corrupt what the gate is shown of every second image, at random if that is asked for."""
+    def corrupted(self, clean: Batch) -> Batch:
+        """Corrupt what the gate is told of every second image, at random if that is asked for."""
         if self.corruption != "random":
             return clean
         drawn = torch.randint_like(clean.labels, self.classes)
-        return clean._replace(shown=torch.where(every_second(clean.labels), drawn, clean.labels))
+        return clean._replace(given=torch.where(every_second(clean.labels), drawn, clean.labels))
 
     def lower_loss(self, noisy: Batch) -> Tensor:
         """Return G."""
@@ -115,8 +120,8 @@ class EnhancedLabelCorrection(Recipe):
         supervised = functional.cross_entropy(logits, clean.labels)
         if self.corruption == "none":
             return meta + supervised, {"teacher_loss": supervised}
-        shown = adversarial(logits, clean.labels) if self.corruption == "adversarial" else clean.shown
-        belief, right = self.believe(features, shown), (shown == clean.labels).to(logits.dtype)
+        given = adversarial(logits, clean.labels) if self.corruption == "adversarial" else clean.given
+        belief, right = self.believe(features, given), (given == clean.labels).to(logits.dtype)
         gate = functional.binary_cross_entropy_with_logits(belief, right)
         return meta + supervised + gate, {"teacher_loss": supervised, "gate_loss": gate}
 

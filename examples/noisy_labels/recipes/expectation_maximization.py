@@ -33,11 +33,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from examples.noisy_labels.data.batches import Batch
+from examples.noisy_labels.data.task import Task
 from examples.noisy_labels.recipes.decoding import bayes
 from examples.noisy_labels.recipes.mixed import Mixed
 from examples.noisy_labels.recipes.precision import mixed_precision
 from examples.noisy_labels.recipes.recipe import Scalars
-from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.settings import Training
 
 FIRST_DIAGONAL = 0.45  # of T: the given label is the likeliest, and the classifier may still overrule it
 LONGEST_AVERAGE = 0.99  # r; less in the first steps, when the first weights are to be forgotten
@@ -76,8 +77,10 @@ class ExpectationMaximization(Mixed):
     """Classifier, averaged copy, and counts."""
 
     transition_from = "counted"
+    needs = ("task",)
 
-    def __init__(self, settings: Settings, network: nn.Module, classes: int, images: int) -> None:
+    def __init__(self, settings: Training, network: nn.Module, task: Task) -> None:
+        classes, images = len(task.names), len(task.noisy)
         averaged = copy.deepcopy(network).requires_grad_(False)
         self.counts = Counts(classes, images).to(next(network.parameters()).device)
         super().__init__(settings, network, averaged=averaged, counts=self.counts)

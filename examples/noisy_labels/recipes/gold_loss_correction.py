@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from examples.noisy_labels.data.batches import Batch
-from examples.noisy_labels.data.pools import Task
+from examples.noisy_labels.data.task import Task
 from examples.noisy_labels.recipes.decoding import transition_on_trusted
 from examples.noisy_labels.recipes.mixed import Mixed
 from examples.noisy_labels.recipes.recipe import Scalars
-from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.settings import Training
 
 CHUNK = 500  # trusted images per forward pass; only memory depends on it
 
@@ -40,12 +40,13 @@ class GoldLossCorrection(Mixed):
     """Two phases, each of all epochs."""
 
     phases = 2
+    needs = ("task",)
     transition_from = "trusted"
 
-    def __init__(self, settings: Settings, network: nn.Module, task: Task) -> None:
+    def __init__(self, settings: Training, network: nn.Module, task: Task) -> None:
         super().__init__(settings, network)
         self.task, self.epochs, self.phase = task, settings.epochs, 1
-        self.estimate = torch.eye(len(task.names), device=task.pixels.device)
+        self.estimate = torch.eye(len(task.names), device=task.samples.device)
         self.restarted: dict[str, Any] = {"classifier": network, "optimizer": self.descent, "schedule": self.schedule}
         self.first = {name: copy.deepcopy(part.state_dict()) for name, part in self.restarted.items()}
 
@@ -83,7 +84,7 @@ class GoldLossCorrection(Mixed):
     def _begin_second_phase(self) -> None:
         self.classifier.eval()
         trusted = self.task.clean
-        parts = [self.predict(self.task.inputs(self.task.pixels[index])) for index in trusted.split(CHUNK)]
+        parts = [self.predict(self.task.inputs(index)) for index in trusted.split(CHUNK)]
         self.classifier.train()
         self.estimate = transition_on_trusted(torch.cat(parts), self.task.labels[trusted])
         for name, part in self.restarted.items():

@@ -11,7 +11,7 @@ mean. With rho = 1, all are plain cross-entropy, as in MLC.
 
 In (9) the corrector is told the very label that it has to answer: copying it is the best it can do on trusted images,
 and what it learns about wrong labels comes from the lower loss alone. Showing it labels that are partly drawn at random
-(`Batch.shown`) takes that way out.
+(`Batch.given`) takes that way out.
 
 Features are those of the current classifier, without gradient. They are held: while the lower loss is evaluated at a
 look-ahead point, the corrector still sees the features from before it, and both evaluations use the same soft labels.
@@ -62,14 +62,14 @@ class LabelCorrection:
         logits, features = self.classifier(clean.inputs)
         if self.rho == 1:
             return functional.cross_entropy(logits, clean.labels)
-        corrected = self.corrector(features.detach(), clean.shown)
+        corrected = self.corrector(features.detach(), clean.given)
         return self.mixed(logits, corrected, clean.labels, self.rho)
 
     def lower_loss(self, noisy: Batch, trusted: Batch | None = None) -> Tensor:
         """Return G. The soft labels keep their graph: through them alone the lower loss reaches the corrector."""
         logits, features = self.classifier(noisy.inputs)
         seen = bilevel.hold(features.detach()) if self.held else features.detach()
-        loss = functional.cross_entropy(logits, self.corrector(seen, noisy.shown))
+        loss = functional.cross_entropy(logits, self.corrector(seen, noisy.given))
         if trusted is None:
             return loss
         hard = functional.cross_entropy(self.classifier(trusted.inputs)[0], trusted.labels)

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from examples.noisy_labels.data.batches import Batch
 from examples.noisy_labels.recipes.recipe import Scalars
 from examples.noisy_labels.recipes.reweighting import Reweighting
-from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.settings import Training
 
 
 class LearningToReweight(Reweighting):
     """A classifier, and weights that live for one step."""
 
-    def __init__(self, settings: Settings, network: nn.Module) -> None:
+    def __init__(self, settings: Training, network: nn.Module) -> None:
         first = next(network.parameters())
         self.weights = first.new_zeros(settings.batch_size).requires_grad_()
         optimizer = torch.optim.SGD([self.weights], lr=1.0)

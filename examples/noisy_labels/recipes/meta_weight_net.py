@@ -24,13 +24,13 @@ from examples.noisy_labels.data.batches import Batch
 from examples.noisy_labels.recipes.precision import mixed_precision
 from examples.noisy_labels.recipes.recipe import Scalars
 from examples.noisy_labels.recipes.reweighting import Reweighting, WeightNet, adam
-from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.settings import Training
 
 
 class MetaWeightNet(Reweighting):
     """Classifier and weight net."""
 
-    def __init__(self, settings: Settings, network: nn.Module) -> None:
+    def __init__(self, settings: Training, network: nn.Module) -> None:
         weights = WeightNet(nn.Sigmoid()).to(next(network.parameters()))
         self.weigh = mixed_precision(weights, settings.amp)
         super().__init__(settings, network, weights, adam(weights), weights=weights)

@@ -1,4 +1,4 @@
-"""What the name of a method stands for: a choice of options, each of which can be said otherwise.
+"""What the name of a method stands for: a class, and a choice of options, each of which can be set otherwise.
 
 Without a corrector:
 
@@ -38,7 +38,17 @@ Two networks, no trusted images:
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from examples.noisy_labels.data.task import Task
+    from examples.noisy_labels.recipes.recipe import Recipe
+    from examples.noisy_labels.run.settings import Training
 
 # The printed equations, and where they are silent, the choice that changes least.
 PRINTED: dict[str, Any] = {
@@ -48,7 +58,7 @@ PRINTED: dict[str, Any] = {
     "step_from": "current",
     "inner_step": "gradient",
     "mixture": "probability",
-    "features": "held",
+    "corrector_features": "held",
     "mix_clean": 0.0,
     "corrector": "mlc",
     "buffers": "once",
@@ -74,7 +84,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "step_from": "lookahead",
         "inner_step": "optimizer",
         "mixture": "code",
-        "features": "recomputed",
+        "corrector_features": "recomputed",
         "mix_clean": 0.5,
         "corrector": "released",
         "buffers": "every",
@@ -90,3 +100,53 @@ RECIPES: dict[str, dict[str, Any]] = {
     "coteaching-plus": PRINTED,
     "dividemix": PRINTED,
 }
+
+# Module and class, imported when they are asked for; methods that are not here are of `meta_label_correction.py`.
+CLASSES = {
+    "ce": "supervised.Supervised",
+    "clean": "supervised.Supervised",
+    "ce-clean": "supervised.Supervised",
+    "ce-mixed": "mixed.Mixed",
+    "glc": "gold_loss_correction.GoldLossCorrection",
+    "em": "expectation_maximization.ExpectationMaximization",
+    "ours": "ours.Ours",
+    "ours-barrier": "ours_barrier.OursBarrier",
+    "emlc": "enhanced_label_correction.EnhancedLabelCorrection",
+    "emlc-one-step": "enhanced_label_correction.EnhancedLabelCorrection",
+    "l2rw": "learning_to_reweight.LearningToReweight",
+    "mwnet": "meta_weight_net.MetaWeightNet",
+    "pmwnet": "probabilistic_weight_net.ProbabilisticWeightNet",
+    "coteaching-plus": "co_teaching.CoTeachingPlus",
+    "dividemix": "divide_mix.DivideMix",
+}
+
+
+def recipe_class(method: str) -> type[Recipe]:
+    """Return the class that trains by a method."""
+    module, _, name = CLASSES.get(method, "meta_label_correction.MetaLabelCorrection").partition(".")
+    found: type[Recipe] = getattr(importlib.import_module(f"examples.noisy_labels.recipes.{module}"), name)
+    return found
+
+
+def build(settings: Training, task: Task) -> Recipe:
+    """Build the networks with first weights that depend on the seed alone, and the recipe around them."""
+    from examples.noisy_labels.recipes import models  # settings import this file for the names alone
+
+    torch.manual_seed(settings.seed)  # first weights are drawn on the CPU, so they are the same on every device
+    classes, device = len(task.names), task.samples.device
+    inputs = task.samples[0].numel()
+    network = models.classifier(settings.network, classes, inputs)
+    corrector = models.corrector(settings.corrector, network.features, classes)
+
+    def second() -> nn.Module:
+        return models.classifier(settings.network, classes, inputs).to(device)
+
+    parts: dict[str, Callable[[], Any]] = {
+        "corrector": lambda: corrector.to(device),
+        "second": second,
+        "task": lambda: task,
+        "wrong": lambda: task.wrong,
+    }
+    kind: Any = recipe_class(settings.method)
+    recipe: Recipe = kind(settings, network.to(device), *(parts[name]() for name in kind.needs))
+    return recipe

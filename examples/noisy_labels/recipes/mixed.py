@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from examples.noisy_labels.data.batches import Batch
 from examples.noisy_labels.recipes.recipe import Recipe, Scalars, decay, descent
-from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.settings import Training
 
 TRUSTED_SHARE = 0.2  # trusted images in a step, for each noisy one; how much they count is the weight's business
 
@@ -25,7 +25,7 @@ TRUSTED_SHARE = 0.2  # trusted images in a step, for each noisy one; how much th
 class Mixed(Recipe):
     """``ce-mixed``: cross-entropy on all labels. Kin methods have another loss for the noisy images."""
 
-    def __init__(self, settings: Settings, network: nn.Module, **others: nn.Module) -> None:
+    def __init__(self, settings: Training, network: nn.Module, **others: nn.Module) -> None:
         self.clean_weight = settings.clean_weight
         self.descent = descent(settings, network)
         networks = {"classifier": network, **others}
@@ -51,7 +51,3 @@ class Mixed(Recipe):
     def noisy_loss(self, logits: Tensor, noisy: Batch) -> Tensor:
         """Return the mean loss of the noisy images, from their logits."""
         return functional.cross_entropy(logits, noisy.labels)
-
-    def correct(self, inputs: Tensor, given: Tensor) -> Tensor:
-        """Return the classifier's own opinion, which has forgotten the given label."""
-        return self.predict(inputs)

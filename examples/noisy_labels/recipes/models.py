@@ -67,11 +67,11 @@ class ResNet(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """Two hidden layers on the flattened image, for the digits."""
+    """Two hidden layers, for tables, and for the digits as 64 numbers."""
 
-    def __init__(self, classes: int, pixels: int = 64, hidden: int = 128, features: int = 64) -> None:
+    def __init__(self, classes: int, inputs: int = 64, hidden: int = 128, features: int = 64) -> None:
         super().__init__()
-        self.hidden = nn.Linear(pixels, hidden)
+        self.hidden = nn.Linear(inputs, hidden)
         self.last_hidden = nn.Linear(hidden, features)
         self.features = features
         self.head = nn.Linear(features, classes)
@@ -84,6 +84,9 @@ class Perceptron(nn.Module):
 
 class Corrector(nn.Module):
     """Meta network of MLC: from an image's features and its given label to a distribution over its true label.
+
+    Of several annotators the given label is a share of each class, and what enters is the mean of the embeddings. If
+    there was one vote, or all agree, that is the embedding of the label.
 
     Args:
         features: Number of features.
@@ -119,7 +122,8 @@ class Corrector(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor, given: Tensor) -> Tensor:
-        joined = torch.cat([features, self.embedding(given)], dim=1)
+        embedded = self.embedding(given) if given.ndim == 1 else given @ self.embedding.weight
+        joined = torch.cat([features, embedded], dim=1)
         return functional.softmax(at_least_float32(self.layers(joined)), dim=1)
 
 
@@ -133,13 +137,13 @@ def corrector(name: str, features: int, classes: int) -> Corrector:
     raise ValueError(f"corrector({name!r}): must be mlc or released.")
 
 
-def classifier(network: str, classes: int) -> ResNet | Perceptron:
-    """Build a classifier by the name it has on the command line."""
+def classifier(network: str, classes: int, inputs: int = 64) -> ResNet | Perceptron:
+    """Build a classifier by the name it has on the command line; ``inputs`` counts what a perceptron reads."""
     match network:
         case "resnet32":
             return ResNet(classes)
         case "small":
             return ResNet(classes, blocks=1, stem_stride=2)
         case "mlp":
-            return Perceptron(classes)
+            return Perceptron(classes, inputs)
     raise ValueError(f"classifier({network!r}): must be resnet32, small or mlp.")

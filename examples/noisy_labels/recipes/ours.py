@@ -34,11 +34,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from examples.noisy_labels.data.batches import Batch
+from examples.noisy_labels.data.task import Task
 from examples.noisy_labels.recipes.decoding import bayes
 from examples.noisy_labels.recipes.expectation_maximization import ExpectationMaximization
 from examples.noisy_labels.recipes.mixed import TRUSTED_SHARE
 from examples.noisy_labels.recipes.recipe import Scalars
-from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.settings import Training
 
 FEWEST_A_CLASS = 100  # images that the counts remember at least
 TEMPER_RATE = 0.1  # step size of log tau
@@ -70,10 +71,10 @@ class Ours(ExpectationMaximization):
 
     trusted: Batch  # those of the step
 
-    def __init__(self, settings: Settings, network: nn.Module, classes: int, images: int) -> None:
-        super().__init__(settings, network, classes, images)
-        self.share, self.images, self.seen = settings.memory, images, 0
-        self.fewest = min(images, FEWEST_A_CLASS * classes)
+    def __init__(self, settings: Training, network: nn.Module, task: Task) -> None:
+        super().__init__(settings, network, task)
+        self.share, self.images, self.seen = settings.memory, len(task.noisy), 0
+        self.fewest = min(self.images, FEWEST_A_CLASS * len(task.names))
         self.mirror = settings.augment
         self.views = 2 if settings.augment else 1
         self.counts.remember(self.fewest)

@@ -35,7 +35,7 @@ from examples.noisy_labels.data.randomness import generator
 from examples.noisy_labels.recipes.precision import mixed_precision
 from examples.noisy_labels.recipes.recipe import Scalars
 from examples.noisy_labels.recipes.reweighting import Reweighting, WeightNet, adam
-from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.settings import Training
 
 KL_WEIGHT = 1e-3
 SMALLEST = 1e-3  # a and b
@@ -72,7 +72,7 @@ class Noisy(NamedTuple):
 class ProbabilisticWeightNet(Reweighting):
     """Classifier, posterior, and the posterior from before its last move."""
 
-    def __init__(self, settings: Settings, network: nn.Module) -> None:
+    def __init__(self, settings: Training, network: nn.Module) -> None:
         posterior = PosteriorNet().to(next(network.parameters()))
         self.weights, self.before = posterior, copy.deepcopy(posterior).requires_grad_(False)
         self.seed, self.steps = settings.seed, 0

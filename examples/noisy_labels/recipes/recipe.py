@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 import bilevel
 from examples.noisy_labels.data.batches import Batch
 from examples.noisy_labels.recipes.precision import mixed_precision
-from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.settings import Training
 
 Scalars = dict[str, Tensor]
 
@@ -32,8 +32,10 @@ class Recipe(abc.ABC):
         noisy_batches: How many batches of noisy images a step takes, joined into one.
         views: How often each noisy image is augmented: a noisy batch holds all its images once, then once more.
         transition_from: Where Bayes' rule takes the transition matrix of this method from; see `decoding.py`.
+        needs: What its constructor is handed after the options and the classifier; see `methods.build`.
     """
 
+    needs: tuple[str, ...] = ()
     phases = 1
     noisy_batches = 1
     views = 1
@@ -55,9 +57,16 @@ class Recipe(abc.ABC):
     def step(self, noisy: Batch, clean: Batch) -> Scalars:
         """Take one training step; return numbers to log, still on the device."""
 
-    @abc.abstractmethod
     def correct(self, inputs: Tensor, given: Tensor) -> Tensor:
-        """Return the probability of each class to be the true one, given the image and its noisy label."""
+        """Return the probability of each class to be the true one, given the image and its noisy label.
+
+        Of a method without a corrector that is the classifier's own opinion, which has forgotten the given label.
+        """
+        return self.predict(inputs)
+
+    def opinion(self, inputs: Tensor, given: Tensor) -> Tensor:
+        """Return the probability of each class by all that the method knows, by which labels are ranked."""
+        return self.correct(inputs, given)
 
     def predict(self, inputs: Tensor) -> Tensor:
         """Return the probability of each class given the image alone, from which Bayes' rule starts."""
@@ -86,13 +95,13 @@ class Recipe(abc.ABC):
         return {**self.networks, "optimizer": self.optimizer, **self.schedules}
 
 
-def descent(settings: Settings, network: nn.Module) -> torch.optim.SGD:
+def descent(settings: Training, network: nn.Module) -> torch.optim.SGD:
     """Return the classifier's SGD."""
     return torch.optim.SGD(
         network.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
 
 
-def decay(settings: Settings, optimizer: torch.optim.Optimizer) -> MultiStepLR:
+def decay(settings: Training, optimizer: torch.optim.Optimizer) -> MultiStepLR:
     """Return the published schedule: the learning rate falls tenfold twice."""
-    return MultiStepLR(optimizer, settings.drops, gamma=0.1)
+    return MultiStepLR(optimizer, settings.decay_epochs, gamma=0.1)

@@ -25,7 +25,7 @@ class UpdateForGradient:
     def __call__(self, clean: Batch) -> Tensor:
         losses, (group,) = self.losses, self.descent.param_groups
         logits, features = losses.classifier(clean.inputs)
-        corrected = losses.corrector(features.detach(), clean.shown)
+        corrected = losses.corrector(features.detach(), clean.given)
         for_alpha = losses.mixed(logits.detach(), corrected, clean.labels, losses.rho)
         for_w: Tensor = losses.mixed(logits, corrected.detach(), clean.labels, losses.rho)
         for w in self.network.parameters():

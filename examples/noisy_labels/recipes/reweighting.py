@@ -20,7 +20,7 @@ import bilevel
 from examples.noisy_labels.data.batches import Batch
 from examples.noisy_labels.recipes.precision import at_least_float32
 from examples.noisy_labels.recipes.recipe import Recipe, decay, descent
-from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.settings import Training
 
 HIDDEN = 100  # units of a weight net, in the papers of mwnet and pmwnet
 RATE, WEIGHT_DECAY = 1e-3, 1e-4  # of their Adam, in the codes of both
@@ -58,7 +58,7 @@ class Reweighting(Recipe):
 
     def __init__(
         self,
-        settings: Settings,
+        settings: Training,
         network: nn.Module,
         upper: nn.Module | Tensor,
         upper_optimizer: torch.optim.Optimizer,
@@ -92,7 +92,3 @@ class Reweighting(Recipe):
     def losses(self, batch: Batch) -> Tensor:
         """Return the cross-entropy of each image."""
         return functional.cross_entropy(self.classify(batch.inputs)[0], batch.labels, reduction="none")
-
-    def correct(self, inputs: Tensor, given: Tensor) -> Tensor:
-        """Return the classifier's own opinion, which has forgotten the given label."""
-        return self.predict(inputs)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from examples.noisy_labels.recipes.precision import mixed_precision
 from examples.noisy_labels.recipes.recipe import Recipe, decay, descent
-from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.settings import Training
 
 
 class TwoNetworks(Recipe):
     """The networks, and a step along the sum of their losses."""
 
-    def __init__(self, settings: Settings, network: nn.Module, second: nn.Module) -> None:
+    def __init__(self, settings: Training, network: nn.Module, second: nn.Module) -> None:
         self.pair = nn.ModuleList([network, second])
         self.descent = descent(settings, self.pair)
         networks = {"classifier": network, "second": second}

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from examples.noisy_labels.data.batches import Shuffled, cut
-from examples.noisy_labels.data.pools import Task
+from examples.noisy_labels.data.batches import Shuffled
+from examples.noisy_labels.data.task import Task
 
 
 class Views(NamedTuple):
@@ -34,10 +34,10 @@ class ViewBatches(Shuffled[Views]):
         self, task: Task, part: Tensor, belief: Tensor, *, size: int, seed: int, purpose: str, augment: bool
     ) -> None:
         super().__init__(task.noisy[part], size=size, seed=seed, purpose=purpose)
-        self.task, self.labels, self.belief, self.augment = task, task.given[part], belief[part], augment
+        self.task, self.labels, self.belief, self.augment = task, task.noisy_labels[part], belief[part], augment
 
     def batch(self, chosen: Tensor) -> Views:
         """Cut, crop and mirror the chosen images twice."""
         index = self.index[chosen]
-        first, second = (cut(self.task, index, self.stream, augment=self.augment) for _ in range(2))
+        first, second = (self.task.inputs(index, self.stream if self.augment else None) for _ in range(2))
         return Views(first, second, self.labels[chosen], self.belief[chosen])

@@ -2,7 +2,7 @@
 
 Example::
 
-    from examples.noisy_labels.own.model import load
+    from examples.noisy_labels.report.model import load
 
     model = load("runs/crowd/model.pt")
     model.predict_table("new.csv")  # class names; model.predict_images([...]) for images
@@ -22,13 +22,15 @@ from torch.nn import functional
 from examples.noisy_labels.data import images
 from examples.noisy_labels.data import table as tables
 from examples.noisy_labels.data.features import Encoding
-from examples.noisy_labels.recipes import own_networks as networks
-from examples.noisy_labels.recipes.own_networks import Normalised, VoteCorrector
+from examples.noisy_labels.recipes import models
+from examples.noisy_labels.recipes.models import Corrector, Perceptron, ResNet
 from examples.noisy_labels.run import checkpoint
-from examples.noisy_labels.run.own_run import CHUNK, Run
+from examples.noisy_labels.run.evaluation import CHUNK
+from examples.noisy_labels.run.options import Options
+from examples.noisy_labels.run.training import Run
 
 NAME = "model.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -37,37 +39,36 @@ class Model:
 
     Args:
         names: Names of the classes, in the order of the probabilities.
-        classifier: From inputs, as read, to logits and features.
-        corrector: From features and shares of votes to probabilities; None for methods without one.
+        classifier: From standardised inputs to logits and features.
+        corrector: From features and given labels to probabilities; None for methods without one.
+        mean, std: What standardises inputs, as read.
         encoding: How columns become numbers, None for images.
         image_size: Width and height of images.
     """
 
     names: tuple[str, ...]
-    classifier: Normalised
-    corrector: VoteCorrector | None
+    classifier: ResNet | Perceptron
+    corrector: Corrector | None
+    mean: Tensor
+    std: Tensor
     encoding: Encoding | None
     image_size: int
 
-    @torch.no_grad()
     def probabilities(self, inputs: Tensor) -> Tensor:
         """Return the classifier's probabilities (samples, classes) for inputs as `read_table` or `images.read` give."""
-        device = self.classifier.mean.device
-        parts = [functional.softmax(self.classifier(part.to(device))[0], dim=1) for part in inputs.split(CHUNK)]
-        return torch.cat(parts)
+        return self.correct(inputs, None)
 
     @torch.no_grad()
-    def correct(self, inputs: Tensor, shares: Tensor) -> Tensor:
-        """Return probabilities of the true class, given inputs and shares of votes, as in ``corrected_labels.csv``."""
-        classifier = self.probabilities(inputs)
-        if self.corrector is None:
-            return classifier
-        device = self.classifier.mean.device
-        parts = [
-            self.corrector(self.classifier(one.to(device))[1], votes.to(device))
-            for one, votes in zip(inputs.split(CHUNK), shares.split(CHUNK), strict=True)
-        ]
-        return (classifier + torch.cat(parts)) / 2
+    def correct(self, inputs: Tensor, given: Tensor | None) -> Tensor:
+        """Return probabilities of the true class, given inputs and labels: classes, or shares of votes."""
+        parts = []
+        for at in torch.arange(len(inputs)).split(CHUNK):
+            logits, seen = self.classifier((inputs[at].to(self.mean) - self.mean) / self.std)
+            predicted = functional.softmax(logits, dim=1)
+            if given is not None and self.corrector is not None:
+                predicted = (predicted + self.corrector(seen, given[at].to(self.mean.device))) / 2
+            parts.append(predicted)
+        return torch.cat(parts)
 
     def read_table(self, file: str | Path, *, delimiter: str | None = None, encoding: str = "utf-8-sig") -> Tensor:
         """Return the features in a CSV file; it needs the columns that the model was trained on, in any order."""
@@ -90,39 +91,41 @@ class Model:
         return self.predict(images.read(map(Path, files), self.image_size))
 
 
-def save(file: Path, run: Run, encoding: Encoding | None) -> None:
+def save(file: Path, run: Run, settings: Options, encoding: Encoding | None) -> None:
     """Write the model: tensors and plain values only."""
-    corrector = run.method.corrector.state_dict() if run.options.method == "ebomlc" else None
+    networks, task = run.recipe.networks, run.task
+    corrector = networks.get("corrector")
     content = {
         "format": FORMAT,
-        "names": list(run.samples.names),
-        "network": run.options.network,
-        "method": run.options.method,
-        "shape": list(run.samples.inputs.shape[1:]),
-        "image_size": run.options.image_size,
+        "names": list(task.names),
+        "network": settings.network,
+        "corrector_network": settings.corrector,
+        "image_size": settings.image_size,
         "encoding": None if encoding is None else encoding.to_dict(),
-        "classifier": run.method.classifier.state_dict(),
-        "corrector": corrector,
+        "mean": task.mean,
+        "std": task.std,
+        "classifier": networks.get("averaged", run.recipe.classifier).state_dict(),
+        "corrector": None if corrector is None else corrector.state_dict(),
     }
     checkpoint.save(file, content)
 
 
 def load(file: str | Path, device: str = "cpu") -> Model:
     """Read a model; nothing but tensors and plain values is accepted, so a foreign file cannot run code."""
-    content = checkpoint.load(Path(file))
-    if content.get("format") != FORMAT:
-        rule = f"the format is {content.get('format')}, and must be {FORMAT}"
+    content = checkpoint.load(Path(file), "format")
+    if content["format"] != FORMAT:
+        rule = f"the format is {content['format']}, and must be {FORMAT}"
         raise ValueError(f"Model({file}): {rule}. Is it a model.pt of this version?")
-    names, weights = tuple(content["names"]), content["classifier"]
-    network = networks.classifier(content["network"], tuple(content["shape"]), len(names))
-    corrector = None if content["corrector"] is None else VoteCorrector(network.features, len(names))
-    classifier = Normalised(network, weights["mean"], weights["std"])
-    classifier.load_state_dict(weights)
-    if corrector is not None:
+    names, mean, std = tuple(content["names"]), content["mean"].to(device), content["std"].to(device)
+    classifier = models.classifier(content["network"], len(names), mean.numel())
+    classifier.load_state_dict(content["classifier"])
+    corrector = None
+    if content["corrector"] is not None:
+        corrector = models.corrector(content["corrector_network"], classifier.features, len(names))
         corrector.load_state_dict(content["corrector"])
         corrector.to(device).eval()
     encoding = content["encoding"]
     if encoding is not None:
         categories = {name: tuple(known) for name, known in encoding["categories"].items()}
         encoding = Encoding(**encoding | {"numeric": tuple(encoding["numeric"]), "categories": categories})
-    return Model(names, classifier.to(device).eval(), corrector, encoding, content["image_size"])
+    return Model(names, classifier.to(device).eval(), corrector, mean, std, encoding, content["image_size"])

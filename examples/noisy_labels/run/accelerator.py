@@ -13,11 +13,11 @@ from contextlib import contextmanager
 
 import torch
 
-from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.settings import Training
 
 
 @contextmanager
-def prepared(settings: Settings, device: torch.device) -> Iterator[None]:
+def prepared(settings: Training, device: torch.device) -> Iterator[None]:
     """Set torch's global switches as the settings say, and put them back afterwards."""
     if device.type != "cuda":
         yield

@@ -13,7 +13,7 @@ from typing import Any
 from examples.noisy_labels.recipes.gold_loss_correction import GoldLossCorrection
 from examples.noisy_labels.report.results import RESULT
 from examples.noisy_labels.run import command_line
-from examples.noisy_labels.run.configuration import CONFIGURATION
+from examples.noisy_labels.run.command_line import CONFIGURATION
 from examples.noisy_labels.run.settings import DATASETS, Settings
 
 LOG = "log.jsonl"
@@ -68,7 +68,7 @@ class Cell:
             return
         saved = json.loads(file.read_text(encoding="utf-8"))
         wanted = json.loads(json.dumps(dataclasses.asdict(self.settings)))
-        for name in sorted(wanted.keys() - command_line.FREE_ON_RESUME):
+        for name in sorted(wanted.keys() - Settings.free_on_resume):
             if saved.get(name) != wanted[name]:
                 rule = f"the run in it has {name} = {saved.get(name)}, not {wanted[name]}"
                 raise ValueError(f"table({self.folder}): {rule}. Use another --out, or delete the folder.")

@@ -1,23 +1,22 @@
-"""From command-line arguments to settings: preset, then configuration file, then what is said explicitly."""
+"""From the command line, a saved configuration and presets to the options of a run."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from examples.noisy_labels.run import configuration, files
-from examples.noisy_labels.run.configuration import CONFIGURATION, of_saved_run
-from examples.noisy_labels.run.declaration import flag, written
-from examples.noisy_labels.run.settings import GROUPS, PRESETS, Settings, from_dict, preset, without_method
+from examples.noisy_labels.run import files
+from examples.noisy_labels.run.declaration import add_arguments, integers, plain, written
+from examples.noisy_labels.run.settings import PRESETS, Settings, Training, from_dict, preset, without_method
 
-OWN = ("preset", "config", "out", "resume", "overwrite", "compare", "download", "seeds")  # not part of the settings
-# May differ from the saved run: they do not change its numbers.
-FREE_ON_RESUME = {"data", "device", "log_interval", "on_nonfinite", "tensorboard"}
+CONFIGURATION = "config.json"
 EPILOG = """examples:
   cifar.py                                      EBOMLC on CIFAR-10, if it is found
   cifar.py --dataset digits                     the same on digits, in seconds
@@ -25,56 +24,115 @@ EPILOG = """examples:
   cifar.py --preset paper --device cuda --noise flip --rate 0.4 --out runs/flip
   cifar.py --resume --out runs/flip             go on where it stopped
 """
+T_co = TypeVar("T_co", bound=Training, covariant=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """What one call of the program shall do."""
+@dataclass(frozen=True)
+class Start(Generic[T_co]):
+    """How a run begins: its options, its folder, and whether it goes on or replaces what is there."""
 
-    settings: Settings
+    settings: T_co
     out: Path
     resume: bool
     overwrite: bool
+
+
+@dataclass(frozen=True)
+class Command(Start[Settings]):
+    """What one call of ``cifar.py`` shall do."""
+
     compare: bool
     download: bool
     seeds: tuple[int, ...] | None
     preset: str | None
-    said: dict[str, Any]  # options from the configuration file or the command line, not those of a preset
+    explicit: dict[str, Any]  # options from the configuration file or the command line, not those of a preset
 
     def variant(self, **changes: Any) -> Settings:
         """Return the settings that the same call with further options would give, for example another method."""
-        return resolve(self.said | changes, self.preset)
+        return resolve(self.explicit | changes, self.preset)
 
 
 def parse(arguments: Sequence[str] | None = None) -> Command:
     """Read the command line; on a mistake, print what is wrong and exit with code 2."""
-    parser = _parser()
-    given = vars(parser.parse_args(arguments))
-    own = {name: given.pop(name) for name in OWN}
+    description = "Train a classifier on noisy labels and a few trusted ones, and correct the noisy ones."
+    parser, program = parser_of("cifar.py", description, EPILOG)
+    presets = [name for name in PRESETS if name != "digits"]
+    program.add_argument("--preset", choices=presets, help="[paper on CUDA, else quick]")
+    program.add_argument("--compare", action="store_true", help="run all methods on several seeds and print a table")
+    program.add_argument("--download", action="store_true", help="fetch CIFAR, if not found, into --data or ./data")
+    program.add_argument("--seeds", type=integers, metavar="N,N,...", help="seeds of --compare")
+    add_arguments(parser, Settings)
+    own, given = parsed(parser, arguments, Settings)
     try:
-        _check_own(own)
-        from_file = configuration.read(own["config"]) if own["config"] else {}
+        _check_program(own)
+        from_file = read(own["config"]) if own["config"] else {}
         if own["compare"] or given.get("method", from_file.get("method")) != from_file.get("method"):
             from_file = without_method(from_file)
-        said = from_file | given
-        settings = resolve(said, own["preset"])
+        explicit = from_file | given
+        settings = resolve(explicit, own["preset"])
         for seed in own["seeds"] or ():
             dataclasses.replace(settings, seed=seed)
         out = own["out"] or Path("runs") / (f"{settings.dataset}-compare" if own["compare"] else settings.folder_name)
         files.refuse_unusable(out)
-        saved = out / CONFIGURATION
-        resume = bool(own["resume"]) and (saved.is_file() or own["resume"] == "required")
+        resume = goes_on(out, own["resume"])
         if resume:
             decided = set().union(*PRESETS.values()) if own["preset"] else ()  # a preset also says what it leaves alone
             # in an order that is the same in every process
             ordered = [one.name for one in dataclasses.fields(Settings) if one.name in decided]
             by_preset = {name: getattr(settings, name) for name in ordered}
-            settings = from_dict(of_saved_run(out, by_preset | said, FREE_ON_RESUME))
+            settings = from_dict(of_saved_run(out, by_preset | explicit, Settings))
     except (ValueError, OSError) as problem:
         parser.error(str(problem))
-    return Command(
-        settings, out, resume, own["overwrite"], own["compare"], own["download"], own["seeds"], own["preset"], said
+    further = own["compare"], own["download"], own["seeds"], own["preset"], explicit
+    return Command(settings, out, resume, own["overwrite"], *further)
+
+
+def resolve(explicit: dict[str, Any], preset_name: str | None) -> Settings:
+    """Fill in from the preset what was not set, and the rest from the defaults."""
+    dataset, method = (str(explicit.get(name, getattr(Settings, name))) for name in ("dataset", "method"))
+    if dataset == "digits" and preset_name:
+        raise ValueError(f"--preset {preset_name}: describes training on CIFAR. The digits have one of their own.")
+    automatic = "paper" if device(explicit.get("device", Settings.device)).type == "cuda" else "quick"
+    settings = from_dict(preset(preset_name or automatic, dataset, method) | explicit)
+    settings.refuse_misfit()
+    return settings
+
+
+def parser_of(name: str, description: str, epilog: str) -> tuple[argparse.ArgumentParser, Any]:
+    """Return the parser of a program, and the group of the options that are no part of the configuration."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog=name, description=description, epilog=epilog, formatter_class=raw, allow_abbrev=False
     )
+    program = parser.add_argument_group("the program")
+    program.add_argument("--config", type=Path, metavar="FILE", help="take the options from a saved configuration")
+    program.add_argument("--out", type=Path, metavar="FOLDER", help="where everything is written [runs/...]")
+    program.add_argument(
+        "--resume",
+        nargs="?",
+        const="required",
+        choices=("required", "auto"),
+        help="go on; auto: start if there is nothing",
+    )
+    program.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
+    return parser, program
+
+
+def parsed(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, kind: type[Training]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the command line says to the program, and the options that it sets."""
+    given = vars(parser.parse_args(arguments))
+    declared = {one.name for one in dataclasses.fields(kind)}
+    own = {name: given.pop(name) for name in list(given) if name not in declared}
+    if own["out"] is not None and "\0" in str(own["out"]):
+        parser.error("--out: a name cannot hold a zero character.")
+    return own, plain(kind, given)
+
+
+def goes_on(out: Path, resume: str | None) -> bool:
+    """Return whether the run in a folder is resumed, as ``--resume`` wants it."""
+    return resume is not None and (resume == "required" or (out / CONFIGURATION).is_file())
 
 
 def device(name: str) -> torch.device:
@@ -95,58 +153,44 @@ def device(name: str) -> torch.device:
     return chosen
 
 
-def resolve(said: dict[str, Any], preset_name: str | None) -> Settings:
-    """Fill in what was not said from the preset, and the rest from the defaults."""
-    dataset, method = str(said.get("dataset", Settings.dataset)), str(said.get("method", Settings.method))
-    if dataset == "digits" and preset_name:
-        raise ValueError(f"--preset {preset_name}: describes training on CIFAR. The digits have one of their own.")
-    automatic = "paper" if device(said.get("device", Settings.device)).type == "cuda" else "quick"
-    settings = from_dict(preset(preset_name or automatic, dataset, method) | said)
-    settings.refuse_misfit()
-    return settings
+def read(file: Path) -> dict[str, Any]:
+    """Return the options in a saved configuration, by name.
+
+    Raises:
+        ValueError: It is no JSON, or no object.
+        OSError: It cannot be read.
+    """
+    advice = "Is it the config.json of a run?"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"--config {file}: is no JSON ({problem}). {advice}") from None
+    if not isinstance(values, dict):
+        rule = f"holds a {type(values).__name__}, and must hold an object: names of options and their values"
+        raise ValueError(f"--config {file}: {rule}. {advice}")
+    return values
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cifar.py",
-        description="Train a classifier on noisy labels and a few trusted ones, and correct the noisy ones.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    run = parser.add_argument_group("the program")
-    run.add_argument(
-        "--preset", choices=[name for name in PRESETS if name != "digits"], help="[paper on CUDA, else quick]"
-    )
-    run.add_argument("--config", type=Path, metavar="FILE", help="take the options from a saved configuration")
-    run.add_argument("--out", type=Path, metavar="FOLDER", help="where everything is written [runs/...]")
-    run.add_argument(
-        "--resume",
-        nargs="?",
-        const="required",
-        choices=("required", "auto"),
-        help="go on; auto: start if there is nothing",
-    )
-    run.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
-    run.add_argument("--compare", action="store_true", help="run all methods on several seeds and print a table")
-    run.add_argument("--download", action="store_true", help="fetch CIFAR if it is not found, into --data or ./data")
-    run.add_argument("--seeds", type=_integers, metavar="N,N,...", help="seeds of --compare")
-    for one in dataclasses.fields(Settings):
-        if one.name in GROUPS:
-            options = parser.add_argument_group(GROUPS[one.name])
-        kind = one.metadata["kind"]
-        words = one.metadata["description"] + ("" if one.default is None else f" [{one.default}]")
-        common = {"default": argparse.SUPPRESS, "help": words.replace("%", "%%")}
-        if kind is bool:
-            options.add_argument(flag(one.name), action=argparse.BooleanOptionalAction, **common)
-        elif one.metadata["choices"]:
-            options.add_argument(flag(one.name), choices=one.metadata["choices"], **common)
-        else:
-            reader, shape = (_integers, "N,N,...") if kind is tuple else (kind, kind.__name__.upper())
-            options.add_argument(flag(one.name), type=reader, metavar=shape, **common)
-    return parser
+def of_saved_run(folder: Path, given: Mapping[str, Any], kind: type[Training]) -> dict[str, Any]:
+    """Return the options of the run in a folder, with what was given for those that may differ.
+
+    Raises:
+        ValueError: There is none, or something else was given that is not as in the saved run.
+    """
+    file = folder / CONFIGURATION
+    if not file.is_file():
+        rule = "there is no run to resume"
+        raise ValueError(f"--resume: {rule} in {folder}. Give its --out, or use --resume auto to start one.")
+    saved = read(file)
+    for name, value in given.items():
+        plain = list(value) if isinstance(value, tuple) else value
+        if name not in kind.free_on_resume and plain != saved.get(name):
+            rule = f"the saved run has {written(name, saved.get(name))}, not {written(name, value)}"
+            raise ValueError(f"--resume: {rule}. Leave the option out, or start another run with another --out.")
+    return saved | {name: value for name, value in given.items() if name in kind.free_on_resume}
 
 
-def _check_own(own: dict[str, Any]) -> None:
+def _check_program(own: dict[str, Any]) -> None:
     """Refuse what the program's own options cannot do together."""
     if own["resume"] and own["compare"]:
         raise ValueError("--resume: --compare keeps no checkpoints. Leave one of the two out.")
@@ -154,10 +198,3 @@ def _check_own(own: dict[str, Any]) -> None:
         raise ValueError("--seeds: are those of --compare. One run has one --seed.")
     if own["seeds"] and len(set(own["seeds"])) < len(own["seeds"]):
         raise ValueError(f"{written('seeds', own['seeds'])}: a seed is there twice. Name each once.")
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be integers with commas between them, not {text!r}") from None

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from examples.noisy_labels.data import pools as data
+from examples.noisy_labels.data import pools
+from examples.noisy_labels.data.task import Task
+from examples.noisy_labels.report import results
 from examples.noisy_labels.run import accelerator, command_line, evaluation
 from examples.noisy_labels.run.command_line import Command
 from examples.noisy_labels.run.settings import Settings
-from examples.noisy_labels.run.training import Run
+from examples.noisy_labels.run.training import Run, train_at_once
 
 METHODS = ("ce", "clean", "ce-clean", "ebomlc")
 REFERENCE = "ebomlc"
@@ -46,14 +48,14 @@ class Outcome:
     seconds: float
 
 
-def main(command: Command) -> int:
+def main(command: Command) -> None:
     """Train every method on every seed, print the table, write ``comparison.json`` and ``comparison.png``."""
     from examples.noisy_labels.report import pictures  # matplotlib takes a second to import
 
     torch.set_num_threads(1)  # tiny networks gain nothing from threads, and the numbers do not depend on the machine
     seeds = command.seeds or SEEDS
     first = command.variant(seed=seeds[0])
-    task = data.load(first, command_line.device(first.device))
+    task = pools.load(first, command_line.device(first.device))
     parts = f"{len(task.noisy)} noisy, {len(task.clean)} trusted, {len(task.test)} test images; overlap {task.overlap}"
     print(f"{first.title}: {parts}")
     labels: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -62,29 +64,28 @@ def main(command: Command) -> int:
         outcome, task, probabilities = train_once(command.variant(method=method, seed=seed))
         outcomes.append(outcome)
         if method == REFERENCE:
-            labels.append((task.true, task.given, probabilities.argmax(1)))
+            labels.append((task.true_labels, task.noisy_labels, probabilities.argmax(1)))
     command.out.mkdir(parents=True, exist_ok=True)
     content = {"setting": first.title, "outcomes": [vars(outcome) for outcome in outcomes]}
     (command.out / "comparison.json").write_text(json.dumps(content, indent=1) + "\n")
     true, given, corrected = (torch.cat(parts) for parts in zip(*labels, strict=True))
     picture = command.out / "comparison.png"
     accuracies = {method: of(outcomes, method, "accuracy") for method in METHODS}
-    pictures.comparison(picture, accuracies, (true, given, corrected), task.names, first.title)
+    heatmaps = [
+        pictures.Labels(true, one, "true class", f"{name} label", results.headline(name, true, one))
+        for name, one in (("given", given), ("corrected", corrected))
+    ]
+    pictures.comparison(picture, accuracies, heatmaps, task.names, first.title)
     print(table(outcomes))
     print(f"picture: {picture}")
-    return 0
 
 
-def train_once(settings: Settings) -> tuple[Outcome, data.Task, Tensor]:
+def train_once(settings: Settings) -> tuple[Outcome, Task, Tensor]:
     """Train without log and checkpoint; return the outcome, the task, and the corrected labels as probabilities."""
     clock, device = time.perf_counter(), command_line.device(settings.device)
-    task = data.load(settings, device)
+    task = pools.load(settings, device)
     with accelerator.prepared(settings, device):
-        run = Run(settings, task)
-        while run.epoch < run.epochs:
-            while run.step < len(run.noisy):
-                run.advance()
-            run.end_epoch()
+        run = train_at_once(Run(settings, task))
         probabilities = evaluation.corrected_labels(run.recipe, task)
         scores = evaluation.recovery(probabilities, task)
         accuracy, seconds = evaluation.accuracy(run.recipe, task), time.perf_counter() - clock

@@ -6,6 +6,7 @@ checks are made from that. An error names an option as the command line does.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 from dataclasses import field
@@ -16,9 +17,10 @@ NOUNS = {int: "an integer", float: "a finite number", bool: "true or false", str
 
 
 class Declared(Protocol):
-    """A dataclass of options."""
+    """A dataclass of options; ``headings`` has the first option of each group, and the group's title in ``--help``."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    headings: ClassVar[dict[str, str]]
 
 
 def option(
@@ -32,7 +34,7 @@ def option(
     """Declare a field.
 
     Args:
-        default: Its value where nothing is said; an option may be None only where that is the default.
+        default: Its value where it is left out; an option may be None only where that is the default.
         description: What ``--help`` says about it.
         choices: The words that it may be.
         kind: Its type.
@@ -50,9 +52,37 @@ def flag(name: str) -> str:
 
 def written(name: str, value: Any) -> str:
     """Return an option and its value as they are written on the command line."""
-    if isinstance(value, tuple | list):
-        value = ",".join(map(str, value))
-    return f"{flag(name)} {value}"
+    return f"{flag(name)} {_plain(value)}"
+
+
+def add_arguments(parser: argparse.ArgumentParser, kind: type[Declared]) -> None:
+    """Let the command line set each option; an option that is left out is not there afterwards."""
+    group: Any = parser
+    for one in dataclasses.fields(kind):
+        if one.name in kind.headings:
+            group = parser.add_argument_group(kind.headings[one.name])
+        declared = one.metadata
+        words = declared["description"] + ("" if one.default is None else f" [{_plain(one.default)}]")
+        arguments: dict[str, Any] = {"default": argparse.SUPPRESS, "help": words.replace("%", "%%")}
+        if declared["kind"] is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        elif declared["kind"] is not tuple and declared["choices"]:
+            arguments["choices"] = declared["choices"]
+        elif declared["kind"] is not tuple:
+            arguments |= {"type": declared["kind"], "metavar": declared["kind"].__name__.upper()}
+        elif declared["items"] is int:
+            arguments |= {"type": integers, "metavar": "N,N,..."}
+        else:
+            arguments |= {"nargs": "+", "metavar": "NAME"}
+        group.add_argument(flag(one.name), **arguments)
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Read integers with commas between them."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers with commas between them, not {text!r}") from None
 
 
 def check(options: Declared) -> None:
@@ -75,7 +105,7 @@ def check(options: Declared) -> None:
 
 
 def plain(kind: type[Declared], values: dict[str, Any]) -> dict[str, Any]:
-    """Return what JSON gives back as arguments of a dataclass of options: lists become tuples.
+    """Return what JSON or the command line gives back as arguments of a dataclass of options: lists become tuples.
 
     Raises:
         ValueError: An option is not known.
@@ -84,6 +114,12 @@ def plain(kind: type[Declared], values: dict[str, Any]) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"{flag(unknown[0])}: no such option. The file is of another version, or mistyped.")
     return {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, tuple | list):
+        return value
+    return ("," if all(isinstance(one, int) for one in value) else " ").join(map(str, value))
 
 
 def _check(name: str, value: Any, kind: type, within: str | None, choices: tuple[str, ...] | None) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -11,6 +14,19 @@ EXIT_CODE = 75  # "temporary failure, try again" in sysexits.h: tells a job queu
 
 class Interrupted(Exception):
     """The run was asked to stop, and has saved itself."""
+
+
+def exit_code(program: Callable[[], None], out: Path) -> int:
+    """Run a program, say in one line what went wrong, and return the exit code."""
+    try:
+        program()
+    except (ValueError, OSError, ArithmeticError) as problem:
+        print(problem, file=sys.stderr)
+        return 1
+    except Interrupted as stop:
+        print(f"{stop}; to go on: --resume --out {out}", file=sys.stderr)
+        return EXIT_CODE
+    return 0
 
 
 class Interruption:

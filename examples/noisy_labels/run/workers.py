@@ -24,7 +24,7 @@ from examples.noisy_labels.run.interruption import Interruption
 
 REPOSITORY = Path(__file__).parents[3]
 FAILURES, LOCK, OUTPUT = "failures.jsonl", "lock", "output.txt"
-LAST_LINES = 15  # of what a failed run has said
+LAST_LINES = 15  # of what a failed run has output
 
 
 def program(cell: Cell) -> list[str]:
@@ -112,12 +112,12 @@ class Workers:
             except queue.Empty:
                 return
             try:
-                code, said = self._run(cell, stop), _end_of(cell.folder / OUTPUT)
+                code, output = self._run(cell, stop), _end_of(cell.folder / OUTPUT)
             except OSError as problem:  # no process, no space, no folder
-                code, said = None, [str(problem)]
+                code, output = None, [str(problem)]
             if cell.result() is not None or stop.is_set():
                 continue
-            self._record(cell, code, said, tries)
+            self._record(cell, code, output, tries)
             if tries < self.retries:
                 waiting.put((cell, tries + 1))
             else:
@@ -126,7 +126,7 @@ class Workers:
     def _run(self, cell: Cell, stop: threading.Event) -> int | None:
         """Run a process to its end, or until a stop; return its exit code, None if it was not started."""
         cell.folder.mkdir(parents=True, exist_ok=True)
-        with locked(cell.folder / LOCK, stop, self.poll) as lock, (cell.folder / OUTPUT).open("ab") as said:
+        with locked(cell.folder / LOCK, stop, self.poll) as lock, (cell.folder / OUTPUT).open("ab") as output:
             if stop.is_set() or cell.result() is not None:
                 return None
             process = subprocess.Popen(
@@ -134,8 +134,8 @@ class Workers:
                 cwd=REPOSITORY,
                 env=os.environ | {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)},
                 stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
+                stdout=output,
+                stderr=output,
                 pass_fds=() if lock is None else (lock,),
                 start_new_session=True,  # Ctrl-C reaches this program alone, which then lets the runs save themselves
             )
@@ -150,9 +150,9 @@ class Workers:
                     continue
             return process.returncode
 
-    def _record(self, cell: Cell, code: int | None, said: list[str], tries: int) -> None:
+    def _record(self, cell: Cell, code: int | None, output: list[str], tries: int) -> None:
         when = datetime.now(UTC).isoformat(timespec="seconds")
-        record = {"cell": cell.name, "time": when, "try": tries + 1, "code": code, "said": said}
+        record = {"cell": cell.name, "time": when, "try": tries + 1, "code": code, "output": output}
         with (self.out / FAILURES).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
 

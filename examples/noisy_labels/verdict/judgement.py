@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from examples.noisy_labels.data.samples import Samples
 from examples.noisy_labels.run import checkpoint
-from examples.noisy_labels.run.interruption import Interrupted, Interruption
-from examples.noisy_labels.run.options import FREE_ON_RESUME, Options
-from examples.noisy_labels.run.own_run import Run
+from examples.noisy_labels.run.options import Options
+from examples.noisy_labels.run.training import Run, Running
 from examples.noisy_labels.verdict import classifiers, folds, judging, ways
 from examples.noisy_labels.verdict.cross_validation import out_of_fold
 from examples.noisy_labels.verdict.judging import Outcome
@@ -50,34 +51,41 @@ class Answers:
         return np.asarray(self.kept[asked].numpy())
 
 
-def judge(run: Run, problem: Problem, folder: Path, interruption: Interruption) -> Outcome:
+def trainings(options: Options) -> float:
+    """Return how many trainings of networks the verdict takes, each as long as the first one."""
+    if not options.folds:
+        return 0
+    return options.folds if options.images is None else 2 * options.folds + IMAGE_FOLDS
+
+
+def judge(running: Running, samples: Samples, problem: Problem) -> Outcome:
     """Judge what was trained beside the simple ways, and correct the labels with the winner.
 
     Raises:
         Interrupted: SIGTERM or Ctrl-C came. What is finished is kept.
     """
-    options = run.options
-    decisive = {name: one for name, one in dataclasses.asdict(options).items() if name not in FREE_ON_RESUME}
-    key = f"{run.samples.digest()} {sorted(decisive.items())}"
-    kept = Answers(folder / NAME, hashlib.sha256(key.encode()).hexdigest())
-    with tqdm(desc="verdict", unit="step", leave=False, disable=None) as bar:
+    run, moment = running.run, "while the ways were judged"
+    options = run.settings
+    assert isinstance(options, Options)
+    key = f"{samples.digest()} {sorted(options.decisive().items())}"
+    kept = Answers(running.folder / NAME, hashlib.sha256(key.encode()).hexdigest())
+    steps = round(trainings(options) * run.epochs * len(run.noisy))
+    with tqdm(desc="verdict", total=steps, unit="step", leave=False, disable=None) as bar:
 
         def watch(_: Run) -> None:
             bar.update()
-            if interruption.requested:
-                raise Interrupted("stopped while the ways were judged")
+            running.stop_if_asked(moment)
 
         def network(method: str) -> Way:
             chosen = dataclasses.replace(options, method=method)
-            way = NetworkWay(chosen, run.samples.inputs, watch=watch)
+            way = NetworkWay(chosen, samples.samples, watch=watch)
             return lambda asked: kept.of(method, asked, way)
 
         def asking(name: str, fold: int) -> None:
             bar.set_postfix_str(name if fold < 0 else f"{name}, fold {fold + 1}")
-            if interruption.requested:
-                raise Interrupted("stopped while the ways were judged")
+            running.stop_if_asked(moment)
 
-        chosen = _simple(run, problem, network, asking)
+        chosen = _simple(options, samples.samples, problem, network, asking)
         chosen[options.method] = network(options.method)
         return judging.judge(
             problem,
@@ -87,18 +95,21 @@ def judge(run: Run, problem: Problem, folder: Path, interruption: Interruption) 
             check=options.check,
             seed=options.seed,
             way=options.way,
-            finished={options.method: answers(run)},
+            finished={options.method: answers(run, samples)},
             watch=asking,
         )
 
 
 def _simple(
-    run: Run, problem: Problem, network: Callable[[str], Way], asking: Callable[[str, int], None]
+    options: Options,
+    samples: Tensor,
+    problem: Problem,
+    network: Callable[[str], Way],
+    asking: Callable[[str, int], None],
 ) -> dict[str, Way]:
     """Return the simple ways: of tables by scikit-learn, of images by networks."""
-    options = run.options
     if options.images is None:
-        inputs = run.samples.inputs.double().cpu().numpy()
+        inputs = samples.double().cpu().numpy()
         makers = classifiers.makers(options.classifier, options.seed)
         predicted = {}
         for name, make in makers.items():

@@ -7,8 +7,10 @@ from functools import cached_property
 
 import numpy as np
 
+from examples.noisy_labels.data.task import UNKNOWN
+
+__all__ = ["UNKNOWN", "Problem"]
 Array = np.ndarray
-UNKNOWN = -1  # instead of a class
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Problem:
 
     Args:
         names: Names of the classes.
-        annotations: (samples, annotators), what each annotator said, or `UNKNOWN`.
+        annotations: (samples, annotators), what each annotator answered, or `UNKNOWN`.
         truth: (samples,), the trusted label, or `UNKNOWN`.
         judging: (samples,), which trusted samples may judge: those that were chosen at random.
         groups: (samples,), what belongs together, such as pictures of one patient; None if nothing does.

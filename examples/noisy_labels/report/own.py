@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -11,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from examples.noisy_labels.data.parquet import PARQUET, write_parquet
+from examples.noisy_labels.data import table as tables
 from examples.noisy_labels.data.samples import Samples
 from examples.noisy_labels.report.results import suspicion_rank
 from examples.noisy_labels.run.files import replacing
@@ -21,7 +20,7 @@ from examples.noisy_labels.run.log import Log
 from examples.noisy_labels.run.options import Options
 from examples.noisy_labels.verdict.judging import Outcome
 
-SHOWN = 3  # samples in the end line
+LOOK_FIRST, SUSPECTS = 3, 32  # samples in the end line, and on the contact sheet
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Corrected:
 def corrected(samples: Samples, probabilities: Tensor) -> Corrected:
     """Return the most probable labels."""
     probability, labels = probabilities.max(1)
-    suspicion = suspicion_rank(probabilities, samples.given[samples.noisy])
+    suspicion = suspicion_rank(probabilities, samples.majority[samples.noisy])
     return Corrected(labels.tolist(), probability.tolist(), suspicion.tolist())
 
 
@@ -68,7 +67,7 @@ def write_corrected_labels(file: Path, samples: Samples, labels: Corrected, *, v
     """
     columns: dict[str, Sequence[Any]] = {
         "id": [samples.ids[i] for i in samples.noisy.tolist()],
-        "given": [samples.names[i] for i in samples.given[samples.noisy].tolist()],
+        "given": [samples.names[i] for i in samples.majority[samples.noisy].tolist()],
         "corrected": [samples.names[i] for i in labels.labels],
         "probability": labels.probability,
         "suspicion": labels.suspicion,
@@ -79,20 +78,20 @@ def write_corrected_labels(file: Path, samples: Samples, labels: Corrected, *, v
         counts = samples.votes[samples.noisy].long().tolist()
         named = [[f"{name}:{n}" for name, n in zip(samples.names, row, strict=True) if n] for row in counts]
         columns["votes"] = [" ".join(one) for one in named]
-    _write(file, columns)
+    tables.write(file, columns)
 
 
 def write_check_next(file: Path, samples: Samples, outcome: Outcome) -> None:
     """Write the samples to check next, the least sure first, with the label that they would get."""
     chosen = outcome.check_next.tolist()
-    given = samples.given.tolist()
+    given = samples.majority.tolist()
     columns: dict[str, Sequence[Any]] = {
         "id": [samples.ids[i] for i in chosen],
         "given": [samples.names[given[i]] for i in chosen],
         "corrected": [samples.names[outcome.labels[i]] for i in chosen],
         "probability": [float(outcome.probabilities[i, outcome.labels[i]]) for i in chosen],
     }
-    _write(file, columns)
+    tables.write(file, columns)
 
 
 def write_verdict(folder: Path, outcome: Outcome) -> None:
@@ -105,17 +104,39 @@ def write_verdict(folder: Path, outcome: Outcome) -> None:
 
 def most_suspicious(samples: Samples, labels: Corrected, number: int) -> list[tuple[int, str, str]]:
     """Return positions, given and corrected label of the samples whose given label is the least probable."""
-    given, noisy = samples.given[samples.noisy].tolist(), samples.noisy.tolist()
+    given, noisy = samples.majority[samples.noisy].tolist(), samples.noisy.tolist()
     order = sorted(range(len(noisy)), key=lambda i: labels.suspicion[i])[:number]
     return [(noisy[i], samples.names[given[i]], samples.names[labels.labels[i]]) for i in order]
+
+
+def draw(folder: Path, samples: Samples, labels: Corrected, log: Log, options: Options, way: str) -> None:
+    """Draw the curves of training, which labels became which, and of images the most suspicious ones."""
+    from examples.noisy_labels.report import pictures  # matplotlib takes a second to import
+
+    told = int(samples.has_given[samples.test].sum())
+    numbers = {"test_accuracy": len(samples.test), "right": told, "given_right": told}
+    of_method, title = (f"{name} on {options.title}, seed {options.seed}" for name in (options.method, way))
+    pictures.curves(folder / "curves.png", log.epochs(), of_method, numbers)
+    given, corrected = samples.majority[samples.noisy].cpu(), torch.tensor(labels.labels)
+    headline = f"{int((given != corrected).sum())} of {len(given)} labels changed"
+    heatmap = pictures.Labels(given, corrected, "given label", "corrected label", headline)
+    pictures.label_heatmap(folder / "labels.png", [heatmap], samples.names, title)
+    if samples.samples.ndim == 4:
+        chosen = most_suspicious(samples, labels, SUSPECTS)
+        sheet = [
+            pictures.Suspect(samples.samples[i], "\n".join(map(pictures.short, (samples.ids[i], f"{given} →", new))))
+            for i, given, new in chosen
+        ]
+        headline = f"{title}: the most suspicious labels, id and given → corrected"
+        pictures.contact_sheet(folder / "suspicious.png", sheet, headline)
 
 
 def describe(samples: Samples, source: str) -> str:
     """Return how many samples of which kind there are."""
     votes = samples.votes[samples.noisy]
     line = (
-        f"{source}: {len(samples.noisy)} samples to correct, {len(samples.trusted)} trusted, "
-        f"{len(samples.held_out)} held out, {len(samples.names)} classes"
+        f"{source}: {len(samples.noisy)} samples to correct, {len(samples.clean)} trusted, "
+        f"{len(samples.test)} held out, {len(samples.names)} classes"
     )
     if votes.sum() > len(votes):
         several = votes.sum(1) > 1
@@ -130,9 +151,9 @@ def describe(samples: Samples, source: str) -> str:
 def end_line(options: Options, samples: Samples, labels: Corrected, log: Log, outcome: Outcome | None) -> str:
     """Return what came out, and what to look at first."""
     last = log.epochs()[-1]
-    given = samples.given[samples.noisy].tolist()
+    given = samples.majority[samples.noisy].tolist()
     changed = sum(new != old for new, old in zip(labels.labels, given, strict=True))
-    held_out = len(samples.held_out)
+    held_out = len(samples.test)
     parts = [f"{changed} of {len(samples.noisy)} labels changed"]
     if held_out:
         accuracy = last["test_accuracy"]
@@ -146,29 +167,14 @@ def end_line(options: Options, samples: Samples, labels: Corrected, log: Log, ou
         parts.append(f"labels of held-out samples: {_of(last, 'given_right')} right as given, {_of(last, 'right')} now")
     if outcome is not None:
         parts.append(outcome.report.summary())
-    first = ", ".join(f"{samples.ids[i]} ({old} -> {new})" for i, old, new in most_suspicious(samples, labels, SHOWN))
+    suspects = most_suspicious(samples, labels, LOOK_FIRST)
+    first = ", ".join(f"{samples.ids[i]} ({old} -> {new})" for i, old, new in suspects)
     advice = f"Look first at suspicion 1, 2, 3 in corrected_labels.csv: {first}"
     if outcome is None and last.get("right", 1.0) < last.get("given_right", 0.0):
         advice = f"Fewer of the held-out labels are right than as given: ask for a verdict (--folds 5). {advice}"
     way = options.method if outcome is None else outcome.report.way
-    return f"{way} on {options.source}, seed {options.seed}: {'; '.join(parts)}. {advice}"
+    return f"{way} on {options.title}, seed {options.seed}: {'; '.join(parts)}. {advice}"
 
 
 def _of(record: dict[str, Any], name: str) -> str:
     return f"{100 * record[name]:.1f} %"
-
-
-def _write(file: Path, columns: dict[str, Sequence[Any]]) -> None:
-    """Write columns as Parquet or CSV, as the file is called; probabilities in CSV with four digits."""
-    if file.suffix == PARQUET:
-        write_parquet(file, columns)
-        return
-    written = [
-        [f"{one:.4f}" for one in values] if name == "probability" else values for name, values in columns.items()
-    ]
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(columns)
-    writer.writerows(zip(*written, strict=True))
-    with replacing(file) as stream:
-        stream.write(text.getvalue().encode())
