@@ -41,7 +41,8 @@ class LabelCorrector(BaseEstimator):  # type: ignore[misc]
         precision: Share of labels that shall be right among those that need no check.
         level: Probability with which all intervals hold.
         check: How many samples `check_next_` names.
-        way: The way whose labels are taken; None for the verdict's, ``best`` for the one that looks best.
+        way: The way whose labels are taken: its name, ``best`` for the one that looks best, ``verdict`` for the
+            simplest that is not clearly worse; None for the mean of all ways.
         seed: Of everything random.
     """
 

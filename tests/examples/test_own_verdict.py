@@ -22,6 +22,7 @@ from examples.noisy_labels.verdict.network_way import NetworkWay
 from examples.noisy_labels.verdict.problem import UNKNOWN
 from own_worlds import Rows, pictures, points, read, write, write_trusted
 
+WAYS = ["given", "trusted", "classifier", "bayes", "ebomlc", "together"]
 SHORT = ["--epochs", "4", "--batch-size", "20", "--log-interval", "2"]
 
 
@@ -62,7 +63,14 @@ def test_a_run_leaves_a_verdict_and_what_to_check_next(
     assert "verdict: correct, see verdict.txt" in text.splitlines()[-1]
     values = json.loads((out / "verdict.json").read_text())
     names = [one["name"] for one in values["verdict"]["scores"]]
-    assert [one for one in names if one != "cleanlab"] == ["given", "trusted", "classifier", "bayes", "ebomlc"]
+    assert [one for one in names if one != "cleanlab"] == [
+        "given",
+        "trusted",
+        "classifier",
+        "bayes",
+        "ebomlc",
+        "together",
+    ]
     assert values["verdict"]["judged"] == 120, "all trusted samples judge"
     rows = read(out / "corrected_labels.csv")
     assert list(rows[0]) == ["id", "given", "corrected", "probability", "suspicion", "action"]
@@ -158,7 +166,14 @@ def test_images_are_judged_by_networks(tmp_path: Path) -> None:
     assert own_data.main([*command, "--epochs", "1", "--batch-size", "12", "--out", str(tmp_path / "run")]) == 0
     values = json.loads((tmp_path / "run" / "verdict.json").read_text())
     names = [one["name"] for one in values["verdict"]["scores"]]
-    assert [one for one in names if one != "cleanlab"] == ["given", "trusted", "classifier", "bayes", "ebomlc"]
+    assert [one for one in names if one != "cleanlab"] == [
+        "given",
+        "trusted",
+        "classifier",
+        "bayes",
+        "ebomlc",
+        "together",
+    ]
     assert len(read(tmp_path / "run" / "corrected_labels.csv")) == 36
 
 
@@ -185,7 +200,10 @@ def test_given_labels_that_were_corrected_judge_no_correction(
         (["--check", "-1"], "--check -1: must be at least 0"),
         (["--classifier", "magic"], "--classifier magic: is none of logistic, trees"),
         (["--classifier", "sklearn.svm.LinearSVC"], "gives no probabilities"),
-        (["--way", "magic"], "--way magic: must be best, given, trusted, classifier, cleanlab, bayes or the --method"),
+        (
+            ["--way", "magic"],
+            "--way magic: must be best, verdict, together, given, trusted, classifier, cleanlab, bayes",
+        ),
         (["--way", "bayes", "--folds", "0"], "--way bayes: is judged in folds"),
     ],
 )

@@ -13,7 +13,8 @@ from examples.noisy_labels.run.command_line import Start, device, goes_on, of_sa
 from examples.noisy_labels.run.declaration import add_arguments, flag, option, plain
 from examples.noisy_labels.run.settings import Training
 from examples.noisy_labels.verdict.classifiers import NAMED, makers
-from examples.noisy_labels.verdict.ways import BEST, WAYS
+from examples.noisy_labels.verdict.together import TOGETHER
+from examples.noisy_labels.verdict.ways import BEST, VERDICT, WAYS
 
 SOFT = ("ebomlc", "ebomlc-difference", "mlc-d", "mlc", "ce", "clean", "ce-clean", "ce-mixed")  # for shares of votes too
 METHODS = (*SOFT, "em", "ours")
@@ -94,7 +95,10 @@ class Options(Training):
         0.95, "share of labels that shall be right among those that need no check", kind=float, within="(0, 1)"
     )
     check: int = option(50, "how many samples check_next.csv names", kind=int, within="[0, inf)")
-    way: str | None = option(None, "the way whose labels are written; best: the one that looks best [the verdict's]")
+    way: str | None = option(
+        None,
+        "whose labels are written: a way, best, verdict (the simplest good one) [together: the mean of all]",
+    )
     classifier: tuple[str, ...] = option(
         ("auto",),
         f"for tables, of the simple ways: {', '.join(NAMED)}, or any of scikit-learn's, as sklearn.svm.SVC",
@@ -118,8 +122,8 @@ class Options(Training):
             raise ValueError(f"own_data: {rule}. Give --trusted FILE, or --trusted-column COLUMN.")
         if self.folds == 1:
             raise ValueError("--folds 1: must be at least 2, or 0 for no verdict.")
-        if self.way is not None and self.way not in (BEST, *WAYS, self.method):
-            raise ValueError(f"--way {self.way}: must be {BEST}, {', '.join(WAYS)} or the --method, {self.method}.")
+        if self.way is not None and self.way not in (known := (BEST, VERDICT, TOGETHER, *WAYS)) + (self.method,):
+            raise ValueError(f"--way {self.way}: must be {', '.join(known)} or the --method, {self.method}.")
         if self.way is not None and not self.folds:
             raise ValueError(f"--way {self.way}: is judged in folds. Leave out --folds 0.")
         if self.groups is not None and self.table is None:

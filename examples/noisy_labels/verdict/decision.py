@@ -1,6 +1,6 @@
 """Which way to correct labels, judged on all trusted samples, and whether it can be told at all.
 
-Every way is cross-fitted: the trusted samples are dealt into folds; those of a fold are treated as if nobody had
+Every way is cross-fitted: the trusted samples are split into folds; those of a fold are treated as if nobody had
 checked them, corrected with what the others show, and only then compared with their trusted labels. So each trusted
 sample judges, and none has helped the answer it judges: neither training, nor tuning, nor calibration has seen it.
 
@@ -12,6 +12,10 @@ If no correction is, and one could still be better by more than `MARGIN`, the an
 Samples that were checked because they were suspicious are no random sample: they train and never judge. Where the
 given labels of trusted samples are not known, or all are right because they were corrected in the same column, nothing
 shows what correction would have made of them: it cannot be judged.
+
+The labels that are written are another question: what serves best whoever needs right labels. That is the mean of all
+ways (`together.py`), which is judged like any other way, unless it is clearly worse than one of them or looks no better
+than the given labels.
 """
 
 from __future__ import annotations
@@ -21,10 +25,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from examples.noisy_labels.verdict import calibration, folds, intervals
+from examples.noisy_labels.verdict import calibration, folds, intervals, together
 from examples.noisy_labels.verdict.calibration import Temperature
 from examples.noisy_labels.verdict.intervals import Comparison
 from examples.noisy_labels.verdict.problem import Problem
+from examples.noisy_labels.verdict.together import TOGETHER
 from examples.noisy_labels.verdict.ways import Way, needs_given
 
 Array = np.ndarray
@@ -92,6 +97,7 @@ class Judged:
         probabilities: Of each way, calibrated by the other folds.
         temperatures: Of each way, fitted on all.
         known: Whether their given labels are known, so that correction can be judged.
+        weights: How much each way counts in the mean of all; empty where there is none.
     """
 
     rows: Array
@@ -101,6 +107,7 @@ class Judged:
     probabilities: dict[str, Array]
     temperatures: dict[str, Temperature]
     known: bool
+    weights: dict[str, float]
 
     def right(self, way: str) -> Array:
         """Return which labels a way has right."""
@@ -153,8 +160,14 @@ def cross_fit(
             answer[asked] = ways[name](hidden)[rows[asked]]
     calibrated = {name: calibration.cross_fitted(one, truth, fold[rows]) for name, one in answers.items()}
     temperatures = {name: calibration.fit(one, truth) for name, one in answers.items()}
+    weights = {}
+    if known and len(rows) and len(calibrated.keys() - {"given"}) > 1:
+        weights = together.weights(calibrated, truth)
+        joined = together.mean(calibrated, weights)
+        calibrated[TOGETHER] = together.cross_fitted(calibrated, truth, fold[rows])
+        temperatures[TOGETHER] = calibration.fit(joined, truth)
     groups = None if problem.groups is None else problem.groups[rows]
-    return Judged(rows, fold[rows], truth, groups, calibrated, temperatures, known)
+    return Judged(rows, fold[rows], truth, groups, calibrated, temperatures, known, weights)
 
 
 def decide(judged: Judged, level: float, seed: int) -> Verdict:

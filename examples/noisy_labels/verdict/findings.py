@@ -7,6 +7,7 @@ from typing import Any
 
 from examples.noisy_labels.verdict.decision import CANNOT_TELL, CORRECT, Verdict
 from examples.noisy_labels.verdict.promise import Interval, Promise
+from examples.noisy_labels.verdict.together import TOGETHER
 
 SHOWN = 12  # classes or annotators in a line
 
@@ -20,6 +21,7 @@ class Report:
         way: Whose labels were taken.
         asked: Whether the user named that way.
         classifiers: Of the simple ways, by which classifier each is done.
+        weights: How much each way counts in `together`.
         promise: Which labels need no check.
         actions: How many labels are to keep, to change, to check.
         remaining: How many labels of samples that nobody checked are wrong after correction.
@@ -34,6 +36,7 @@ class Report:
     way: str
     asked: bool
     classifiers: dict[str, str]
+    weights: dict[str, float]
     promise: Promise
     actions: dict[str, int]
     remaining: Interval
@@ -76,7 +79,12 @@ class Report:
     def headline(self) -> str:
         """Return the verdict in one line."""
         words = {CORRECT: "correct", CANNOT_TELL: "cannot tell"}.get(self.answer, "keep the given labels")
-        taken = "as you asked" if self.asked else "the verdict's" if self.answer != CANNOT_TELL else "a best guess"
+        taken = "the verdict's" if self.answer != CANNOT_TELL else "a best guess"
+        if self.way == TOGETHER:
+            shares = [f"{name} {100 * share:.0f} %" for name, share in self.weights.items() if share >= 0.005]
+            taken = f"the mean of {', '.join(shares)}, as a rule better than each; for the verdict's: way = verdict"
+        if self.asked:
+            taken = "as you asked"
         return f"verdict: {words}. {self.verdict.reason}. Labels written: {self.way} ({taken})."
 
     def summary(self) -> str:

@@ -9,11 +9,13 @@ import numpy as np
 
 from examples.noisy_labels.verdict import decision as verdict
 from examples.noisy_labels.verdict import promise as promises
+from examples.noisy_labels.verdict import together
 from examples.noisy_labels.verdict.calibration import Temperature
-from examples.noisy_labels.verdict.decision import CANNOT_TELL, Judged
+from examples.noisy_labels.verdict.decision import CANNOT_TELL, KEEP, Judged, Verdict
 from examples.noisy_labels.verdict.findings import Report
 from examples.noisy_labels.verdict.problem import UNKNOWN, Problem
-from examples.noisy_labels.verdict.ways import BEST, Tuned, Way
+from examples.noisy_labels.verdict.together import TOGETHER
+from examples.noisy_labels.verdict.ways import BEST, VERDICT, Tuned, Way
 
 Array = np.ndarray
 FOLDS = 5
@@ -65,28 +67,28 @@ def judge(
         level: Probability with which intervals hold.
         check: How many samples to name for checking.
         seed: Of folds and draws.
-        way: The way whose labels are taken, whatever the verdict, or `BEST`; None for the verdict's.
+        way: The way whose labels are taken, `BEST` or `VERDICT`; None for the mean of all ways, see `decision.py`.
         finished: Answers of ways, for all samples, that are there already.
         watch: Is told way and fold before each answer.
 
     Raises:
         ValueError: There is no way of that name.
     """
-    if way is not None and way not in (*ways, BEST):
-        raise ValueError(f"--way {way}: must be {BEST}, or one of {', '.join(ways)}.")
+    if way is not None and way not in (*ways, TOGETHER, BEST, VERDICT):
+        raise ValueError(f"--way {way}: must be {BEST}, {VERDICT}, {TOGETHER}, or one of {', '.join(ways)}.")
     judged = verdict.cross_fit(problem, ways, verdict.trusted_folds(problem, folds, seed), watch)
     found = verdict.decide(judged, level, seed)
-    if way == BEST:
-        way = max(judged.probabilities, key=lambda name: judged.right(name).sum(), default=list(ways)[-1])
-    chosen = way or (found.way if found.way in ways else "given")
-    if way is None and found.answer == CANNOT_TELL and not judged.known:
-        chosen = list(ways)[-1]  # nothing can be told, so what was asked for: the last way is the most elaborate
+    chosen = _chosen(way, judged, found, ways)
     ranking = _ranking(judged, ways)
     answers = dict(finished or {})
-    for name in (chosen, ranking):
-        if name not in answers:
+    wanted = dict.fromkeys((chosen, ranking))
+    for name in [*judged.weights, *wanted] if TOGETHER in wanted else wanted:
+        if name not in answers and name != TOGETHER:
             watch(name, -1)
             answers[name] = ways[name](problem)
+    if TOGETHER in wanted:
+        parts = {name: judged.temperatures[name](answers[name]) for name in judged.weights}
+        answers[TOGETHER] = together.mean(parts, judged.weights)
     calibrated = {name: judged.temperatures.get(name, AS_IT_IS)(answers[name]) for name in (chosen, ranking)}
     labels = calibrated[chosen].argmax(1)
     probabilities = calibrated[ranking if chosen == "given" else chosen].copy()
@@ -107,6 +109,7 @@ def judge(
     report = Report(
         verdict=found,
         classifiers={name: one.choice(problem) for name, one in ways.items() if isinstance(one, Tuned)},
+        weights=judged.weights,
         way=chosen,
         asked=way is not None,
         promise=promised,
@@ -119,6 +122,23 @@ def judge(
         check=len(check_next),
     )
     return Outcome(labels, probabilities, actions, suspicion, check_next, report)
+
+
+def _chosen(way: str | None, judged: Judged, found: Verdict, ways: Mapping[str, Way]) -> str:
+    """Return the way whose labels are written: the one that is asked for, or the mean of all unless that is no good."""
+    if way == BEST:
+        return max(judged.probabilities, key=lambda name: judged.right(name).sum(), default=list(ways)[-1])
+    if way == TOGETHER and not judged.weights:
+        rule = "nothing judges the ways, so they cannot be weighted. Name one of them"
+        raise ValueError(f"--way {TOGETHER}: {rule}.")
+    if way not in (None, VERDICT):
+        return str(way)
+    if found.answer == CANNOT_TELL and not judged.known:
+        return list(ways)[-1]  # nothing can be told, so what was asked for: the last way is the most elaborate
+    score = next((one for one in found.scores if one.name == TOGETHER), None)
+    if way is None and score is not None and found.answer != KEEP and not score.worse and score.gain > 0:
+        return TOGETHER
+    return found.way if found.way in (*ways, TOGETHER) else "given"
 
 
 def _ranking(judged: Judged, ways: Mapping[str, Way]) -> str:

@@ -31,7 +31,7 @@ Array = np.ndarray
 Way = Callable[[Problem], Array]
 EXPONENTS = (0.5, 1.0, 2.0, 4.0)  # sharpness of the classifier in Bayes' rule
 WAYS = ("given", "trusted", "classifier", "cleanlab", "bayes")  # the simple ones, the simplest first
-BEST = "best"  # instead of a way: the one that looks best, though a simpler one may be as good
+BEST, VERDICT = "best", "verdict"  # instead of a way: the one that looks best, the simplest that is not clearly worse
 INNER_FOLDS = 3
 SURE = 1e-3  # what a given label leaves to the other classes, before calibration
 
