@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, Unpack
 
 import torch
@@ -190,7 +189,7 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         if self._learned is None:
             return super().inner_rule()
         _refuse_rate(self.inner_lr)
-        return self._learned.rule(self._learned.groups())
+        return self.projected(self._learned.rule(self._learned.groups()))
 
     @property
     def order(self) -> orders.Order:  # type: ignore[override]
@@ -247,7 +246,8 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         if self._learned is None:
             return self.inner_rule
         _refuse_rate(self.inner_lr)
-        return partial(self._learned.rule, self._learned.groups())
+        learned, groups = self._learned, self._learned.groups()
+        return lambda: self.projected(learned.rule(groups))
 
     def _check_checkpoints(self, virtual: bool) -> None:
         if self.checkpoints is None:
