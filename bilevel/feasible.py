@@ -282,6 +282,13 @@ class Projected(Rule):
         moved, after = self.rule.step(point, gradient, state)
         return self.feasible.project(moved, [g is not None for g in gradient]), after
 
+    @property
+    def hyperparameters(self) -> Sequence[Tensor]:
+        return self.rule.hyperparameters
+
+    def at(self, hyperparameters: Sequence[Tensor]) -> Rule:
+        return Projected(self.rule.at(hyperparameters), self.feasible)
+
 
 class FixedPointMap:
     r"""The fixed point ``w = P(w - s grad_w G)`` of a projected lower step, for implicit differentiation.
