@@ -37,6 +37,7 @@ from .methods import (
     SingleLoopStats,
     Unrolled,
 )
+from .microbatches import MicroBatches
 from .optimizer.base import BilevelOptimizer
 from .testing.check_directions import check_directions
 from .vectors import Vector
@@ -72,6 +73,7 @@ __all__ = [
     "Implicit",
     "ImplicitStats",
     "Indexed",
+    "MicroBatches",
     "Neumann",
     "NonFiniteError",
     "Oracle",

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map
 from ..batches import MISSING
 from ..errors import ClosureError
 from ..levels import Level
+from ..microbatches import MicroBatches, Sum, joined, parts_of, weights_of
 from ..vectors import Tensors, Vector, exchange, present
 from .inspection import explained
 from .losses import Loss, sequence_number, stale_variables
@@ -35,6 +36,7 @@ from .substitution import Places, plain_attention
 Wrt = Literal["both", "upper", "lower"]
 Side = Literal["upper", "lower"]
 Key = tuple[Side, int]  # of a batch: which loss it is for, and its number
+Part = tuple[Side, int, int]  # of a micro-batch: also which one of its batch
 Point = Sequence[Tensor]
 Graph = tuple[Tensor, Any]
 
@@ -153,27 +155,45 @@ class Evaluations:
 
     @contextmanager
     def lower_graph(
-        self, batch: int = 0, at: Tensors | None = None, substitute: Point | None = None, *, current: bool = False
+        self,
+        batch: int = 0,
+        at: Tensors | None = None,
+        substitute: Point | None = None,
+        *,
+        part: int = 0,
+        current: bool = False,
     ) -> Iterator[Graph]:
         """Build the graph of G, and its aux, for derivatives of higher order, to be taken inside the ``with``.
 
         Args:
             batch: Which lower batch, as in :meth:`lower`.
+            part: Which of its micro-batches, out of :meth:`lower_weights`.
             at: Values to swap in.
             substitute: Instead, tensors to put in the places of the lower variables: dual tensors, or a graph.
             current: Whether these have the current values, so that buffers move as in :meth:`lower`.
         """
-        with self._graph(self._key("lower", batch), self._point(at), substitute, current) as graph:
+        key = self._key("lower", batch)
+        with self._graph((*key, part), self._point(at), substitute, current) as graph:
             yield graph
+
+    def lower_weights(self, batch: int = 0) -> tuple[float, ...]:
+        """Return how much each micro-batch of a lower batch counts; of a batch that is not in parts, 1."""
+        return weights_of(self._batch(self._key("lower", batch)))
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether a batch of this step is in micro-batches."""
+        return any(isinstance(batch, MicroBatches) for side in self._batches.values() for batch in side)
 
     @contextmanager
     def upper_graph(self, substitute: Point, *, batch: int = 0, current: bool = False) -> Iterator[Graph]:
         """Build the graph of F with other tensors in the places of the lower variables, as in :meth:`lower_graph`."""
-        with self._graph(self._key("upper", batch), None, substitute, current) as graph:
+        key = self._key("upper", batch)
+        with self._graph((*key, 0), None, substitute, current) as graph:
             yield graph
 
     @contextmanager
-    def _graph(self, key: Key, at: Point | None, substitute: Point | None, current: bool = False) -> Iterator[Graph]:
+    def _graph(self, key: Part, at: Point | None, substitute: Point | None, current: bool = False) -> Iterator[Graph]:
         # Copies: a training-mode BatchNorm would write tangents into the user's own buffers, and a kept graph may hold
         # what the next evaluation changes.
         copied = substitute is not None and not current
@@ -212,10 +232,23 @@ class Evaluations:
     def _key(self, side: Side, batch: int) -> Key:
         return side, min(batch, len(self._batches[side]) - 1)
 
-    def _called(self, key: Key) -> tuple[Loss, Any]:
-        """Return the loss and the batch of an evaluation."""
+    def _batch(self, key: Key) -> Any:
         side, index = key
-        return (self.upper_loss if side == "upper" else self.lower_loss), self._batches[side][index]
+        return self._batches[side][index]
+
+    def _loss(self, side: Side) -> Loss:
+        return self.upper_loss if side == "upper" else self.lower_loss
+
+    def _parts(self, key: Key) -> list[tuple[Part, float]]:
+        """Return the micro-batches of a batch, and how much each counts; a batch that is not in parts is the only
+        one.
+        """
+        return [((*key, part), weight) for part, weight in enumerate(weights_of(self._batch(key)))]
+
+    def _called(self, part: Part) -> tuple[Loss, Any]:
+        """Return the loss and the micro-batch of an evaluation."""
+        side, index, which = part
+        return self._loss(side), parts_of(self._batches[side][index])[which]
 
     @staticmethod
     def _point(at: Tensors | None) -> list[Tensor] | None:
@@ -225,7 +258,27 @@ class Evaluations:
         return self._evaluate_as(key, at, wrt, freeze=wrt == "upper")
 
     def _evaluate_as(self, key: Key, at: Point | None, wrt: Wrt, *, freeze: bool = False) -> Evaluation:
-        """Call the loss, and differentiate; ``freeze``: with the lower variables' flags off."""
+        """Call the loss, and differentiate; ``freeze``: with the lower variables' flags off.
+
+        Of micro-batches one after another: the graph of one is gone before the next one's is made.
+        """
+        batch = self._batch(key)
+        if not isinstance(batch, MicroBatches):
+            return self._evaluate_part((*key, 0), at, wrt, freeze=freeze)
+        total, found = Sum(), []
+        with self.replay.together(batch.weights):
+            for part, weight in self._parts(key):
+                one = self._evaluate_part(part, at, wrt, freeze=freeze)
+                total.add(weight, [one.value, *one.upper, *one.lower])
+                found.append((one.aux, len(one.upper)))
+                names = one.upper.names, one.lower.names
+        value, *gradients = total.total
+        aux, size = joined([aux for aux, _ in found], batch), found[0][1]
+        assert value is not None
+        return Evaluation(value, Vector(gradients[:size], names[0]), Vector(gradients[size:], names[1]), aux)
+
+    def _evaluate_part(self, key: Part, at: Point | None, wrt: Wrt, *, freeze: bool = False) -> Evaluation:
+        """The same for one micro-batch."""
         loss, batch = self._called(key)
         upper = list(self.upper_level.tensors) if wrt != "lower" else []
         lower = list(self.lower_level.tensors) if wrt != "upper" else []
@@ -271,7 +324,7 @@ class Evaluations:
     @contextmanager
     def _prepared(
         self,
-        key: Key,
+        key: Part,
         at: Point | None,
         *,
         current: bool,

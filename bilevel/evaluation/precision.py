@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from ..microbatches import MicroBatches
+
 COARSE = (torch.float32, torch.float16, torch.bfloat16)
 CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
 
 def widened(batch: Any) -> Any:
     """Return a batch with float64 in the places of its other floating-point tensors, in containers and dataclasses."""
+    if isinstance(batch, MicroBatches):
+        return batch.mapped(widened)
     if is_dataclass(batch) and not isinstance(batch, type):
         wide = copy(batch)
         for entry in fields(batch):

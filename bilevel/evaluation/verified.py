@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ClosureError
-from .evaluations import Evaluation, Evaluations, Key, Point, Subject, Wrt
+from ..microbatches import Sum
+from .evaluations import Evaluation, Evaluations, Key, Part, Point, Subject, Wrt
 from .inspection import inspected
 from .losses import sequence_number
 from .precision import float64, widened, widening
@@ -116,7 +117,7 @@ class VerifiedEvaluations(Evaluations):
                 )
 
     def _evaluate(self, key: Key, at: Point | None, wrt: Wrt) -> Evaluation:
-        loss, _ = self._called(key)
+        loss = self._loss(key[0])
         shortcut = f"{loss.name}, forward-only"
         if wrt == "upper" and shortcut not in self.verification.choices:
             try:
@@ -128,24 +129,29 @@ class VerifiedEvaluations(Evaluations):
             else:
                 return self._verified(shortcut, found, key, at) if self.comparing else found
         found = self._evaluate_as(key, at, wrt)
-        self.verification.held(loss.name, self.replay.held_count(key))
+        self.verification.held(loss.name, self.replay.held_count((*key, 0)))
         if self.comparing and loss.name not in self._repeated:
             self._repeat(found.value, key, at)
         return found
 
     def _repeat(self, value: Tensor, key: Key, at: Point | None) -> None:
         """See that a second call of a loss gives the same."""
-        loss, batch = self._called(key)
+        loss, total = self._loss(key[0]), Sum()
         self._repeated.add(loss.name)
         try:
-            with self.replay.silently(), self._prepared(key, at, current=at is None):
-                since = sequence_number()
-                value_again, _ = loss(batch, self._devices)
-                self._refuse_stale(loss, value_again, since)
-                again = loss.number(value_again)
+            for part, weight in self._parts(key):
+                _, batch = self._called(part)
+                with self.replay.silently(), self._prepared(part, at, current=at is None):
+                    since = sequence_number()
+                    value_again, _ = loss(batch, self._devices)
+                    self._refuse_stale(loss, value_again, since)
+                    total.add(weight, [loss.number(value_again)])
+                del value_again  # and its graph, before the next one is made
         except (RuntimeError, MemoryError) as error:
             self._unverified(loss.name, error)
             return
+        (again,) = total.total
+        assert again is not None
         if bool(value_gap(value, again) > rounding(value.dtype)):
             self.verification.unrepeatable.add(loss.name)
             self.verification.say_of(
@@ -157,7 +163,7 @@ class VerifiedEvaluations(Evaluations):
             )
 
     @contextmanager
-    def _prepared(self, key: Key, at: Point | None, *, substituted: bool = False, **options: Any) -> Iterator[None]:
+    def _prepared(self, key: Part, at: Point | None, *, substituted: bool = False, **options: Any) -> Iterator[None]:
         """Surround one evaluation; in a look, the first one of a loss must change nothing."""
         prepared = super()._prepared(key, at, substituted=substituted, **options)
         loss, batch = self._called(key)
@@ -180,7 +186,7 @@ class VerifiedEvaluations(Evaluations):
 
     def _verified(self, shortcut: str, found: Evaluation, key: Key, at: Point | None) -> Evaluation:
         """Compare a forward-only evaluation with the one that has every flag on, which replaces it if they differ."""
-        loss, _ = self._called(key)
+        loss = self._loss(key[0])
         try:
             with self.replay.silently():
                 plain = self._evaluate_as(key, at, "upper")

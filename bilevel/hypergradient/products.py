@@ -6,7 +6,7 @@ A *Hessian product* is both blocks, ``(G_aw v, G_ww v)``; a *mixed product* is `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -16,11 +16,13 @@ from torch import Tensor
 from ..evaluation.evaluations import Evaluation
 from ..evaluation.losses import leaves_of
 from ..evaluation.oracle import Oracle
+from ..microbatches import Sum
 from ..vectors import Tensors, Vector, add_scaled, present, squared_norm, subtract
 from .mode_choice import Found, Ways, by_mode
 from .modes import NoForwardMode, ProductMode, dual_numbers, refuse_wrong_rules, second_derivatives
 
 Product = tuple[Vector, Vector]
+Part = Callable[[int, int, Oracle, Tensors, Tensors | None], Found]  # of a product, on a batch's micro-batch
 
 
 def hessian_product(
@@ -51,7 +53,8 @@ def hessian_product(
         >>> torch.allclose(product[0], problem.hessian @ problem.lower)
         True
     """
-    ways = Ways("hessian", batch, partial(_forward, batch), partial(_reverse, batch), partial(_difference, batch))
+    forward, reverse = partial(_in_parts, _forward, batch), partial(_in_parts, _reverse, batch)
+    ways = Ways("hessian", batch, forward, reverse, partial(_difference, batch))
     found = by_mode(oracle, ways, direction, at, product)
     size = len(oracle.upper_level.tensors)
     return Vector(found[:size], oracle.upper_level.names), Vector(found[size:], oracle.lower_level.names)
@@ -96,18 +99,36 @@ def mixed_product(
         True
     """
     difference = partial(_mixed_difference, batch, radius)
-    ways = Ways("mixed", batch, partial(_forward_mixed, batch), partial(_reverse_mixed, batch), difference)
+    forward, reverse = partial(_in_parts, _forward_mixed, batch), partial(_in_parts, _reverse_mixed, batch)
+    ways = Ways("mixed", batch, forward, reverse, difference)
     found = Vector(by_mode(oracle, ways, direction, at, product, gradient), oracle.upper_level.names)
     oracle.check_dependence(found)
     return found
 
 
-def _forward(batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
+def _in_parts(way: Part, batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
+    """A product is linear in G: sum it over the micro-batches of a batch, with one graph alive at a time."""
+    weights = oracle.lower_weights(batch)
+    if weights == (1.0,):
+        return way(batch, 0, oracle, direction, at)
+    product, slope, gradient = Sum(), Sum(), Sum()
+    for part, weight in enumerate(weights):
+        found = way(batch, part, oracle, direction, at)
+        product.add(weight, found.product)
+        if found.slope is not None:
+            slope.add(weight, found.slope)
+        if found.gradient is not None:
+            gradient.add(weight, found.gradient)
+    seen = [x for x in slope.total if x is not None]
+    return Found(product.total, (seen[0], seen[1]) if seen else None, gradient.total or None)
+
+
+def _forward(batch: int, part: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
     """Forward over reverse: the gradient of dual tensors carries the product as its tangent."""
     upper, lower = oracle.upper_level.tensors, oracle.lower_level.tensors
     with dual_numbers():
         leaves = [value.detach().requires_grad_() for value in present(at if at is not None else oracle.point())]
-        with oracle.lower_graph(batch, substitute=_duals(leaves, direction)) as (value, _):
+        with oracle.lower_graph(batch, part=part, substitute=_duals(leaves, direction)) as (value, _):
             gradients = torch.autograd.grad(value, [*upper, *leaves, *lower], allow_unused=True)
         missed = zip(oracle.lower_level.names, gradients[len(upper) + len(leaves) :], strict=True)
         _refuse_unreached([name for name, g in missed if g is not None])
@@ -118,12 +139,12 @@ def _forward(batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None)
     return Found(tangents, slope, primals)
 
 
-def _forward_mixed(batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
+def _forward_mixed(batch: int, part: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
     """Reverse over forward: the tangent of G is ``<grad_w G, v>``, and its graph holds the upper variables alone."""
     upper = oracle.upper_level.tensors
     with dual_numbers():
         values = [value.detach() for value in present(at if at is not None else oracle.point())]
-        with oracle.lower_graph(batch, substitute=_duals(values, direction)) as (value, _):
+        with oracle.lower_graph(batch, part=part, substitute=_duals(values, direction)) as (value, _):
             if oracle.checking:
                 names = dict(zip(map(id, oracle.lower_level.tensors), oracle.lower_level.names, strict=True))
                 _refuse_unreached(leaves_of(value, names))
@@ -164,19 +185,19 @@ def _refuse_unreached(missed: list[str]) -> None:
         )
 
 
-def _reverse(batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
+def _reverse(batch: int, part: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
     upper, lower = oracle.upper_level.tensors, oracle.lower_level.tensors
-    return Found(_double_backward(oracle, batch, direction, at, [*upper, *lower]))
+    return Found(_double_backward(oracle, batch, part, direction, at, [*upper, *lower]))
 
 
-def _reverse_mixed(batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
-    return Found(_double_backward(oracle, batch, direction, at, oracle.upper_level.tensors))
+def _reverse_mixed(batch: int, part: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
+    return Found(_double_backward(oracle, batch, part, direction, at, oracle.upper_level.tensors))
 
 
 def _double_backward(
-    oracle: Oracle, batch: int, direction: Tensors, at: Tensors | None, inputs: Sequence[Tensor]
+    oracle: Oracle, batch: int, part: int, direction: Tensors, at: Tensors | None, inputs: Sequence[Tensor]
 ) -> Tensors:
-    with oracle.lower_graph(batch, at) as (value, _), second_derivatives():
+    with oracle.lower_graph(batch, at, part=part) as (value, _), second_derivatives():
         gradients = torch.autograd.grad(value, oracle.lower_level.tensors, create_graph=True, allow_unused=True)
         pairs = [(g, v) for g, v in zip(gradients, direction, strict=True) if g is not None and v is not None]
         pairs = [(g, v) for g, v in pairs if g.requires_grad]

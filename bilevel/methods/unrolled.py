@@ -176,7 +176,13 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         return None if self.start is None else start_of("Unrolled", self.start, self.lower_level)
 
     def _keeps_graph(self, oracle: Oracle) -> bool:
-        if self.differentiate != "auto":
+        if self.differentiate == "graph" and oracle.in_parts:
+            advice = (
+                "keeps the graphs of all micro-batches at once, which they are there to avoid. Use "
+                'differentiate="adjoint", or "auto", which takes it here.'
+            )
+            raise ValueError(message("Unrolled", "differentiate", "graph", advice))
+        if self.differentiate != "auto" or oracle.in_parts:
             return self.differentiate == "graph" and not oracle.plain
         several = self._differentiated > 1 or self.start is not None
         unfit = self.lower_level.has_bare_tensors or KEPT_GRAPH in oracle.verification.choices

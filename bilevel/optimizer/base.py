@@ -12,9 +12,10 @@ from typing import Any, cast
 from ..batches import MISSING, sorted_batches
 from ..compiler import eager
 from ..directions import Directions, S, T
-from ..errors import message
+from ..errors import count, message
 from ..evaluation.oracle import Oracle
 from ..levels import check_disjoint
+from ..microbatches import split_batch
 from ..wrappers import unwrapped, warn_of_processes
 from .checkpoint import Parts, load, saved
 from .method import Common, Method
@@ -52,7 +53,7 @@ class BilevelOptimizer(Method[S], ABC):
     """
 
     @eager
-    def step(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING) -> S:
+    def step(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING, microbatches: int | None = None) -> S:
         """Take one step: directions at the current point, handed to the two torch optimizers.
 
         Args:
@@ -60,6 +61,9 @@ class BilevelOptimizer(Method[S], ABC):
                 loss gets its batch untouched; a side without a batch is called without arguments.
             upper: The upper batch, by name.
             lower: One lower batch, by name.
+            microbatches: Split each batch into so many parts, which the losses see one after another: the numbers of
+                the whole batch at the memory of one part. :class:`bilevel.MicroBatches` in place of a batch says the
+                parts themselves.
 
         Returns:
             The stats of the step.
@@ -69,7 +73,8 @@ class BilevelOptimizer(Method[S], ABC):
             ClosureError: A loss broke its contract; nothing changed.
             NonFiniteError: Under ``on_nonfinite="raise"``; nothing changed.
         """
-        with self._oracle(batches, upper, lower) as oracle, self._moving(oracle) as moves:
+        looking = self._oracle(batches, upper, lower, microbatches=microbatches)
+        with looking as oracle, self._moving(oracle) as moves:
             try:
                 return self.order.step(self.compute, oracle, moves)
             except SkippedStep as bad:
@@ -77,14 +82,17 @@ class BilevelOptimizer(Method[S], ABC):
                 return cast(S, self.stats_class.unknown(bad.loss))
 
     @eager
-    def directions(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING) -> Directions[S]:
+    def directions(
+        self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING, microbatches: int | None = None
+    ) -> Directions[S]:
         """Compute what :meth:`step` would hand to the torch optimizers, and move nothing.
 
         Parameters, buffers, ``.grad``, optimizer state, random state, ``requires_grad`` and training flags are as
         before, bit for bit. So a loop of ``apply(directions(...))`` draws the same dropout masks each time, unless
         something else draws in between; ``step`` goes on with the random state.
         """
-        with self._oracle(batches, upper, lower) as oracle, self._looking(oracle):
+        looking = self._oracle(batches, upper, lower, microbatches=microbatches)
+        with looking as oracle, self._looking(oracle):
             answer = self.compute(oracle)
             return replace(answer, mark=self._state.mark())
 
@@ -176,11 +184,15 @@ class BilevelOptimizer(Method[S], ABC):
         upper: Any = MISSING,
         lower: Any = MISSING,
         *,
+        microbatches: int | None = None,
         kind: type[Oracle] = Oracle,
         verifies: bool = True,
     ) -> Iterator[Oracle]:
         owner = type(self).__name__
         uppers, lowers = sorted_batches(f"{owner}.step", batches, upper, lower, self.lower_batches)
+        if microbatches is not None:
+            count(f"{owner}.step", "microbatches", microbatches, minimum=1)
+            uppers, lowers = ([split_batch(batch, microbatches) for batch in side] for side in (uppers, lowers))
         self._refresh()
         if not self._warned_of_processes:
             self._warned_of_processes = True
