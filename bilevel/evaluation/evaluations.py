@@ -14,7 +14,7 @@ is *forward-only* through the lower model: the lower variables' flags are off.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -30,7 +30,9 @@ from ..microbatches import MicroBatches, Sum, joined, parts_of, weights_of
 from ..vectors import Tensors, Vector, exchange, present
 from .inspection import explained
 from .losses import Loss, sequence_number, stale_variables
+from .precision import float32
 from .replay import Replay
+from .scaling import Scaling
 from .substitution import Places, plain_attention
 
 Wrt = Literal["both", "upper", "lower"]
@@ -109,6 +111,8 @@ class Evaluations:
         self.owner = subject.owner
         self.substitutes: dict[int, str] = {}  # names of tensors that stood in the places of variables, by id
         self.latest_lower: Tensor | None = None  # the last value of G
+        self.scaling: Scaling | None = None  # against underflow of half precision
+        self._precise = False
         self.replay = replay
         self.upper_level = subject.upper
         self.lower_level = subject.lower
@@ -119,6 +123,38 @@ class Evaluations:
     def checking(self) -> bool:
         """Whether the graphs of the losses are searched for what cannot be served."""
         return False
+
+    @contextmanager
+    def precisely(self) -> Iterator[None]:
+        """Inside the ``with``, losses that compute in half precision (autocast, casts) compute in float32.
+
+        For evaluations of which a difference will be taken: at points near each other it would be of their rounding.
+        """
+        before, self._precise = self._precise, True
+        try:
+            yield
+        finally:
+            self._precise = before
+
+    def gradients(
+        self,
+        outputs: Tensor | Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor] | None = None,
+        *,
+        create_graph: bool = False,
+    ) -> Tensors:
+        """``torch.autograd.grad`` of what is scaled where the step has a scaler, and unscaled again.
+
+        ``outputs``: a loss, or its slope, scaled here; or a gradient that was taken with ``create_graph`` and is scaled
+        already, with its ``cotangents``.
+        """
+        if cotangents is None and self.scaling is not None and isinstance(outputs, Tensor):
+            cotangents = [self.scaling.cotangent(outputs)]
+        found: Tensors = torch.autograd.grad(
+            outputs, inputs, grad_outputs=cotangents, create_graph=create_graph, allow_unused=True
+        )
+        return found if create_graph or self.scaling is None else self.scaling.unscaled(found)
 
     def point(self) -> Vector:
         """Return the current values of the lower variables: views, not copies."""
@@ -147,6 +183,15 @@ class Evaluations:
         if wrt != "lower":
             loss.check_use("upper", evaluation.upper)
         return evaluation
+
+    def lower_precisely(self, known: Evaluation, *, wrt: Wrt = "upper") -> Evaluation:
+        """Return G at the current point, from which G at another one is to be subtracted: as it is ``known``, or
+        evaluated once more in float32 if the loss computes in half precision.
+        """
+        if not self._computes_in_half(self.lower_loss):
+            return known
+        with self.precisely():
+            return self.lower(wrt=wrt)
 
     def check_dependence(self, product: Tensors) -> None:
         """Refuse a lower loss that depends on no upper variable; its mixed derivative alone may well be absent."""
@@ -287,11 +332,12 @@ class Evaluations:
             value, aux = loss(batch, self._devices, frozen=not lower)
             if self.checking:
                 self._refuse_stale(loss, value, since)
+                self._note_precision(loss, value)
             with explained(loss.name):
                 # F may well not depend on the upper variables: without the lower ones it then has no graph.
                 gradients: Tensors = [None] * len(upper)
                 if value.requires_grad:
-                    gradients = torch.autograd.grad(value, upper + lower, allow_unused=True)
+                    gradients = self.gradients(value, upper + lower)
             number, aux = loss.number(value), self._apart(aux)  # before swapped values are taken out again
         for index, gradient in enumerate(gradients):
             if gradient is not None and gradient.layout != torch.strided:
@@ -305,6 +351,13 @@ class Evaluations:
             Vector(gradients[len(upper) :], self.lower_level.names if lower else ()),
             aux,
         )
+
+    def _note_precision(self, loss: Loss, value: Tensor) -> None:
+        """A look found in which precision a loss computes."""
+
+    def _computes_in_half(self, loss: Loss) -> bool:
+        """Whether a look found that a loss computes in half precision."""
+        return False
 
     def _names(self, wrt: Wrt) -> list[str]:
         upper = [f"upper variable {name}" for name in self.upper_level.names]
@@ -342,7 +395,8 @@ class Evaluations:
         parameters = self.lower_level.tensors
         trains = trains and key[0] == "lower"
         replayed = self.replay.evaluation(key, current=current, trains=trains, copied=substituted and not current)
-        with replayed, torch.enable_grad():
+        wide = float32(self._devices) if self._precise and self._computes_in_half(self._loss(key[0])) else nullcontext()
+        with replayed, torch.enable_grad(), wide:
             # An autocast region around the step would go on to serve casts of the values before the exchange.
             torch.clear_autocast_cache()
             if at is not None:

@@ -17,8 +17,8 @@ from ..errors import ClosureError
 from ..microbatches import Sum
 from .evaluations import Evaluation, Evaluations, Key, Part, Point, Subject, Wrt
 from .inspection import inspected
-from .losses import sequence_number
-from .precision import float64, widened, widening
+from .losses import Loss, sequence_number
+from .precision import HALF, computes_in_half, float64, widened, widening
 from .replay import Policy, Replay
 from .verification import (
     BLATANT,
@@ -103,6 +103,15 @@ class VerifiedEvaluations(Evaluations):
                 yield type(self)(self._evaluator, replay, upper, lower, verifies=False)
             finally:
                 replay.undo()
+
+    def _note_precision(self, loss: Loss, value: Tensor) -> None:
+        if self._precise:  # float32 by our own doing
+            return
+        half = not any(x.dtype in HALF for x in self._subject.variables) and computes_in_half(value)
+        (self.verification.in_half.add if half else self.verification.in_half.discard)(loss.name)
+
+    def _computes_in_half(self, loss: Loss) -> bool:
+        return loss.name in self.verification.in_half
 
     def refuse_hooks(self) -> None:
         """A hook on a variable makes of its gradient something that no product is the derivative of."""

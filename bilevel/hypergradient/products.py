@@ -109,6 +109,8 @@ def mixed_product(
 def _in_parts(way: Part, batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
     """A product is linear in G: sum it over the micro-batches of a batch, with one graph alive at a time."""
     weights = oracle.lower_weights(batch)
+    if oracle.scaling is not None:
+        way, direction = _lengthened(way, oracle, direction)
     if weights == (1.0,):
         return way(batch, 0, oracle, direction, at)
     product, slope, gradient = Sum(), Sum(), Sum()
@@ -123,13 +125,28 @@ def _in_parts(way: Part, batch: int, oracle: Oracle, direction: Tensors, at: Ten
     return Found(product.total, (seen[0], seen[1]) if seen else None, gradient.total or None)
 
 
+def _lengthened(way: Part, oracle: Oracle, direction: Tensors) -> tuple[Part, Tensors]:
+    """Make v as long as the lower variables, and the product as long as it was: else v underflows in half precision,
+    as the gradients do that a scaler is there for.
+    """
+    size = squared_norm(direction).sqrt()
+    factor = torch.where(size > 0, squared_norm(oracle.point()).sqrt().clamp(min=1.0) / size, 1.0)
+
+    def shortened(batch: int, part: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
+        found = way(batch, part, oracle, direction, at)
+        slope = None if found.slope is None else (found.slope[0] / factor.to(found.slope[0].device), found.slope[1])
+        return Found(_scaled(1.0 / factor, found.product), slope, found.gradient)
+
+    return shortened, _scaled(factor, direction)
+
+
 def _forward(batch: int, part: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
     """Forward over reverse: the gradient of dual tensors carries the product as its tangent."""
     upper, lower = oracle.upper_level.tensors, oracle.lower_level.tensors
     with dual_numbers():
         leaves = [value.detach().requires_grad_() for value in present(at if at is not None else oracle.point())]
         with oracle.lower_graph(batch, part=part, substitute=_duals(leaves, direction)) as (value, _):
-            gradients = torch.autograd.grad(value, [*upper, *leaves, *lower], allow_unused=True)
+            gradients = oracle.gradients(value, [*upper, *leaves, *lower])
         missed = zip(oracle.lower_level.names, gradients[len(upper) + len(leaves) :], strict=True)
         _refuse_unreached([name for name, g in missed if g is not None])
         found = gradients[: len(upper) + len(leaves)]
@@ -151,7 +168,7 @@ def _forward_mixed(batch: int, part: int, oracle: Oracle, direction: Tensors, at
             tangent, slope = _tangent(value), _slope_of(value)
             if tangent is None or not tangent.requires_grad:
                 return Found([None] * len(upper), slope)
-            return Found(torch.autograd.grad(tangent, upper, allow_unused=True), slope)
+            return Found(oracle.gradients(tangent, upper), slope)
 
 
 def _duals(values: Sequence[Tensor], direction: Tensors) -> list[Tensor]:
@@ -198,7 +215,7 @@ def _double_backward(
     oracle: Oracle, batch: int, part: int, direction: Tensors, at: Tensors | None, inputs: Sequence[Tensor]
 ) -> Tensors:
     with oracle.lower_graph(batch, at, part=part) as (value, _), second_derivatives():
-        gradients = torch.autograd.grad(value, oracle.lower_level.tensors, create_graph=True, allow_unused=True)
+        gradients = oracle.gradients(value, oracle.lower_level.tensors, create_graph=True)
         pairs = [(g, v) for g, v in zip(gradients, direction, strict=True) if g is not None and v is not None]
         pairs = [(g, v) for g, v in pairs if g.requires_grad]
         if not pairs:  # G is linear in w: no second derivatives at all
@@ -206,12 +223,13 @@ def _double_backward(
         if oracle.checking:
             refuse_wrong_rules([value, *(g for g, _ in pairs)])
         outputs, cotangents = zip(*pairs, strict=True)
-        return torch.autograd.grad(outputs, inputs, grad_outputs=cotangents, allow_unused=True)
+        return oracle.gradients(outputs, inputs, cotangents)
 
 
 def _difference(batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
     step, points = _around(at if at is not None else oracle.point(), direction)
-    ahead, behind = (oracle.lower(point, batch=batch) for point in points)
+    with oracle.precisely():
+        ahead, behind = (oracle.lower(point, batch=batch) for point in points)
     found = _scaled(0.5 / step, subtract([*ahead.upper, *ahead.lower], [*behind.upper, *behind.lower]))
     # The mean of the two gradients is the one in the middle, up to the square of the step.
     return Found(found, _slope(ahead, behind, step), _scaled(0.5, add_scaled(ahead.lower, 1.0, behind.lower)))
@@ -222,7 +240,8 @@ def _mixed_difference(
 ) -> Found:
     """A central difference of two gradients in alpha alone."""
     step, points = _around(at if at is not None else oracle.point(), direction, radius)
-    ahead, behind = (oracle.lower(point, batch=batch, wrt="upper") for point in points)
+    with oracle.precisely():
+        ahead, behind = (oracle.lower(point, batch=batch, wrt="upper") for point in points)
     return Found(_scaled(0.5 / step, subtract(ahead.upper, behind.upper)), _slope(ahead, behind, step))
 
 

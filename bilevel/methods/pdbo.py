@@ -126,15 +126,17 @@ class PDBO(BilevelOptimizer[PDBOStats]):
         g = oracle.lower()
         begin: dict[str, Any] = {"start": self._omega.value} if self.start == "last" else {"first": g}
         walk = descend(oracle, self.inner_rule(), self.inner_steps, **begin)
-        ahead = oracle.lower(walk.end, wrt="upper")
+        near = oracle.lower_precisely(g)
+        with oracle.precisely():
+            ahead = oracle.lower(walk.end, wrt="upper")
         f = oracle.upper()
-        constraint = difference(g.value, ahead.value) - self.tolerance
+        constraint = difference(near.value, ahead.value) - self.tolerance
         last = self._constraint.value.to(constraint.device) if self._constraint.known else constraint
         ascent = (1 + self.extrapolation) * constraint - self.extrapolation * last
         multiplier = self._multiplier.value.to(constraint.device) + self.dual_lr * ascent
         multiplier = multiplier.clamp(0.0, self.multiplier_max)
         return Directions(
-            upper=f.upper + multiplier * (g.upper - ahead.upper),
+            upper=f.upper + multiplier * (near.upper - ahead.upper),
             lower=f.lower + multiplier * g.lower,
             state={"omega": walk.end, "multiplier": multiplier, "constraint": constraint},
             stats=PDBOStats.of(f, g, multiplier=multiplier, constraint=constraint),

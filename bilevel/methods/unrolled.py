@@ -176,17 +176,19 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         return None if self.start is None else start_of("Unrolled", self.start, self.lower_level)
 
     def _keeps_graph(self, oracle: Oracle) -> bool:
-        if self.differentiate == "graph" and oracle.in_parts:
-            advice = (
-                "keeps the graphs of all micro-batches at once, which they are there to avoid. Use "
-                'differentiate="adjoint", or "auto", which takes it here.'
-            )
+        unfit = None
+        if oracle.in_parts:
+            unfit = "keeps the graphs of all micro-batches at once, which they are there to avoid."
+        elif oracle.scaling is not None:
+            unfit = "has no place where a GradScaler could scale and unscale: one derivative goes through all steps."
+        if self.differentiate == "graph" and unfit is not None:
+            advice = f'{unfit} Use differentiate="adjoint", or "auto", which takes it here.'
             raise ValueError(message("Unrolled", "differentiate", "graph", advice))
-        if self.differentiate != "auto" or oracle.in_parts:
+        if self.differentiate != "auto" or unfit is not None:
             return self.differentiate == "graph" and not oracle.plain
         several = self._differentiated > 1 or self.start is not None
-        unfit = self.lower_level.has_bare_tensors or KEPT_GRAPH in oracle.verification.choices
-        return several and not unfit and not oracle.plain
+        unreached = self.lower_level.has_bare_tensors or KEPT_GRAPH in oracle.verification.choices
+        return several and not unreached and not oracle.plain
 
     @property
     def virtual_walk(self) -> bool:  # type: ignore[override]

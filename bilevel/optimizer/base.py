@@ -14,6 +14,7 @@ from ..compiler import eager
 from ..directions import Directions, S, T
 from ..errors import count, message
 from ..evaluation.oracle import Oracle
+from ..evaluation.scaling import Scaling
 from ..levels import check_disjoint
 from ..microbatches import split_batch
 from ..wrappers import unwrapped, warn_of_processes
@@ -50,6 +51,9 @@ class BilevelOptimizer(Method[S], ABC):
         verify: Whether fast routes are compared with plain autograd of your closures: ``"auto"`` (default) in looks, at
             steps 1, 2, 4, ..., 1024, 2048, ... and after changes; ``"always"`` in every step; ``"never"``, which calls
             no loss beyond the documented number.
+        scaler: A ``torch.amp.GradScaler``, for losses under autocast to float16. Derivatives are scaled, and unscaled
+            before anything is computed from them; a step that overflows is skipped, whatever ``on_nonfinite`` says,
+            and lowers the scale. The scaler is this optimizer's own: it calls ``update``, and ``state_dict`` has it.
     """
 
     @eager
@@ -75,11 +79,13 @@ class BilevelOptimizer(Method[S], ABC):
         """
         looking = self._oracle(batches, upper, lower, microbatches=microbatches)
         with looking as oracle, self._moving(oracle) as moves:
+            oracle.scaling = scaling = self._begun_scaling()
             try:
-                return self.order.step(self.compute, oracle, moves)
+                stats = self.order.step(self.compute, oracle, moves)
             except SkippedStep as bad:
                 moves.undo()
-                return cast(S, self.stats_class.unknown(bad.loss))
+                stats = cast(S, self.stats_class.unknown(bad.loss))
+            return stats if scaling is None else self._scaled(scaling, stats)
 
     @eager
     def directions(
@@ -93,8 +99,12 @@ class BilevelOptimizer(Method[S], ABC):
         """
         looking = self._oracle(batches, upper, lower, microbatches=microbatches)
         with looking as oracle, self._looking(oracle):
+            oracle.scaling = scaling = self._begun_scaling()
             answer = self.compute(oracle)
-            return replace(answer, mark=self._state.mark())
+            stats = answer.stats
+            if scaling is not None:
+                stats = replace(stats, skipped=not scaling.fits([]), loss_scale=scaling.scale)
+            return replace(answer, stats=stats, mark=self._state.mark())
 
     @eager
     def apply(self, directions: Directions[T]) -> T:
@@ -124,7 +134,14 @@ class BilevelOptimizer(Method[S], ABC):
             lower={name: d.clone() for name, d in directions.lower.items()},
             state=deepcopy(dict(directions.state)),
         )
-        return Moves(self._moved(), None).apply(own)
+        scaling = self._begun_scaling()
+        moves = Moves(self._moved(), None)
+        if scaling is None:
+            return moves.apply(own)
+        if directions.stats.skipped:  # an overflow was found when they were taken
+            scaling.overflowed = True
+            return self._scaled(scaling, directions.stats)
+        return self._scaled(scaling, moves.apply(own))
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state of both torch optimizers and of the method; modules are saved by their own
@@ -143,7 +160,23 @@ class BilevelOptimizer(Method[S], ABC):
         load(self._parts(), state_dict)
 
     def _parts(self) -> Parts:
-        return Parts(type(self).__name__, self._upper, self._lower, self._state, self._evaluator.verification)
+        owner, verification = type(self).__name__, self._evaluator.verification
+        return Parts(owner, self._upper, self._lower, self._state, verification, self._scaling)
+
+    def _begun_scaling(self) -> Scaling | None:
+        """Return the loss scale, where there is one in use, at the beginning of a step."""
+        scaling = self._scaling
+        if scaling is None or not scaling.scaler.is_enabled():
+            return None
+        scaling.begin([*self._upper.tensors, *self._lower.tensors])
+        return scaling
+
+    @staticmethod
+    def _scaled(scaling: Scaling, stats: T) -> T:
+        """The step ended: let the scaler know."""
+        found = replace(stats, loss_scale=scaling.scale)
+        scaling.end()
+        return found
 
     def _moved(self) -> Moved:
         return Moved(
@@ -155,6 +188,7 @@ class BilevelOptimizer(Method[S], ABC):
             self.on_nonfinite,
             self.atomic,
             self.ignores_clipping,
+            self._scaling if self._scaling is not None and self._scaling.scaler.is_enabled() else None,
         )
 
     @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import message
+from ..evaluation.scaling import Scaling
 from ..evaluation.verification import Verification
 from ..levels import Level
 from .apply import check_groups, check_state
@@ -25,6 +26,7 @@ class Parts:
     lower: Level
     state: MethodState
     verification: Verification
+    scaling: Scaling | None = None
 
 
 def saved(parts: Parts) -> dict[str, Any]:
@@ -36,6 +38,7 @@ def saved(parts: Parts) -> dict[str, Any]:
         "lower_optimizer": deepcopy(parts.lower.optimizer.state_dict()),
         "state": parts.state.copy(),
         "verification": parts.verification.state(),
+        **({} if parts.scaling is None else {"scaler": parts.scaling.state()}),
     }
 
 
@@ -47,7 +50,7 @@ def load(parts: Parts, state_dict: Mapping[str, Any]) -> None:
     """
     owner = f"{parts.owner}.load_state_dict"
     expected = {"format", "method", "upper_optimizer", "lower_optimizer", "state", "verification"}
-    if not isinstance(state_dict, Mapping) or set(state_dict) != expected:
+    if not isinstance(state_dict, Mapping) or set(state_dict) - {"scaler"} != expected:
         found = sorted(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
         advice = f"must have the keys {sorted(expected)}. A module's state? Pass the result of state_dict()."
         raise ValueError(message(owner, "state_dict", found, advice))
@@ -57,12 +60,16 @@ def load(parts: Parts, state_dict: Mapping[str, Any]) -> None:
     if state_dict["method"] != parts.owner:
         advice = f"is the state of another method; this optimizer is {parts.owner}."
         raise ValueError(message(owner, "method", state_dict["method"], advice))
+    if state_dict.get("scaler") and parts.scaling is None:
+        advice = "is the state of a GradScaler, and this optimizer has none. Pass scaler=, or take the key out."
+        raise ValueError(message(owner, "scaler", "...", advice))
     try:
         state = parts.state.loaded(deepcopy(state_dict["state"]))
     except Exception as error:
         advice = f"does not fit ({error}). Name and shape the variables as they were when the state was saved."
         raise ValueError(message(owner, "state", "...", advice)) from error
     before = [(level.optimizer, level.optimizer.state_dict()) for level in (parts.upper, parts.lower)]
+    scale_before = None if parts.scaling is None else parts.scaling.state()
     try:
         # Copies, because torch keeps the tensors it is given and would write into the caller's checkpoint.
         for level in (parts.upper, parts.lower):
@@ -71,10 +78,14 @@ def load(parts: Parts, state_dict: Mapping[str, Any]) -> None:
             level.optimizer.load_state_dict(loaded)
             check_state(level.optimizer)
             level.check_direction()
+        if parts.scaling is not None and state_dict.get("scaler"):
+            parts.scaling.load(state_dict["scaler"])
         parts.verification.load(state_dict["verification"])
         parts.state.commit(state)
     except Exception as error:
         for optimizer, state in before:
             optimizer.load_state_dict(state)
+        if parts.scaling is not None and scale_before:
+            parts.scaling.load(scale_before)
         advice = f"does not fit ({error}). Build the torch optimizers as they were when the state was saved."
         raise ValueError(message(owner, "state_dict", "...", advice)) from error

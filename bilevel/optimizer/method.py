@@ -15,6 +15,7 @@ from ..directions import Directions, Reduction, S, Stats
 from ..errors import choice, message
 from ..evaluation.oracle import Evaluator, Oracle
 from ..evaluation.replay import Policy
+from ..evaluation.scaling import Scaling
 from ..evaluation.verification import Verify
 from ..levels import Level, Variables, check_disjoint
 from ..lower_steps import GradientDescent, InnerStep, OptimizerStep, Rule, check_followed, current_rates
@@ -41,6 +42,7 @@ class Common(TypedDict, total=False):
     upper_buffers: Policy
     lower_buffers: Policy
     verify: Verify
+    scaler: torch.amp.GradScaler | None
 
 
 class Method(Settable, ABC, Generic[S]):
@@ -60,6 +62,7 @@ class Method(Settable, ABC, Generic[S]):
     on_nonfinite = Setting[OnNonFinite](chosen("raise", "skip", "ignore"))
     upper_loss, lower_loss, upper, lower, other = Fixed[Any](), Fixed[Any](), Fixed[Any](), Fixed[Any](), Fixed[Any]()
     upper_buffers, lower_buffers = Fixed[Any](), Fixed[Any]()
+    scaler = Fixed[torch.amp.GradScaler | None]()
     verify = Setting[Verify](chosen("auto", "always", "never"))
 
     def __init_subclass__(cls) -> None:
@@ -83,6 +86,7 @@ class Method(Settable, ABC, Generic[S]):
         upper_buffers: Policy = "once",
         lower_buffers: Policy = "once",
         verify: Verify = "auto",
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         owner = type(self).__name__
         self.on_nonfinite = on_nonfinite
@@ -102,6 +106,8 @@ class Method(Settable, ABC, Generic[S]):
         modules += [(module, "once") for module in extra]
         self._evaluator = Evaluator(owner, upper_loss, lower_loss, self._upper, self._lower, modules, verify)
         self._state = MethodState()
+        self.__dict__["scaler"] = scaler
+        self._scaling = None if scaler is None else Scaling(owner, scaler)
         self._warned_of_processes = False
         self._hooks = HookWatch(owner, self._lower)
 
