@@ -3,10 +3,10 @@
 from . import without_numpy as without_numpy  # before anything that imports torch
 
 # isort: split
-from . import barrier, penalty, problems, testing
+from . import barrier, penalty, problems, projection, testing
 from .batches import Batches, Indexed
 from .directions import Directions, Stats
-from .errors import ClosureError, NonFiniteError
+from .errors import ClosureError, NonFiniteError, ProcessError
 from .evaluation.hold import hold
 from .evaluation.oracle import Oracle
 from .hypergradient import ConjugateGradient, FixedPoint, Neumann
@@ -39,6 +39,7 @@ from .methods import (
 )
 from .microbatches import MicroBatches
 from .optimizer.base import BilevelOptimizer
+from .solver import minimize
 from .testing.check_directions import check_directions
 from .vectors import Vector
 
@@ -79,6 +80,7 @@ __all__ = [
     "Oracle",
     "PDBOStats",
     "PenaltyStats",
+    "ProcessError",
     "SingleLoopStats",
     "Stats",
     "Unrolled",
@@ -86,7 +88,9 @@ __all__ = [
     "barrier",
     "check_directions",
     "hold",
+    "minimize",
     "penalty",
     "problems",
+    "projection",
     "testing",
 ]

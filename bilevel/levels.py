@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import message
-from .wrappers import is_sharded, refuse_optimizer, wrapper_of
+from .wrappers import inside, is_sharded, refuse_optimizer, sharder_of
 
 Variable = nn.Module | Tensor | tuple[str, Tensor]
 Variables = Variable | Iterable[Variable]
@@ -75,7 +75,7 @@ class Level:
 
     def _read(self, variables: Variables) -> list[tuple[str, nn.Module | Tensor]]:
         if isinstance(variables, nn.Module):
-            return [("", variables)]
+            return [("", inside(variables))]
         if isinstance(variables, Tensor):
             return [("0", variables)]
         if isinstance(variables, (str, bytes, dict)) or not isinstance(variables, Iterable):
@@ -90,7 +90,7 @@ class Level:
             if not isinstance(value, (nn.Module, Tensor)):
                 advice = f"item {index} is a {type(value).__name__}, expected an nn.Module or a Parameter."
                 raise TypeError(self.argument("[...]", advice))
-            sources.append((name, value))
+            sources.append((name, inside(value) if isinstance(value, nn.Module) else value))
         if not sources:
             advice = (
                 "holds no variable. A generator such as module.parameters() is empty once it was used; pass the module."
@@ -113,13 +113,10 @@ class Level:
     def _check(self, names: tuple[str, ...], tensors: tuple[Tensor, ...], held: list[Tensor]) -> None:
         for module in self.modules:
             for part in module.modules():
-                wrapper = wrapper_of(part)
-                if wrapper == "DistributedDataParallel":
-                    advice = "must not be wrapped: DDP's reducer never sees these gradients. Pass .module."
-                    raise TypeError(self.argument(wrapper, advice))
-                if wrapper is not None:
-                    advice = "shards its parameters over processes, which are not supported yet. Pass a plain module."
-                    raise TypeError(self.argument(wrapper, advice))
+                sharder = sharder_of(part)
+                if sharder is not None:
+                    advice = "shards its parameters over processes. Pass a plain module, whole on every process."
+                    raise TypeError(self.argument(sharder, advice))
         if not tensors:
             advice = "holds no tensor with requires_grad. Is everything frozen? Unfreeze what this level moves."
             raise ValueError(self.argument(", ".join(name or type(s).__name__ for name, s in self._sources), advice))
@@ -134,7 +131,9 @@ class Level:
                 )
                 raise ValueError(self.argument(name, advice))
             if is_sharded(tensor):
-                advice = "is a DTensor, a share of a parameter: not supported yet. Build the level from plain tensors."
+                advice = (
+                    "is a DTensor, a share of a parameter. Build the level from plain tensors, whole on every process."
+                )
                 raise TypeError(self.argument(name, advice))
             if not tensor.is_leaf:
                 advice = (

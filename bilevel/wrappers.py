@@ -1,12 +1,11 @@
-"""Wrappers of other libraries, and of torch's own for several processes: refused by name, with what to pass instead.
+"""Wrappers of other libraries, and of torch's own for several processes: right, or refused by name with what to do.
 
-Each would be silently wrong here. A wrapped optimizer skips steps or counts them twice; a wrapped module waits for a
-backward pass that never comes, so that each process trains a model of its own.
+Refused is what would be silently wrong here: a wrapped optimizer skips steps or counts them twice, and a module that
+shards its parameters waits for a backward pass that never comes. ``DistributedDataParallel`` is looked through.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .errors import ClosureError, message
+from .processes.joined import several
 
 LIBRARIES = {"accelerate", "lightning", "pytorch_lightning", "lightning_fabric", "deepspeed"}
 SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
@@ -32,14 +32,23 @@ def refuse_optimizer(owner: str, argument: str, optimizer: object) -> None:
             )
             raise TypeError(message(owner, argument, type(optimizer).__name__, advice))
         if kind.__name__ == "ZeroRedundancyOptimizer":
-            advice = "shares its state over processes, which are not supported yet. Pass a plain torch optimizer."
+            advice = (
+                "shares its state over processes, so that each has a part of what a step may take back. Pass a plain "
+                "torch optimizer."
+            )
             raise TypeError(message(owner, argument, type(optimizer).__name__, advice))
 
 
-def wrapper_of(module: nn.Module) -> str | None:
-    """Return the name of the wrapper that ``module`` is, or None."""
+def inside(module: nn.Module) -> nn.Module:
+    """Return the module that a ``DistributedDataParallel`` wraps, or the module itself."""
     if isinstance(module, nn.parallel.DistributedDataParallel):
-        return "DistributedDataParallel"
+        wrapped: nn.Module = module.module
+        return wrapped
+    return module
+
+
+def sharder_of(module: nn.Module) -> str | None:
+    """Return the name of the wrapper that shards the parameters of ``module``, or None."""
     return next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in SHARDED), None)
 
 
@@ -50,36 +59,55 @@ def is_sharded(tensor: Tensor) -> bool:
 
 @contextmanager
 def unwrapped(owner: str) -> Iterator[None]:
-    """Refuse that a loss calls a wrapped module meanwhile; costs nothing where there is one process only."""
+    """Let a loss call a wrapped module meanwhile, if that means the module itself; costs nothing in one process.
+
+    A ``DistributedDataParallel`` is: its reducer never sees these gradients, but they are averaged here. While a step
+    lasts it sends nothing of its own, so that a process that raises leaves none waiting in a forward.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         yield
         return
+    quiet: dict[int, tuple[nn.parallel.DistributedDataParallel, bool, bool]] = {}
 
-    def refuse(module: nn.Module, arguments: Any) -> None:
-        name = wrapper_of(module)
-        if name is not None:
+    def visit(module: nn.Module, arguments: Any) -> None:
+        if isinstance(module, nn.parallel.DistributedDataParallel) and id(module) not in quiet:
+            _check_ddp(owner, module)
+            quiet[id(module)] = (module, module.require_backward_grad_sync, module.require_forward_param_sync)
+            module.require_backward_grad_sync = module.require_forward_param_sync = False
+        elif (name := sharder_of(module)) is not None:
             raise ClosureError(
-                f"{owner}: a loss calls a module wrapped in {name}, whose processes would each train a model of their "
-                "own: its reducer never sees these gradients. Call the module itself (.module); several processes "
-                "are not supported yet."
+                f"{owner}: a loss calls a module wrapped in {name}, whose parameters are shares that appear only "
+                "around its forward and get their gradients only from .backward(). Call a plain module."
             )
 
-    handle = register_module_forward_pre_hook(refuse)
+    handle = register_module_forward_pre_hook(visit)
     try:
         yield
     finally:
         handle.remove()
+        for module, backward, forward in quiet.values():
+            module.require_backward_grad_sync, module.require_forward_param_sync = backward, forward
 
 
-def warn_of_processes(owner: str) -> None:
-    """Say once that nothing is averaged over processes."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+def _check_ddp(owner: str, module: nn.parallel.DistributedDataParallel) -> None:
+    """Refuse a DDP module whose processes are not those that step together, or that casts."""
+    group, processes = module.process_group, several()
+    if torch.distributed.get_world_size(group) == 1:
         return
-    world = torch.distributed.get_world_size()
-    if world > 1:
-        warnings.warn(
-            f"{owner}: one of {world} processes. Nothing is averaged over them: each moves its own copy of the "
-            "variables, which drift apart. Train in one process, or average directions yourself "
-            "(directions, all_reduce, apply).",
-            stacklevel=4,
+    if processes is None:
+        raise ClosureError(
+            f"{owner}: a loss calls a module wrapped in DistributedDataParallel, but every process steps alone "
+            "(process_group=False), so that each would train a model of its own. Pass the group as process_group=, or "
+            "call the module itself (.module)."
+        )
+    ranks = torch.distributed.get_process_group_ranks
+    if ranks(group) != ranks(processes.group):
+        raise ClosureError(
+            f"{owner}: a loss calls a module wrapped in DistributedDataParallel over the processes {ranks(group)}, but "
+            f"those of {ranks(processes.group)} step together. Give both the same process_group."
+        )
+    if getattr(module, "mixed_precision", None) is not None:
+        raise ClosureError(
+            f"{owner}: a loss calls a DistributedDataParallel with mixed_precision=, which casts parameters in hooks "
+            "of its own. Use torch.autocast inside the loss instead."
         )

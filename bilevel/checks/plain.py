@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from ..evaluation.evaluations import Evaluation, Key, Part, Point, Wrt
 from ..evaluation.oracle import Oracle
 from ..evaluation.substitution import plain_attention
-from ..hypergradient import Step, copied, pull_back
+from ..hypergradient import Step, copied, through_hyperparameters, transposed
 from ..hypergradient.modes import NoDoubleBackward, refuse_wrong_rules
-from ..lower_steps import Rule
+from ..lower_steps import Rule, constant
 from ..microbatches import Sum
+from ..processes.joined import Share, averaged
 from ..vectors import Tensors, Vector, add_scaled, exchange, present
 from .constants import constants_of_a_loss
 
@@ -109,21 +110,29 @@ class Plain:
         Raises:
             NoReference: There is no second derivative, or torch's is known to be wrong.
         """
-        total = Sum()
-        for part, weight in self._oracle._parts(self._oracle._key("lower", batch)):
-            total.add(weight, self._product(part, direction, at, buffers))
-        return self._vectors(total.total)
+        variables = [*self.upper_level.tensors, *self.lower_level.tensors]
 
-    def _product(self, part: Part, direction: Tensors, at: Tensors | None, buffers: Buffers | None) -> Tensors:
-        """The same of one micro-batch, both blocks in one."""
+        def share() -> Share:
+            total = Sum()
+            for part, weight in self._oracle._parts(self._oracle._key("lower", batch)):
+                total.add(weight, self._product_here(part, direction, at, buffers))
+            return Share((), total.total)
+
+        return self._vectors(averaged("a plain product", share, variables).vector)
+
+    def _product_here(self, part: Part, direction: Tensors, at: Tensors | None, buffers: Buffers | None) -> Tensors:
+        """The product of this process's loss on one micro-batch."""
         upper, lower = self.upper_level.tensors, self.lower_level.tensors
+        nothing: Tensors = [None] * (len(upper) + len(lower))
         with plain_attention(), self._called(part, at, buffers=buffers) as value:
+            if not value.requires_grad:
+                return nothing
             try:
                 gradients = torch.autograd.grad(value, lower, create_graph=True, allow_unused=True)
                 pairs = [(g, v) for g, v in zip(gradients, direction, strict=True) if g is not None and v is not None]
                 pairs = [(g, v.to(g.dtype)) for g, v in pairs if g.requires_grad]
                 if not pairs:
-                    return [None] * (len(upper) + len(lower))
+                    return nothing
                 refuse_wrong_rules([value, *(g for g, _ in pairs)])
                 outputs, weights = zip(*pairs, strict=True)
                 return torch.autograd.grad(outputs, [*upper, *lower], grad_outputs=weights, allow_unused=True)
@@ -135,6 +144,7 @@ class Plain:
         steps.
         """
         point = self.point() if start is None else self.point().like(start)
+        rule = constant(rule)
         state, steps = rule.start(), []
         for index in range(count):
             at = None if index == 0 and start is None else point
@@ -165,13 +175,15 @@ class Plain:
         upper, _ = self._vectors([None] * (len(self.upper_level.tensors) + len(self.lower_level.tensors)))
         point_bar = self.point().like(cotangent)
         state_bar: list[dict[str, Tensor]] | None = None
+        rule_bar = Vector([None] * len(rule.hyperparameters))
         for step in reversed(steps):
             point = self.point() if step.point is None else step.point
-            through_point, gradient_bar, state_bar = pull_back(rule, step, point, point_bar, state_bar)
+            bars = transposed(rule, step, point, point_bar, state_bar)
+            state_bar, rule_bar = bars.state, rule_bar + bars.hyperparameters
             buffers = self._before.get(step.batch) if as_trained else None
-            mixed, hessian = self.product(gradient_bar, batch=step.batch, at=step.point, buffers=buffers)
-            upper, point_bar = upper + mixed, through_point + hessian
-        return upper, point_bar
+            mixed, hessian = self.product(bars.gradient, batch=step.batch, at=step.point, buffers=buffers)
+            upper, point_bar = upper + mixed, bars.point + hessian
+        return upper + through_hyperparameters(rule, self.upper_level, rule_bar), point_bar
 
     @contextmanager
     def shifted(self, size: float, upper: Tensors, lower: Tensors) -> Iterator[None]:
@@ -216,22 +228,33 @@ class Plain:
         return [module for module, _ in self._oracle._evaluator.modules]
 
     def _value(self, key: Key, at: Tensors | None) -> Tensor:
-        total = Sum()
-        for part, weight in self._together(key):
-            with self._called(part, at) as value:
-                total.add(weight, [value.detach().clone()])  # a loss may be a view of a variable, F = w[0]
-            del value
-        return present(total.total)[0]
+        def share() -> Share:
+            total = Sum()
+            for part, weight in self._together(key):
+                with self._called(part, at) as value:
+                    total.add(weight, [value.detach().clone()])  # a loss may be a view of a variable, F = w[0]
+                del value
+            return Share(present(total.total))
+
+        return averaged("a plain value", share).numbers[0]
 
     def _differentiated(self, key: Key, at: Tensors | None, *, trains: bool = False) -> Evaluation:
-        variables, total = [*self.upper_level.tensors, *self.lower_level.tensors], Sum()
-        for part, weight in self._together(key):
-            with self._called(part, at, trains) as value:
-                found = torch.autograd.grad(value, variables, allow_unused=True)
-                total.add(weight, [value.detach().clone(), *found])
-            del value
-        here, *gradients = total.total
-        return Evaluation(present([here])[0], *self._vectors(gradients))
+        variables = [*self.upper_level.tensors, *self.lower_level.tensors]
+
+        def share() -> Share:
+            total, found = Sum(), [None] * len(variables)
+            for part, weight in self._together(key):
+                with self._called(part, at, trains) as value:
+                    gradients: Tensors = found
+                    if value.requires_grad:
+                        gradients = torch.autograd.grad(value, variables, allow_unused=True)
+                    total.add(weight, [value.detach().clone(), *gradients])
+                del value
+            here, *mean = total.total
+            return Share(present([here]), mean)
+
+        mean = averaged("plain autograd", share, variables)
+        return Evaluation(mean.numbers[0], *self._vectors(mean.vector))
 
     def _together(self, key: Key) -> Iterator[tuple[Part, float]]:
         """The micro-batches of a batch, which move buffers together."""

@@ -27,7 +27,8 @@ from ..batches import MISSING
 from ..errors import ClosureError
 from ..levels import Level
 from ..microbatches import MicroBatches, Sum, joined, parts_of, weights_of
-from ..vectors import Tensors, Vector, exchange, present
+from ..processes.joined import Share, averaged, several
+from ..vectors import Tensors, Vector, place, present
 from .inspection import explained
 from .losses import Loss, sequence_number, stale_variables
 from .precision import float32
@@ -195,7 +196,7 @@ class Evaluations:
 
     def check_dependence(self, product: Tensors) -> None:
         """Refuse a lower loss that depends on no upper variable; its mixed derivative alone may well be absent."""
-        if all(part is None for part in product):
+        if self.lower_loss.needs_upper and all(part is None for part in product):
             self.lower(wrt="upper")
 
     @contextmanager
@@ -303,7 +304,40 @@ class Evaluations:
         return self._evaluate_as(key, at, wrt, freeze=wrt == "upper")
 
     def _evaluate_as(self, key: Key, at: Point | None, wrt: Wrt, *, freeze: bool = False) -> Evaluation:
-        """Call the loss, and differentiate; ``freeze``: with the lower variables' flags off.
+        """Evaluate the loss of all processes, the mean of theirs; ``freeze``: with the lower variables' flags off."""
+        if several() is None:
+            own = self._evaluate_here(key, at, wrt, freeze=freeze)
+            self._hear(self._has_news(key))
+            return own
+        upper = self.upper_level.tensors if wrt != "lower" else ()
+        lower = self.lower_level.tensors if wrt != "upper" else ()
+
+        def share() -> Share:
+            own = self._evaluate_here(key, at, wrt, freeze=freeze)
+            return Share([own.value], [*own.upper, *own.lower], self._has_news(key), own)
+
+        found = averaged(self._place(key, wrt), share, [*upper, *lower])
+        self._hear(found.flag)
+        return Evaluation(
+            found.numbers[0],
+            found.rest.upper.like(found.vector[: len(upper)]),
+            found.rest.lower.like(found.vector[len(upper) :]),
+            found.rest.aux,
+        )
+
+    def _has_news(self, key: Key) -> bool:
+        """Whether an evaluation showed that the closure may mean something else than before."""
+        return False
+
+    def _hear(self, news: bool) -> None:
+        """Take note of such news, on this or another process."""
+
+    def _place(self, key: Key, what: str) -> str:
+        """Name a place in the step, the same on all processes."""
+        return f"{self.owner}: {self._loss(key[0]).name}, batch {key[1]}, {what}"
+
+    def _evaluate_here(self, key: Key, at: Point | None, wrt: Wrt, *, freeze: bool = False) -> Evaluation:
+        """Call the loss of this process, and differentiate.
 
         Of micro-batches one after another: the graph of one is gone before the next one's is made.
         """
@@ -399,8 +433,7 @@ class Evaluations:
         with replayed, torch.enable_grad(), wide:
             # An autocast region around the step would go on to serve casts of the values before the exchange.
             torch.clear_autocast_cache()
-            if at is not None:
-                exchange(parameters, at)
+            take_out = place(parameters, at) if at is not None else None
             try:
                 if freeze:
                     # Without gradients for the lower variables this is forward-only through the lower model.
@@ -411,6 +444,6 @@ class Evaluations:
                 for variable in variables:
                     if not variable.requires_grad:
                         variable.requires_grad_(True)
-                if at is not None:
-                    exchange(parameters, at)
+                if take_out is not None:
+                    take_out()
                 torch.clear_autocast_cache()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
@@ -177,6 +177,13 @@ def _differ(a: Tensor, b: Tensor) -> Tensor:
     if a.is_floating_point() or a.is_complex():
         different = different & ~(a.isnan() & b.isnan())
     return different.any()
+
+
+def count_samples(batches: Sequence[Any]) -> int:
+    """Return how many samples some batches seem to hold: the lengths of their first tensors; 0 where there is none."""
+    plain = [getattr(batch, "batch", batch) for batch in batches]  # of one that knows its number
+    firsts = (next((x for x in tensors_of(batch) if x.dim() > 0), None) for batch in plain)
+    return sum(x.shape[0] for x in firsts if x is not None)
 
 
 def tensors_of(batch: Any) -> list[Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import message
+from ..processes.joined import agreed
 from ..vectors import Tensors, add_scaled, all_finite
 
 # Below the smallest number of float16 no scale is the cause of an overflow.
@@ -68,7 +69,7 @@ class Scaling:
     def fits(self, vectors: Tensors) -> bool:
         """Whether all gradients of the step so far, and these vectors, are finite; waits for the device once."""
         found = [x for x in (self._finite, all_finite(vectors)) if x is not None]
-        return all(bool(x) for x in found)
+        return not agreed(not all(bool(x) for x in found), "whether all is finite at this scale")
 
     @property
     def may_be_lowered(self) -> bool:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..processes.joined import agreed
 from ..vectors import Tensors, dot, squared_norm, subtract
 
 Verify = Literal["auto", "always", "never"]
@@ -85,7 +86,8 @@ class Verification:
         scheduled = number & (number - 1) == 0 if number <= LONGEST else number % LONGEST == 0
         changed = self._signature is not None and signature != self._signature
         self._signature = signature
-        self.due = self._forced or scheduled or changed or self.mode == "always" or self._heard_of_a_suspicion()
+        due = self._forced or scheduled or changed or self.mode == "always" or self._heard_of_a_suspicion()
+        self.due = agreed(due, "the beginning")
         if self.due:
             self._cleared.clear()
 
@@ -108,13 +110,17 @@ class Verification:
         self.unrepeatable.clear()
         self.look_again()
 
-    def held(self, loss: str, count: int) -> None:
-        """A batch's first evaluation of ``loss`` called ``hold`` so many times; another number makes this a look."""
-        if self._holds.setdefault(loss, count) != count:
-            self._holds[loss] = count
-            if not self.due:
-                self.due = True
-                self._cleared.clear()
+    def holds_differ(self, loss: str, count: int) -> bool:
+        """Whether a batch's first evaluation of ``loss`` called ``hold`` another number of times than the last one."""
+        differs = self._holds.setdefault(loss, count) != count
+        self._holds[loss] = count
+        return differs
+
+    def look_now(self) -> None:
+        """Make the rest of this step a look."""
+        if not self.due:
+            self.due = True
+            self._cleared.clear()
 
     def suspects(self, name: str, gap: Tensor, allowed: float) -> bool:
         """Whether ``gap`` is more than is ``allowed``, or than was found to be noise.
@@ -125,9 +131,9 @@ class Verification:
             return False
         limit = max(allowed, 4 * self._noise.get(name, 0.0))
         if gap.device.type == "cpu":
-            return on_host(gap) > limit  # False where the gap is NaN: contract 6 speaks of that
+            return agreed(on_host(gap) > limit)  # False where the gap is NaN: contract 6 speaks of that
         if self.due:
-            return bool(gap > limit)
+            return agreed(bool(gap > limit))
         self._wait_for(gap > limit)
         return False
 
@@ -203,7 +209,7 @@ def slopes_agree(slope: Tensor, gradient: Tensors, direction: Tensors, allowed: 
     if slope.device.type != "cpu" or expected.device.type != "cpu":
         return False
     wanted = on_host(expected)
-    return abs(on_host(slope) - wanted) <= allowed * abs(wanted)
+    return not agreed(not abs(on_host(slope) - wanted) <= allowed * abs(wanted))
 
 
 def slope_gap(slope: Tensor, gradient: Tensors, direction: Tensors, value: Tensor) -> Tensor:

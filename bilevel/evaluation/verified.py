@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import ClosureError
 from ..microbatches import Sum
+from ..processes.joined import Share, agreed, averaged
+from ..vectors import present
 from .evaluations import Evaluation, Evaluations, Key, Part, Point, Subject, Wrt
 from .inspection import inspected
 from .losses import Loss, sequence_number
@@ -138,30 +140,40 @@ class VerifiedEvaluations(Evaluations):
             else:
                 return self._verified(shortcut, found, key, at) if self.comparing else found
         found = self._evaluate_as(key, at, wrt)
-        self.verification.held(loss.name, self.replay.held_count((*key, 0)))
         if self.comparing and loss.name not in self._repeated:
             self._repeat(found.value, key, at)
         return found
 
+    def _has_news(self, key: Key) -> bool:
+        return self.verification.holds_differ(self._loss(key[0]).name, self.replay.held_count((*key, 0)))
+
+    def _hear(self, news: bool) -> None:
+        if news:
+            self.verification.look_now()
+
     def _repeat(self, value: Tensor, key: Key, at: Point | None) -> None:
         """See that a second call of a loss gives the same."""
-        loss, total = self._loss(key[0]), Sum()
+        loss = self._loss(key[0])
         self._repeated.add(loss.name)
         try:
-            for part, weight in self._parts(key):
-                _, batch = self._called(part)
-                with self.replay.silently(), self._prepared(part, at, current=at is None):
-                    since = sequence_number()
-                    value_again, _ = loss(batch, self._devices)
-                    self._refuse_stale(loss, value_again, since)
-                    total.add(weight, [loss.number(value_again)])
-                del value_again  # and its graph, before the next one is made
+
+            def share() -> Share:
+                total = Sum()
+                for part, weight in self._parts(key):
+                    _, batch = self._called(part)
+                    with self.replay.silently(), self._prepared(part, at, current=at is None):
+                        since = sequence_number()
+                        value_again, _ = loss(batch, self._devices)
+                        self._refuse_stale(loss, value_again, since)
+                        total.add(weight, [loss.number(value_again)])
+                    del value_again  # and its graph, before the next one is made
+                return Share(present(total.total))
+
+            again = averaged(self._place(key, "once more"), share).numbers[0]
         except (RuntimeError, MemoryError) as error:
             self._unverified(loss.name, error)
             return
-        (again,) = total.total
-        assert again is not None
-        if bool(value_gap(value, again) > rounding(value.dtype)):
+        if agreed(bool(value_gap(value, again) > rounding(value.dtype))):
             self.verification.unrepeatable.add(loss.name)
             self.verification.say_of(
                 loss.name,
@@ -234,7 +246,7 @@ class VerifiedEvaluations(Evaluations):
         try:
             wide = in_float64()
         except Exception as error:  # whatever a closure may say to float64
-            if gap > BLATANT:  # what replaces a shortcut is right in any case
+            if agreed(gap > BLATANT):  # what replaces a shortcut is right in any case
                 return True
             if out_of_memory(error):
                 self._unverified(name, error)
@@ -246,7 +258,7 @@ class VerifiedEvaluations(Evaluations):
                 )
             self.verification.clear(name, gap)
             return False
-        if wide > limit:
+        if agreed(wide > limit):
             return True
         self.verification.clear(name, gap)
         return False

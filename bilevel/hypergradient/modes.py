@@ -65,7 +65,7 @@ def refusal(problem: Unavailable) -> ClosureError:
 
 
 @cache
-def _load_forward_rules() -> None:
+def load_forward_rules() -> None:
     """Make one dual tensor quietly: with its first one torch loads scripted rules, and warns about torch.jit itself."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -75,7 +75,7 @@ def _load_forward_rules() -> None:
 @contextmanager
 def dual_numbers() -> Iterator[None]:
     """Enter forward mode, and say in one line what has no rule for it."""
-    _load_forward_rules()
+    load_forward_rules()
     try:
         with PROCESS_WIDE, forward_ad.dual_level():
             yield

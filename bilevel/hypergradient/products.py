@@ -17,8 +17,9 @@ from ..evaluation.evaluations import Evaluation
 from ..evaluation.losses import leaves_of
 from ..evaluation.oracle import Oracle
 from ..microbatches import Sum
+from ..processes.joined import Share, averaged, several
 from ..vectors import Tensors, Vector, add_scaled, present, squared_norm, subtract
-from .mode_choice import Found, Ways, by_mode
+from .mode_choice import Found, Way, Ways, by_mode
 from .modes import NoForwardMode, ProductMode, dual_numbers, refuse_wrong_rules, second_derivatives
 
 Product = tuple[Vector, Vector]
@@ -53,7 +54,7 @@ def hessian_product(
         >>> torch.allclose(product[0], problem.hessian @ problem.lower)
         True
     """
-    forward, reverse = partial(_in_parts, _forward, batch), partial(_in_parts, _reverse, batch)
+    forward, reverse = (partial(_joined, batch, partial(_in_parts, way, batch)) for way in (_forward, _reverse))
     ways = Ways("hessian", batch, forward, reverse, partial(_difference, batch))
     found = by_mode(oracle, ways, direction, at, product)
     size = len(oracle.upper_level.tensors)
@@ -99,11 +100,28 @@ def mixed_product(
         True
     """
     difference = partial(_mixed_difference, batch, radius)
-    forward, reverse = partial(_in_parts, _forward_mixed, batch), partial(_in_parts, _reverse_mixed, batch)
+    ways_in_parts = (partial(_in_parts, way, batch) for way in (_forward_mixed, _reverse_mixed))
+    forward, reverse = (partial(_joined, batch, way) for way in ways_in_parts)
     ways = Ways("mixed", batch, forward, reverse, difference)
     found = Vector(by_mode(oracle, ways, direction, at, product, gradient), oracle.upper_level.names)
     oracle.check_dependence(found)
     return found
+
+
+def _joined(batch: int, way: Way, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
+    """A product of G by a way that looks at this process's batch alone: of several processes, the mean of theirs."""
+    if several() is None:
+        return way(oracle, direction, at)
+
+    def share() -> Share:
+        found = way(oracle, direction, at)
+        return Share(found.slope or (), [*found.product, *(found.gradient or ())], rest=found)
+
+    lower = oracle.lower_level.tensors
+    mean = averaged(f"{oracle.owner}: a product", share, [*oracle.upper_level.tensors, *lower, *lower])
+    size = len(mean.rest.product)
+    slope = (mean.numbers[0], mean.numbers[1]) if mean.numbers else None
+    return Found(mean.vector[:size], slope, mean.vector[size:] or None)
 
 
 def _in_parts(way: Part, batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
@@ -146,7 +164,9 @@ def _forward(batch: int, part: int, oracle: Oracle, direction: Tensors, at: Tens
     with dual_numbers():
         leaves = [value.detach().requires_grad_() for value in present(at if at is not None else oracle.point())]
         with oracle.lower_graph(batch, part=part, substitute=_duals(leaves, direction)) as (value, _):
-            gradients = oracle.gradients(value, [*upper, *leaves, *lower])
+            gradients: Tensors = [None] * (len(upper) + 2 * len(lower))
+            if value.requires_grad:
+                gradients = oracle.gradients(value, [*upper, *leaves, *lower])
         missed = zip(oracle.lower_level.names, gradients[len(upper) + len(leaves) :], strict=True)
         _refuse_unreached([name for name, g in missed if g is not None])
         found = gradients[: len(upper) + len(leaves)]
@@ -215,6 +235,8 @@ def _double_backward(
     oracle: Oracle, batch: int, part: int, direction: Tensors, at: Tensors | None, inputs: Sequence[Tensor]
 ) -> Tensors:
     with oracle.lower_graph(batch, at, part=part) as (value, _), second_derivatives():
+        if not value.requires_grad:  # of this process's part of the batch
+            return [None] * len(inputs)
         gradients = oracle.gradients(value, oracle.lower_level.tensors, create_graph=True)
         pairs = [(g, v) for g, v in zip(gradients, direction, strict=True) if g is not None and v is not None]
         pairs = [(g, v) for g, v in pairs if g.requires_grad]

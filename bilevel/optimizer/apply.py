@@ -12,12 +12,14 @@ from torch.utils._pytree import tree_leaves
 from ..directions import Directions
 from ..errors import NonFiniteError, message
 from ..levels import Level
+from ..processes.joined import agreed
 from ..vectors import Tensors, all_finite, without_aliasing
 
 
 def match(owner: str, level: Level, named: Mapping[str, Tensor]) -> Tensors:
     """Return the named directions as a vector of ``level``, or refuse names, shapes and dtypes that do not fit."""
-    unknown = [name for name in named if name not in level.names]
+    known = set(level.names)  # a search through the tuple for each name would be quadratic
+    unknown = [name for name in named if name not in known]
     if unknown:
         advice = (
             f"names no {level.side} variable. Directions fit the optimizer, and the set of variables, that made them."
@@ -54,7 +56,7 @@ def are_finite(owner: str, checks: Mapping[str, Tensors], must_be: bool, moved: 
     what was ``moved``.
     """
     together = all_finite([tensor for vector in checks.values() for tensor in vector])
-    if together is None or bool(together):
+    if not agreed(together is not None and not bool(together), "whether all is finite"):
         return True
     if must_be:
         verdicts = {name: all_finite(vector) for name, vector in checks.items()}

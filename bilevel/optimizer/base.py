@@ -17,8 +17,9 @@ from ..evaluation.oracle import Oracle
 from ..evaluation.scaling import Scaling
 from ..levels import check_disjoint
 from ..microbatches import split_batch
-from ..wrappers import unwrapped, warn_of_processes
-from .checkpoint import Parts, load, saved
+from ..processes.joined import acting, settled
+from ..wrappers import unwrapped
+from .checkpoint import Parts, load_together, saved
 from .method import Common, Method
 from .moves import Moved, Moves, SkippedStep
 
@@ -48,6 +49,15 @@ class BilevelOptimizer(Method[S], ABC):
             first loss at the current point that calls the module, the lower loss first; in ``"every"`` evaluation;
             ``"never"``.
         lower_buffers: The same for the lower modules.
+        process_group: The ``torch.distributed`` group whose processes take every step together, each with its part of
+            the batches: both losses are then the means over them, and the numbers those of one process on the joined
+            batch. Default None: the default group, if one is initialised, which a warning says; False: each steps
+            alone.
+        upper_projection: The set that the upper variables stay in: one of :mod:`bilevel.projection`, any function from
+            tensor to tensor that gives the nearest point, applied to each variable, or a mapping from variables (a
+            parameter, its name, a module) to these. Applied after each of their moves; they start inside.
+        lower_projection: The same for the lower variables, after each real and each virtual step; see the page on
+            constraints for what it makes of each method.
         verify: Whether fast routes are compared with plain autograd of your closures: ``"auto"`` (default) in looks, at
             steps 1, 2, 4, ..., 1024, 2048, ... and after changes; ``"always"`` in every step; ``"never"``, which calls
             no loss beyond the documented number.
@@ -78,14 +88,15 @@ class BilevelOptimizer(Method[S], ABC):
             NonFiniteError: Under ``on_nonfinite="raise"``; nothing changed.
         """
         looking = self._oracle(batches, upper, lower, microbatches=microbatches)
-        with looking as oracle, self._moving(oracle) as moves:
+        with self._acting("step"), looking as oracle, self._moving(oracle) as moves:
             oracle.scaling = scaling = self._begun_scaling()
             try:
                 stats = self.order.step(self.compute, oracle, moves)
             except SkippedStep as bad:
                 moves.undo()
                 stats = cast(S, self.stats_class.unknown(bad.loss))
-            return stats if scaling is None else self._scaled(scaling, stats)
+            settled(f"{type(self).__name__}.step: its end")
+        return stats if scaling is None else self._scaled(scaling, stats)
 
     @eager
     def directions(
@@ -98,13 +109,14 @@ class BilevelOptimizer(Method[S], ABC):
         something else draws in between; ``step`` goes on with the random state.
         """
         looking = self._oracle(batches, upper, lower, microbatches=microbatches)
-        with looking as oracle, self._looking(oracle):
+        with self._acting("directions"), looking as oracle, self._looking(oracle):
             oracle.scaling = scaling = self._begun_scaling()
             answer = self.compute(oracle)
             stats = answer.stats
             if scaling is not None:
                 stats = replace(stats, skipped=not scaling.fits([]), loss_scale=scaling.scale)
-            return replace(answer, stats=stats, mark=self._state.mark())
+            settled(f"{type(self).__name__}.directions: its end")
+        return replace(answer, stats=stats, mark=self._state.mark())
 
     @eager
     def apply(self, directions: Directions[T]) -> T:
@@ -134,34 +146,43 @@ class BilevelOptimizer(Method[S], ABC):
             lower={name: d.clone() for name, d in directions.lower.items()},
             state=deepcopy(dict(directions.state)),
         )
-        scaling = self._begun_scaling()
-        moves = Moves(self._moved(), None)
-        if scaling is None:
-            return moves.apply(own)
-        if directions.stats.skipped:  # an overflow was found when they were taken
-            scaling.overflowed = True
-            return self._scaled(scaling, directions.stats)
-        return self._scaled(scaling, moves.apply(own))
+        with self._acting("apply"):
+            scaling = self._begun_scaling()
+            if scaling is not None and directions.stats.skipped:  # an overflow was found when they were taken
+                scaling.overflowed = True
+                stats = directions.stats
+            else:
+                stats = Moves(self._moved(), None).apply(own)
+            settled(f"{type(self).__name__}.apply: its end")
+        return stats if scaling is None else self._scaled(scaling, stats)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state of both torch optimizers and of the method; modules are saved by their own
         ``state_dict``.
 
-        Unlike torch's, it shares no tensor with the running optimizers: later steps leave it as it is.
+        Unlike torch's, it shares no tensor with the running optimizers: later steps leave it as it is. Of several
+        processes, all call it and each gets the same: the random states of all are in it.
         """
-        return saved(self._parts())
+        with self._acting("state_dict"):
+            found = saved(self._parts())
+            settled(f"{type(self).__name__}.state_dict: its end")
+        return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what :meth:`state_dict` returned; a state that does not fit is refused and changes nothing.
 
+        Of several processes, all load the same; each gets its own random state back.
+
         Raises:
             ValueError: The state is of another method, of a newer format, or does not fit the optimizers.
         """
-        load(self._parts(), state_dict)
+        with self._acting("load_state_dict"):
+            load_together(self._parts(), state_dict)
+            settled(f"{type(self).__name__}.load_state_dict: its end")
 
     def _parts(self) -> Parts:
         owner, verification = type(self).__name__, self._evaluator.verification
-        return Parts(owner, self._upper, self._lower, self._state, verification, self._scaling)
+        return Parts(owner, self._upper, self._lower, self._state, verification, self._processes, self._scaling)
 
     def _begun_scaling(self) -> Scaling | None:
         """Return the loss scale, where there is one in use, at the beginning of a step."""
@@ -188,8 +209,24 @@ class BilevelOptimizer(Method[S], ABC):
             self.on_nonfinite,
             self.atomic,
             self.ignores_clipping,
+            self._upper_set,
+            self._lower_set,
+            self._learned,
             self._scaling if self._scaling is not None and self._scaling.scaler.is_enabled() else None,
         )
+
+    @contextmanager
+    def _acting(self, verb: str) -> Iterator[None]:
+        """Surround a call that all processes of the group make; after one that failed they compare themselves."""
+        if self._processes is None and self.process_group is None:
+            self._join_processes()  # the default group may be younger than this optimizer
+        try:
+            with acting(self._processes, f"{type(self).__name__}.{verb}"):
+                yield
+        except BaseException:
+            if self._processes is not None:
+                self._evaluator.verification.look_again()
+            raise
 
     @contextmanager
     def _moving(self, oracle: Oracle) -> Iterator[Moves]:
@@ -228,9 +265,6 @@ class BilevelOptimizer(Method[S], ABC):
             count(f"{owner}.step", "microbatches", microbatches, minimum=1)
             uppers, lowers = ([split_batch(batch, microbatches) for batch in side] for side in (uppers, lowers))
         self._refresh()
-        if not self._warned_of_processes:
-            self._warned_of_processes = True
-            warn_of_processes(owner)
         self._evaluator.verification.mode = self.verify
         looking = self._evaluator.oracle(uppers, lowers, kind=kind, verifies=verifies)
         with looking as oracle, unwrapped(owner):
@@ -238,8 +272,9 @@ class BilevelOptimizer(Method[S], ABC):
 
     def _refresh(self) -> None:
         """Pick up variables that were frozen, unfrozen or added to an optimizer since the last step, or refuse them."""
-        for level in (self._upper, self._lower):
+        for level, feasible in ((self._upper, self._upper_set), (self._lower, self._lower_set)):
             if level.refresh():
                 self._evaluator.forget_checks()
+                feasible.refresh()
         # Each time: what was refused once must not pass the next time, when it is no longer a change.
         check_disjoint(self._upper, self._lower)

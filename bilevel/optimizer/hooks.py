@@ -21,8 +21,8 @@ from ..vectors import Tensors
 
 PROJECTED = (
     "a post-step hook of the lower optimizer moved the lower variables (clamping?). Such a projection is unknown to "
-    "the derivative, which is that of the problem without it: right only while no bound is active. Write the bound "
-    "into the loss (w = sigmoid of a free variable)."
+    "the derivative, which is that of the problem without it: right only while no bound is active. Pass it as "
+    "lower_projection= instead (bilevel.projection)."
 )
 CLIPPED = "a pre-step hook of the lower optimizer changed the gradient (clipping?), which {} Clip inside the loss, {}."
 VIRTUAL = CLIPPED.format(

@@ -18,6 +18,7 @@ from ..evaluation.oracle import Oracle
 from ..evaluation.precision import float64, widened, widening
 from ..levels import Level
 from ..optimizer.base import BilevelOptimizer
+from ..processes.joined import settled
 
 # A central difference in float64 with a step of about 1e-5 is good to some 1e-10 where third derivatives are of order
 # one.
@@ -90,7 +91,7 @@ def check_directions(
     variables = [*upper.tensors, *lower.tensors, *_state(upper), *_state(lower), *optimizer._state.tensors()]
     modules = [module for module, _ in optimizer._evaluator.modules]
     lines: tuple[Comparison, ...] = ()
-    with float64(modules, variables):
+    with optimizer._acting("check_directions"), float64(modules, variables):
         look = partial(_look, optimizer, [widened(batch) for batch in batches])
         checker = Checker(look, optimizer._evaluator, samples)
         mixed: RuntimeError | None = None
@@ -109,6 +110,7 @@ def check_directions(
             except Exception:
                 if mixed is not None:
                     raise mixed from None
+        settled("check_directions: its end")
     return Report(type(optimizer).__name__, lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import pickle
@@ -236,6 +237,18 @@ def test_human_labels_that_are_not_there(cifar10_folder: Path) -> None:
     human_file(cifar10_folder, clean_label=true, aggre_label=true)
     with pytest.raises(ValueError, match="has no column worse_label, but clean_label, aggre_label"):
         data.load(options, CPU)
+
+
+def test_human_labels_are_read_from_an_npz_too(cifar10_folder: Path) -> None:
+    true = data.cifar("cifar10", str(cifar10_folder)).labels[:120].numpy()
+    aggre = np.random.default_rng(0).integers(0, 10, 120).astype(np.uint8)
+    (cifar10_folder / "cifar-n").mkdir()
+    np.savez(cifar10_folder / "cifar-n" / "cifar10n.npz", clean=true.astype(np.uint8), aggre=aggre)
+    options = settings(cifar10_folder, noise="human", human_column="aggre", clean_fraction=0.2)
+    task = data.load(options, CPU)
+    assert task.given.tolist() == aggre[task.noisy.numpy()].tolist()
+    with pytest.raises(ValueError, match="has no column worse_label, but clean_label, aggre_label"):
+        data.load(dataclasses.replace(options, human_column="worse"), CPU)
 
 
 def served(cifar10_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sha256: str | None = None) -> Path:

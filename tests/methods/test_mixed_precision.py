@@ -15,7 +15,7 @@ import bilevel
 from bilevel import Directions
 from methods_table import CASES, Case, over
 
-every_case = over({n: case for n, case in CASES.items() if case.options.get("differentiate") != "graph"})
+every_case = over({n: x for n, x in CASES.items() if x.options.get("differentiate") not in ("graph", "forward")})
 DIFFERENCES = ["finite-difference", "sama", "ebomlc-unrolled", "bome", "ebomlc-inner", "f2sa", "vpbgd", "meha"]
 
 
@@ -275,6 +275,12 @@ def kept_graph() -> Any:
     scene.optimizer(case, scaler=scaler()).step(*scene.given(case))
 
 
+def forward() -> Any:
+    scene = Scene(None)
+    case = CASES["unrolled-forward"]
+    scene.optimizer(case, scaler=scaler()).step(*scene.given(case))
+
+
 def set_later() -> Any:
     Scene(None).optimizer(CASES["ebomlc"]).scaler = scaler()
 
@@ -285,6 +291,7 @@ def set_later() -> Any:
         (lambda: Scene(None).optimizer(CASES["ebomlc"], scaler=3), TypeError, "must be a torch.amp.GradScaler"),
         (half, ValueError, "some are float16. Keep them in float32"),
         (kept_graph, ValueError, "has no place where a GradScaler could scale"),
+        (forward, ValueError, "has no place where a GradScaler could scale"),
         (set_later, AttributeError, "fixed at construction"),
     ],
 )
