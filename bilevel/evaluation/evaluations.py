@@ -27,7 +27,8 @@ from ..batches import MISSING
 from ..errors import ClosureError
 from ..levels import Level
 from ..microbatches import MicroBatches, Sum, joined, parts_of, weights_of
-from ..processes.joined import Share, averaged, several
+from ..processes.joined import Share, agreed, averaged, several
+from ..shards import gradients_by_backward, is_shard, part_of
 from ..vectors import Tensors, Vector, place, present
 from .inspection import explained
 from .losses import Loss, sequence_number, stale_variables
@@ -159,7 +160,7 @@ class Evaluations:
 
     def point(self) -> Vector:
         """Return the current values of the lower variables: views, not copies."""
-        return Vector((tensor.detach() for tensor in self.lower_level.tensors), self.lower_level.names)
+        return self.lower_level.vector(tensor.detach() for tensor in self.lower_level.parts)
 
     def upper(self, at: Tensors | None = None, *, batch: int = 0, wrt: Wrt = "both") -> Evaluation:
         """Evaluate F, and differentiate it. One call of the loss.
@@ -269,7 +270,12 @@ class Evaluations:
     def _live(self) -> set[int]:
         modules = self._subject.modules
         buffers = [buffer for module in modules for buffer in module.buffers()]
-        return {x.untyped_storage().data_ptr() for x in (*self._subject.variables, *buffers)}
+        return {part_of(x).untyped_storage().data_ptr() for x in (*self._subject.variables, *buffers)}
+
+    @cached_property
+    def _differentiable(self) -> list[Tensor]:
+        """What else a backward pass may leave a gradient in."""
+        return [p for module in self._subject.modules for p in module.parameters() if p.requires_grad]
 
     @cached_property
     def _places(self) -> Places:
@@ -370,7 +376,10 @@ class Evaluations:
             with explained(loss.name):
                 # F may well not depend on the upper variables: without the lower ones it then has no graph.
                 gradients: Tensors = [None] * len(upper)
-                if value.requires_grad:
+                if value.requires_grad and any(map(is_shard, upper + lower)):
+                    agreed(False, f"{loss.name}: before FSDP's backward pass")  # which waits for all processes
+                    gradients = self._sharded_gradients(value, upper + lower)
+                elif value.requires_grad:
                     gradients = self.gradients(value, upper + lower)
             number, aux = loss.number(value), self._apart(aux)  # before swapped values are taken out again
         for index, gradient in enumerate(gradients):
@@ -381,9 +390,18 @@ class Evaluations:
                 )
         return Evaluation(
             number,
-            Vector(gradients[: len(upper)], self.upper_level.names if upper else ()),
-            Vector(gradients[len(upper) :], self.lower_level.names if lower else ()),
+            self.upper_level.vector(gradients[: len(upper)]) if upper else Vector([]),
+            self.lower_level.vector(gradients[len(upper) :]) if lower else Vector([]),
             aux,
+        )
+
+    def _sharded_gradients(self, value: Tensor, variables: Sequence[Tensor]) -> Tensors:
+        """The same as :meth:`gradients`, by ``.backward()``, of this process's shards."""
+        scaling = self.scaling
+        if scaling is None:
+            return gradients_by_backward(value, variables, self._differentiable)
+        return scaling.unscaled(
+            gradients_by_backward(value * scaling.cotangent(value), variables, self._differentiable)
         )
 
     def _note_precision(self, loss: Loss, value: Tensor) -> None:
@@ -426,14 +444,14 @@ class Evaluations:
         current point, copies in those of the buffers too.
         """
         variables = [*self.upper_level.tensors, *self.lower_level.tensors]
-        parameters = self.lower_level.tensors
+        parameters, parts = self.lower_level.tensors, self.lower_level.parts
         trains = trains and key[0] == "lower"
         replayed = self.replay.evaluation(key, current=current, trains=trains, copied=substituted and not current)
         wide = float32(self._devices) if self._precise and self._computes_in_half(self._loss(key[0])) else nullcontext()
         with replayed, torch.enable_grad(), wide:
             # An autocast region around the step would go on to serve casts of the values before the exchange.
             torch.clear_autocast_cache()
-            take_out = place(parameters, at) if at is not None else None
+            take_out = place(parts, at) if at is not None else None
             try:
                 if freeze:
                     # Without gradients for the lower variables this is forward-only through the lower model.

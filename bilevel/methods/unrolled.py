@@ -28,7 +28,7 @@ from ..hypergradient import (
     unrolled_by_graph,
 )
 from ..hypergradient.mode_choice import Kind
-from ..lower_hyperparameters import Hyperparameters, LowerHyperparameters
+from ..lower_hyperparameters import Groups, Hyperparameters, LowerHyperparameters
 from ..lower_steps import InnerStep, Rule, check_followed
 from ..optimizer import orders
 from ..optimizer.base import Common
@@ -78,7 +78,8 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
             ``inner_step="gradient"``: ``lr``. It is called in each step; real lower steps use its values too, written
             into ``lower_optimizer.param_groups`` before each. G may then depend on no upper variable.
         start: A function without arguments that computes the starting lower variables from the upper ones, as a
-            mapping by name or in parameter order; it is differentiated through (MAML). The lower variables themselves
+            mapping by name or in parameter order; it is differentiated through (MAML). It may depend on none of them
+            (zeros: the lower problem is solved anew in each step) if G does. The lower variables themselves
             then never move, nor do the buffers of their modules.
         differentiate: ``"adjoint"`` stores the k points and walks back with one product of G per step: memory of one
             step beside copies of the lower variables. ``"graph"`` keeps the graph of all steps, as other libraries do:
@@ -190,7 +191,10 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         if self._learned is None:
             return super().inner_rule()
         _refuse_rate(self.inner_lr)
-        return self._learned.rule(self._learned.groups())
+        return self._rule_with(self._learned, self._learned.groups())
+
+    def _rule_with(self, learned: LowerHyperparameters, groups: Groups) -> Rule:
+        return self.projected(learned.rule(groups))
 
     @property
     def order(self) -> orders.Order:  # type: ignore[override]
@@ -204,6 +208,9 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
 
     def compute(self, oracle: Oracle) -> Directions[HypergradientStats]:
         found, product = self._unrolled(oracle)
+        if self.start is not None and all(part is None for part in found.through):
+            advice = "depends on no upper variable. Was it detached? If it is constant, lower_loss must depend on one."
+            raise ValueError(message("Unrolled", "start", "...", advice))
         f, g = found.upper, found.lower
         return Directions(
             upper=f.upper + found.through,
@@ -248,7 +255,7 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         if self._learned is None:
             return self.inner_rule
         _refuse_rate(self.inner_lr)
-        return partial(self._learned.rule, self._learned.groups())
+        return partial(self._rule_with, self._learned, self._learned.groups())
 
     def _check_checkpoints(self, virtual: bool) -> None:
         if self.checkpoints is None:
