@@ -223,6 +223,7 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         self._check_checkpoints(self.virtual)
         if self.differentiate == "forward" and not oracle.plain:
             self._check_few()
+            self._refuse_unfit(oracle)
             return unrolled_by_forward(
                 oracle, self._rule_of_one_look(), self.inner_steps, last=last, start=self._started(), real=real
             ), "reverse"
@@ -267,6 +268,19 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         if advice:
             raise ValueError(message("Unrolled", "checkpoints", self.checkpoints, advice))
 
+    def _refuse_unfit(self, oracle: Oracle) -> bool:
+        """Whether micro-batches or a scaler leave only the adjoint; refuse what was asked for instead."""
+        if oracle.in_parts:
+            reason = "keeps the graphs of all micro-batches at once, which they are there to avoid."
+        elif oracle.scaling is not None:
+            reason = "has no place where a GradScaler could scale and unscale: one derivative goes through all steps."
+        else:
+            return False
+        if self.differentiate in ("graph", "forward") and not oracle.plain:
+            advice = f'{reason} Use differentiate="adjoint", or "auto", which takes it here.'
+            raise ValueError(message("Unrolled", "differentiate", self.differentiate, advice))
+        return True
+
     def _check_few(self) -> None:
         """Refuse more upper scalars than forward mode is for, and warn before that."""
         count, size = (sum(x.numel() for x in level.tensors) for level in (self.upper_level, self.lower_level))
@@ -286,15 +300,12 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         return None if self.start is None else start_of("Unrolled", self.start, self.lower_level)
 
     def _keeps_graph(self, oracle: Oracle) -> bool:
-        if self.differentiate != "auto":
+        unfit = self._refuse_unfit(oracle)
+        if self.differentiate != "auto" or unfit:
             return self.differentiate == "graph" and not oracle.plain
         several = self._differentiated > 1 or self.start is not None
-        unfit = (
-            self.checkpoints is not None
-            or self.lower_level.has_bare_tensors
-            or KEPT_GRAPH in oracle.verification.choices
-        )
-        return several and not unfit and not oracle.plain
+        unreached = self.lower_level.has_bare_tensors or KEPT_GRAPH in oracle.verification.choices
+        return several and self.checkpoints is None and not unreached and not oracle.plain
 
     @property
     def virtual_walk(self) -> bool:  # type: ignore[override]
