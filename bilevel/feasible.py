@@ -7,7 +7,7 @@ in [0, 1]; on a box it is the mask of the entries whose bound is not active.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,25 +116,37 @@ class FeasibleSet:
                         found[i] = v if i in known else None
             return direction.like(found)
 
-    def pulled_back(self, point: Tensors, cotangent: Vector) -> Vector:
-        """Return ``P'(point)^T cotangent``, at a point that is not projected yet."""
-        found, at = list(cotangent), present(point)
-        for part in self.parts:
-            given = [cotangent[i] for i in part.indices]
-            if all(c is None for c in given):
-                continue
-            with torch.enable_grad():
+    def derivative(self, point: Tensors) -> Callable[[Vector], Vector]:
+        """Return ``v -> P'(point) v`` at a point that is not projected yet; it is its own transpose.
+
+        The projection is evaluated once, whatever the number of products.
+        """
+        at = present(point)
+        taken: list[tuple[Part, list[Tensor], Sequence[Tensor]]] = []
+        with torch.enable_grad():
+            for part in self.parts:
                 leaves = [at[i].detach().clone().requires_grad_() for i in part.indices]
                 # + 0: a projection may write into what it is given.
                 landed = part.project([x + 0 for x in leaves])
-            pairs = [(y, c) for y, c in zip(landed, given, strict=True) if c is not None]
-            if not all(y.requires_grad for y, _ in pairs):
-                raise ClosureError(self._detached(part.indices[0]))
-            outputs, weights = zip(*pairs, strict=True)
-            grads = torch.autograd.grad(outputs, leaves, grad_outputs=weights, allow_unused=True)
-            for i, g, c in zip(part.indices, grads, given, strict=True):
-                found[i] = None if c is None else torch.zeros_like(c) if g is None else g
-        return cotangent.like(found)
+                detached = [i for i, y in zip(part.indices, landed, strict=True) if not y.requires_grad]
+                if detached:
+                    raise ClosureError(self._detached(detached[0]))
+                taken.append((part, leaves, landed))
+
+        def product(v: Vector) -> Vector:
+            found = list(v)
+            for part, leaves, landed in taken:
+                pairs = [(y, c) for y, i in zip(landed, part.indices, strict=True) if (c := v[i]) is not None]
+                if pairs:
+                    outputs, weights = zip(*pairs, strict=True)
+                    grads = torch.autograd.grad(
+                        outputs, leaves, grad_outputs=weights, allow_unused=True, retain_graph=True
+                    )
+                    for i, x, g in zip(part.indices, leaves, grads, strict=True):
+                        found[i] = None if v[i] is None else torch.zeros_like(x) if g is None else g
+            return v.like(found)
+
+        return product
 
     def _found(self, given: Projections) -> list[Part]:
         """Bind projections to variables."""
@@ -201,8 +213,9 @@ class FeasibleSet:
                 )
                 raise ValueError(message(self._owner, self._argument, part.projection, advice))
         generator = torch.Generator().manual_seed(0)
+        base = [x.float() if torch.finfo(x.dtype).bits < 32 else x for x in own]  # half precision tells no angles
         far = [
-            [x + 2 * (1 + x.abs()) * torch.randn(x.shape, generator=generator).to(x) for x in own]
+            [x + 2 * (1 + x.abs()) * torch.randn(x.shape, generator=generator).to(x) for x in base]
             for _ in range(PROBES)
         ]
         near = [self._landed(part, points) for points in far]
@@ -255,12 +268,66 @@ class Projected(Rule):
     def __init__(self, rule: Rule, feasible: FeasibleSet) -> None:
         self.rule, self.feasible = rule, feasible
 
+    @property
+    def hyperparameters(self) -> Sequence[Tensor]:
+        return self.rule.hyperparameters
+
+    def at(self, hyperparameters: Sequence[Tensor]) -> Rule:
+        return Projected(self.rule.at(hyperparameters), self.feasible)
+
     def start(self) -> State:
         return self.rule.start()
 
     def step(self, point: Tensors, gradient: Tensors, state: State) -> tuple[list[Tensor], State]:
         moved, after = self.rule.step(point, gradient, state)
         return self.feasible.project(moved, [g is not None for g in gradient]), after
+
+
+class FixedPointMap:
+    r"""The fixed point ``w = P(w - s grad_w G)`` of a projected lower step, for implicit differentiation.
+
+    With ``D = P'(z)`` at ``z = w - s grad_w G`` its derivative is ``dw = D (dw - s (G_ww dw + G_wa da))``. Pulled back
+    from ``grad_w F`` it asks for p with::
+
+        p = D y,    (D (I - D) / s + D G_ww D) y = D grad_w F,    dF/da = grad_a F - G_aw p
+
+    a symmetric system. On a box D is a mask and this is the system of the free entries. On a curved set ``D (I - D) /
+    s`` is the curvature of its boundary, times the multiplier of the bound. Where nothing is bounded D = I.
+
+    Args:
+        feasible: The set.
+        point: w.
+        gradient: ``grad_w G`` there.
+        rates: s of each variable, of which the fixed point does not depend: the lower learning rates. It says which
+            bounds are taken for active: those that a lower step would cross.
+    """
+
+    def __init__(self, feasible: FeasibleSet, point: Vector, gradient: Vector, rates: Sequence[float | Tensor]) -> None:
+        self._steps = [_step(rate) for rate in rates]
+        for part in feasible.parts:  # one step for what is projected together
+            for i in part.indices:
+                self._steps[i] = self._steps[part.indices[0]]
+        reached = [
+            x if g is None else (x - s * g).to(x.dtype)
+            for x, g, s in zip(present(point), gradient, self._steps, strict=True)
+        ]
+        self._derivative = feasible.derivative(reached)
+
+    def free(self, v: Vector) -> Vector:
+        """Return ``D v``."""
+        return self._derivative(v)
+
+    def system(self, y: Vector, curved: Vector) -> Vector:
+        """Return ``D (I - D) y / s + D curved``, in which ``curved`` is ``G_ww D y``, with a right-hand side or not."""
+        beyond = y.like(
+            None if x is None else (x / s).to(x.dtype) for x, s in zip(y - self.free(y), self._steps, strict=True)
+        )
+        return self.free(beyond + curved)
+
+
+def _step(rate: float | Tensor) -> float | Tensor:
+    """A rate, or 1 where it is 0 and no step is taken."""
+    return torch.where(rate > 0, rate, 1.0) if isinstance(rate, Tensor) else rate or 1.0
 
 
 def _slack(x: Tensor) -> float:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..evaluation.evaluations import Evaluation, Key, Point, Wrt
 from ..evaluation.oracle import Oracle
 from ..evaluation.substitution import plain_attention
-from ..hypergradient import Step, copied, pull_back
+from ..hypergradient import Step, copied, through_hyperparameters, transposed
 from ..hypergradient.modes import NoDoubleBackward, refuse_wrong_rules
-from ..lower_steps import Rule
+from ..lower_steps import Rule, constant
 from ..processes.joined import Share, averaged
 from ..vectors import Tensors, Vector, add_scaled, exchange, present
 from .constants import constants_of_a_loss
@@ -144,6 +144,7 @@ class Plain:
         steps.
         """
         point = self.point() if start is None else self.point().like(start)
+        rule = constant(rule)
         state, steps = rule.start(), []
         for index in range(count):
             at = None if index == 0 and start is None else point
@@ -174,13 +175,15 @@ class Plain:
         upper, _ = self._vectors([None] * (len(self.upper_level.tensors) + len(self.lower_level.tensors)))
         point_bar = self.point().like(cotangent)
         state_bar: list[dict[str, Tensor]] | None = None
+        rule_bar = Vector([None] * len(rule.hyperparameters))
         for step in reversed(steps):
             point = self.point() if step.point is None else step.point
-            through_point, gradient_bar, state_bar = pull_back(rule, step, point, point_bar, state_bar)
+            bars = transposed(rule, step, point, point_bar, state_bar)
+            state_bar, rule_bar = bars.state, rule_bar + bars.hyperparameters
             buffers = self._before.get(step.batch) if as_trained else None
-            mixed, hessian = self.product(gradient_bar, batch=step.batch, at=step.point, buffers=buffers)
-            upper, point_bar = upper + mixed, through_point + hessian
-        return upper, point_bar
+            mixed, hessian = self.product(bars.gradient, batch=step.batch, at=step.point, buffers=buffers)
+            upper, point_bar = upper + mixed, bars.point + hessian
+        return upper + through_hyperparameters(rule, self.upper_level, rule_bar), point_bar
 
     @contextmanager
     def shifted(self, size: float, upper: Tensors, lower: Tensors) -> Iterator[None]:

@@ -26,7 +26,7 @@ class Loss:
             )
         self.name = name
         self._function = function
-        self._needs_upper = needs_upper
+        self.needs_upper = needs_upper
         self._calls = 0
 
     def __call__(self, batch: Any, devices: Iterable[torch.device], *, frozen: bool = False) -> tuple[Tensor, Any]:
@@ -68,7 +68,7 @@ class Loss:
             advice = f"The variables are on {on}. Move the batch to the device of the model."
             raise ClosureError(expected.format(f"a tensor on {value.device}", advice))
         if not value.requires_grad:
-            if (frozen and not self._needs_upper) or several():  # of others' parts of the batch it may well have one
+            if (frozen and not self.needs_upper) or several():  # of others' parts of the batch it may well have one
                 return
             if frozen:
                 self.check_use("upper", [])
@@ -77,6 +77,8 @@ class Loss:
 
     def check_use(self, side: str, gradient: Sequence[Tensor | None]) -> None:
         """Refuse a loss that uses none of a level's variables where it must use some."""
+        if side == "upper" and not self.needs_upper:
+            return
         if all(part is None for part in gradient):
             cause = (
                 "Usual causes: what they compute was detached, rounded (argmax), or is never used."

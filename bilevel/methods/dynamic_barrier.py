@@ -23,6 +23,7 @@ from ..optimizer.base import BilevelOptimizer, Common
 from ..settings import Setting, chosen, numeric
 from ..vectors import Vector, accumulation_dtype
 from .barrier_formulas import Terms, ValueGradient, barrier_checks
+from .bounded_barrier import Cone, Gradients, cone_multiplier, cone_products
 
 StepFrom = Literal["current", "lookahead"]
 
@@ -35,7 +36,8 @@ class BarrierStats(Stats):
         multiplier: Weight of grad q in the direction (damping xi included); float64.
         active: Whether the multiplier is above 0: the constraint shaped the direction.
         constraint: ``Q = G(w, alpha) - G(w_T, alpha)`` on the first lower batch; float64.
-        gradient_norm: ``|grad q|`` over both levels; float64.
+        gradient_norm: ``|grad q|`` over both levels; float64. With projections that of the part of ``-grad q`` along
+            which the variables can move.
         product: Mode of the products of G, for ``value_gradient="unrolled"``; else None.
 
     Example:
@@ -86,9 +88,12 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
         lambda = relu(phi - <grad f, grad q>) / (|grad q|^2 + eps)
         alpha <- alpha - eta_alpha (grad_alpha f + xi lambda grad_alpha q)
         w     <- w     - eta_w     (grad_w f     + xi lambda grad_w q)
+
+    Where variables have projections, lambda and the directions are those of ``bounded_barrier.py``.
     """
 
     walks_virtually = True
+    knows_shards = True
     barrier = Setting[Barrier](_check_barrier)
     value_gradient = Setting[ValueGradient](chosen("value_function", "difference", "unrolled"))
     step_from = Setting[StepFrom](chosen("current", "lookahead"))
@@ -132,12 +137,19 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
             squared_norm=_on(f, q_q_upper) + _on(f, q_q_lower),
             value=_on(f, at.constraint),
         )
-        weight = self.damping * multiplier(
-            self.barrier, products, eps=self.eps, cutoff=self.cutoff, maximum=self.multiplier_max
-        )
+        numbers: dict[str, Any] = {"eps": self.eps, "cutoff": self.cutoff, "maximum": self.multiplier_max}
+        cone = self.cone(oracle.point(), at.inner_point)
+        if cone is None:
+            weight = self.damping * multiplier(self.barrier, products, **numbers)
+            upper, lower = f.upper + weight * q_upper, f.lower + weight * q_lower
+        else:
+            gradients = Gradients(f.upper, f.lower, q_upper, q_lower)
+            products = cone_products(cone, gradients, products)
+            weight = self.damping * cone_multiplier(self.barrier, products, cone, gradients, **numbers)
+            upper, lower = cone.descent(f.upper + weight * q_upper, f.lower + weight * q_lower)
         return Directions(
-            upper=f.upper + weight * q_upper,
-            lower=f.lower + weight * q_lower,
+            upper=upper,
+            lower=lower,
             start=at.inner_point if self.step_from == "lookahead" else None,
             stats=BarrierStats.of(
                 f,
@@ -167,6 +179,14 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
         constraint = g.value.to(wide) - ahead.value.to(wide)
         f = oracle.upper()
         return Terms(f, g, walk.end, constraint, q_upper, q_lower)
+
+    def cone(self, current: Vector, inner_point: Vector) -> Cone | None:
+        """The directions in which the levels can move from where their steps start; None: in all."""
+        if not (self.upper_set.bounded or self.lower_set.bounded):
+            return None
+        at = inner_point if self.step_from == "lookahead" else current
+        upper = Vector((x.detach() for x in self.upper_level.tensors), self.upper_names)
+        return Cone(self.upper_set, self.lower_set, upper, at)
 
     def _lower_gradient(self, g: Evaluation, ahead: Evaluation) -> Vector:
         """grad_w q, where it needs no derivative of the walk."""

@@ -31,8 +31,8 @@ class VPBGD(PenaltyMethod[PenaltyStats]):
     it. Both levels move at once. Its minimiser is :math:`O(1/\gamma)` from that of the bilevel problem; where F is
     smallest, over both levels, at a pair that solves the lower problem, any :math:`\gamma > 0` is exact.
 
-    Differences from the authors' code: your torch optimizers take the step; projections are hooks of theirs; s and the
-    order of updates are that code's, the paper folds s into its step size.
+    Differences from the authors' code: your torch optimizers take the step, projections are ``upper_projection`` and
+    ``lower_projection``; s and the order of updates are that code's, the paper folds s into its step size.
 
     Args:
         upper_loss: F, called once per step; see :class:`bilevel.BilevelOptimizer` for the closures and the arguments

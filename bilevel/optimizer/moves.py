@@ -12,6 +12,7 @@ from ..directions import Directions, T
 from ..evaluation.replay import Replay
 from ..feasible import FeasibleSet
 from ..levels import Level
+from ..lower_hyperparameters import LowerHyperparameters, tensors_of
 from ..vectors import Tensors, Vector
 from .apply import are_finite, checked, match, set_values, step_along
 from .hooks import HookWatch
@@ -36,6 +37,8 @@ class Moved:
         ignores_clipping: What a clip by a hook makes wrong, or None.
         upper_set: What the upper variables stay in.
         lower_set: What the lower variables stay in.
+        hyperparameters: What the lower optimizer's groups are to hold in each real step, computed from the upper
+            variables, or None.
     """
 
     owner: str
@@ -48,6 +51,7 @@ class Moved:
     ignores_clipping: str | None
     upper_set: FeasibleSet
     lower_set: FeasibleSet
+    hyperparameters: LowerHyperparameters | None = None
 
 
 class SkippedStep(Exception):
@@ -80,9 +84,15 @@ class Moves:
     def train(self, direction: Vector, loss: Tensor | None = None) -> None:
         """Take a real lower step, if it is finite; ``loss`` is what it comes from."""
         seen: dict[str, Tensors] = {"the direction of a lower step": direction}
+        learned = self._moved.hyperparameters
+        groups = [] if learned is None else learned.groups()
+        if groups:
+            seen["lower_hyperparameters"] = tensors_of(groups)
         if not self._looking and not self._are_finite({"lower_loss": [loss]} | seen):
             raise SkippedStep(_loss_of(loss, direction))
         self._save(self._moved.lower)
+        if learned is not None:
+            learned.write(groups)
         if self._beginning is not None:
             self._groups.append(GroupsCopy(self._moved.lower))
         self._train_along(direction.clone() if self._is_rewritten() else direction)
