@@ -41,6 +41,7 @@ from .optimizer.base import BilevelOptimizer
 from .solver import minimize
 from .testing.check_directions import check_directions
 from .vectors import Vector
+from .watch import Watch
 
 __version__ = "0.1.0"
 
@@ -83,6 +84,7 @@ __all__ = [
     "Stats",
     "Unrolled",
     "Vector",
+    "Watch",
     "barrier",
     "check_directions",
     "hold",

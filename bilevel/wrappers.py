@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from .errors import ClosureError, message
@@ -99,17 +99,13 @@ def sharder_of(module: nn.Module) -> str | None:
     return next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in SHARDED), None)
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is one process's share of a larger one (``DTensor``: FSDP2, tensor parallelism)."""
-    return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
-
-
 @contextmanager
-def unwrapped(owner: str) -> Iterator[None]:
+def unwrapped(owner: str, *, sharded: bool = False) -> Iterator[None]:
     """Let a loss call a wrapped module meanwhile, if that means the module itself; costs nothing in one process.
 
     A ``DistributedDataParallel`` is: its reducer never sees these gradients, but they are averaged here. While a step
-    lasts it sends nothing of its own, so that a process that raises leaves none waiting in a forward.
+    lasts it sends nothing of its own, so that a process that raises leaves none waiting in a forward. ``sharded``: some
+    variables are, by ``fully_shard``, whose modules may then be called.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         yield
@@ -121,10 +117,11 @@ def unwrapped(owner: str) -> Iterator[None]:
             _check_ddp(owner, module)
             quiet[id(module)] = (module, module.require_backward_grad_sync, module.require_forward_param_sync)
             module.require_backward_grad_sync = module.require_forward_param_sync = False
-        elif (name := sharder_of(module)) is not None:
+        elif not sharded and (name := sharder_of(module)) is not None:
             raise ClosureError(
                 f"{owner}: a loss calls a module wrapped in {name}, whose parameters are shares that appear only "
-                "around its forward and get their gradients only from .backward(). Call a plain module."
+                "around its forward and get their gradients only from .backward(). Call a plain module, or pass "
+                "the sharded one as a level of BOME or EBOMLC."
             )
 
     handle = register_module_forward_pre_hook(visit)

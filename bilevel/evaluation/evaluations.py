@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_map
 from ..batches import MISSING
 from ..errors import ClosureError
 from ..levels import Level
-from ..processes.joined import Share, averaged, several
+from ..processes.joined import Share, agreed, averaged, several
+from ..shards import gradients_by_backward, is_shard, part_of
 from ..vectors import Tensors, Vector, place, present
 from .inspection import explained
 from .losses import Loss, sequence_number, stale_variables
@@ -121,7 +122,7 @@ class Evaluations:
 
     def point(self) -> Vector:
         """Return the current values of the lower variables: views, not copies."""
-        return Vector((tensor.detach() for tensor in self.lower_level.tensors), self.lower_level.names)
+        return self.lower_level.vector(tensor.detach() for tensor in self.lower_level.parts)
 
     def upper(self, at: Tensors | None = None, *, batch: int = 0, wrt: Wrt = "both") -> Evaluation:
         """Evaluate F, and differentiate it. One call of the loss.
@@ -204,7 +205,12 @@ class Evaluations:
     def _live(self) -> set[int]:
         modules = self._subject.modules
         buffers = [buffer for module in modules for buffer in module.buffers()]
-        return {x.untyped_storage().data_ptr() for x in (*self._subject.variables, *buffers)}
+        return {part_of(x).untyped_storage().data_ptr() for x in (*self._subject.variables, *buffers)}
+
+    @cached_property
+    def _differentiable(self) -> list[Tensor]:
+        """What else a backward pass may leave a gradient in."""
+        return [p for module in self._subject.modules for p in module.parameters() if p.requires_grad]
 
     @cached_property
     def _places(self) -> Places:
@@ -271,7 +277,10 @@ class Evaluations:
             with explained(loss.name):
                 # F may well not depend on the upper variables: without the lower ones it then has no graph.
                 gradients: Tensors = [None] * len(upper)
-                if value.requires_grad:
+                if value.requires_grad and any(map(is_shard, upper + lower)):
+                    agreed(False, f"{loss.name}: before FSDP's backward pass")  # which waits for all processes
+                    gradients = gradients_by_backward(value, upper + lower, self._differentiable)
+                elif value.requires_grad:
                     gradients = torch.autograd.grad(value, upper + lower, allow_unused=True)
             number, aux = loss.number(value), self._apart(aux)  # before swapped values are taken out again
         for index, gradient in enumerate(gradients):
@@ -282,8 +291,8 @@ class Evaluations:
                 )
         return Evaluation(
             number,
-            Vector(gradients[: len(upper)], self.upper_level.names if upper else ()),
-            Vector(gradients[len(upper) :], self.lower_level.names if lower else ()),
+            self.upper_level.vector(gradients[: len(upper)]) if upper else Vector([]),
+            self.lower_level.vector(gradients[len(upper) :]) if lower else Vector([]),
             aux,
         )
 
@@ -320,13 +329,13 @@ class Evaluations:
         current point, copies in those of the buffers too.
         """
         variables = [*self.upper_level.tensors, *self.lower_level.tensors]
-        parameters = self.lower_level.tensors
+        parameters, parts = self.lower_level.tensors, self.lower_level.parts
         trains = trains and key[0] == "lower"
         replayed = self.replay.evaluation(key, current=current, trains=trains, copied=substituted and not current)
         with replayed, torch.enable_grad():
             # An autocast region around the step would go on to serve casts of the values before the exchange.
             torch.clear_autocast_cache()
-            take_out = place(parameters, at) if at is not None else None
+            take_out = place(parts, at) if at is not None else None
             try:
                 if freeze:
                     # Without gradients for the lower variables this is forward-only through the lower model.

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ClosureError, message
+from ..shards import part_of
 from .verification import out_of_memory
 
 CURES = {
@@ -155,6 +156,7 @@ class _Watched:
 
     def __init__(self, kind: str, name: str, tensor: Tensor, kept: bool) -> None:
         self.kind, self.name = kind, name
+        tensor = part_of(tensor)
         self._tensor, self._version = tensor, tensor._version
         self._values = tensor.detach().clone() if kept else None
 

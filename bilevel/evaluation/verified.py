@@ -95,6 +95,8 @@ class VerifiedEvaluations(Evaluations):
     @contextmanager
     def in_float64(self) -> Iterator[Self]:
         """Look at the same losses and batches in float64, for a decision; nothing stays changed."""
+        if self.upper_level.sharded or self.lower_level.sharded:
+            raise ClosureError(f"{self.owner}: shards of variables cannot be widened to float64.")
         with float64(self._subject.modules, self._subject.variables), widening():
             replay = Replay(self._devices, self._evaluator.modules, self._subject.variables)
             replay.follow(self.replay)
@@ -105,7 +107,16 @@ class VerifiedEvaluations(Evaluations):
                 replay.undo()
 
     def refuse_hooks(self) -> None:
-        """A hook on a variable makes of its gradient something that no product is the derivative of."""
+        """A hook on a variable makes of its gradient something that no product is the derivative of.
+
+        Nor has a shard of a variable one.
+        """
+        if self.upper_level.sharded or self.lower_level.sharded:
+            raise ClosureError(
+                f"{self.owner}: takes second derivatives, which fully_shard has none of: its parameters get their "
+                'gradients only from .backward(). Use value_gradient="value_function" or "difference", or a model that '
+                "is whole on every process."
+            )
         if not any(tensor._backward_hooks for tensor in self._subject.variables):
             return
         for name, tensor in self._subject.named_variables:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation.oracle import Oracle
+from ..processes.joined import Share, averaged
 from ..vectors import Tensors, Vector
 from .mode_choice import mode_taken
 from .modes import ProductMode, Unavailable, refusal, refuse_wrong_rules, second_derivatives
@@ -55,6 +56,9 @@ class HessianProducts:
                 self._keep()
             except Unavailable as problem:
                 self._refuse(problem)
+            except BaseException as error:  # maybe of another process
+                self.__exit__(type(error), error, error.__traceback__)
+                raise
         return self
 
     def __exit__(
@@ -88,36 +92,48 @@ class HessianProducts:
 
     def _keep(self) -> None:
         """Differentiate G once, keeping the graph."""
-        self._open = ExitStack()
-        with self._told():
-            value, _ = self._open.enter_context(self._oracle.lower_graph(self._batch))
-            self._open.enter_context(second_derivatives())
+        opened = self._open = ExitStack()
+
+        def share() -> Share:
+            value, _ = opened.enter_context(self._oracle.lower_graph(self._batch))
+            opened.enter_context(second_derivatives())
             self._gradient = torch.autograd.grad(
                 value, self._oracle.lower_level.tensors, create_graph=True, allow_unused=True
             )
             if self._oracle.checking:
                 refuse_wrong_rules([value, *(g for g in self._gradient if g is not None)])
+            return Share()
+
+        averaged(f"{self._oracle.owner}: a graph that is kept", self._through(share))
 
     def _back(self, direction: Tensors, inputs: Sequence[Tensor]) -> Tensors:
-        """Pull a direction back through the graph of the gradient."""
-        pairs = [(g, v) for g, v in zip(self._gradient, direction, strict=True) if g is not None and v is not None]
-        pairs = [(g, v) for g, v in pairs if g.requires_grad]
-        if not pairs:  # G is linear in w: no second derivatives at all
-            return [None] * len(inputs)
-        outputs, weights = zip(*pairs, strict=True)
-        with self._told():
-            return torch.autograd.grad(outputs, inputs, grad_outputs=weights, allow_unused=True, retain_graph=True)
+        """Pull a direction back through the graph of the gradient; of several processes, the mean of theirs."""
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
+        def share() -> Share:
+            pairs = [(g, v) for g, v in zip(self._gradient, direction, strict=True) if g is not None and v is not None]
+            pairs = [(g, v) for g, v in pairs if g.requires_grad]
+            if not pairs:  # G is linear in w: no second derivatives at all
+                return Share(vector=[None] * len(inputs))
+            outputs, weights = zip(*pairs, strict=True)
+            found = torch.autograd.grad(outputs, inputs, grad_outputs=weights, allow_unused=True, retain_graph=True)
+            return Share(vector=found)
+
+        return averaged(f"{self._oracle.owner}: a product", self._through(share), inputs).vector
+
+    def _through(self, compute: Callable[[], Share]) -> Callable[[], Share]:
         """Send what goes wrong through the contexts that are open, which undo, and say what it means."""
-        try:
-            yield
-        except BaseException as error:
-            self.__exit__(type(error), error, error.__traceback__)
-            raise
+
+        def told() -> Share:
+            try:
+                return compute()
+            except BaseException as error:
+                self.__exit__(type(error), error, error.__traceback__)
+                raise
+
+        return told
 
     def _refuse(self, problem: Unavailable) -> None:
         """Without a kept graph the product goes another way, if one was not insisted on."""
+        self.__exit__(None, None, None)
         if self._product != "auto":
             raise refusal(problem) from problem.__cause__

@@ -41,6 +41,8 @@ COMPILED = ("donated buffers", "aot_autograd")
 WRONG_SECOND_RULES = {
     # The gradient's graph ends in an error node beside the path to the variables: the second derivative reads 0.
     "torch::autograd::Error": "it calls a custom function that is marked once_differentiable.",
+    # Its backward talks to the other processes by operations that have no derivative.
+    "SyncBatchNormBackward": "SyncBatchNorm has none: its backward adds over processes. Use BatchNorm or GroupNorm.",
     # The fused kernel's second derivative takes the saved norm for a constant (gradgradcheck fails on torch 2.13).
     "WeightNormInterfaceBackward0": "torch's second derivative of weight_norm is wrong.",
 }

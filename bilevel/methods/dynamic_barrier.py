@@ -93,6 +93,7 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
     """
 
     walks_virtually = True
+    knows_shards = True
     barrier = Setting[Barrier](_check_barrier)
     value_gradient = Setting[ValueGradient](chosen("value_function", "difference", "unrolled"))
     step_from = Setting[StepFrom](chosen("current", "lookahead"))

@@ -28,7 +28,7 @@ from ..hypergradient import (
     unrolled_by_graph,
 )
 from ..hypergradient.mode_choice import Kind
-from ..lower_hyperparameters import Hyperparameters, LowerHyperparameters
+from ..lower_hyperparameters import Groups, Hyperparameters, LowerHyperparameters
 from ..lower_steps import InnerStep, Rule, check_followed
 from ..optimizer import orders
 from ..optimizer.base import Common
@@ -191,7 +191,10 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         if self._learned is None:
             return super().inner_rule()
         _refuse_rate(self.inner_lr)
-        return self._learned.rule(self._learned.groups())
+        return self._rule_with(self._learned, self._learned.groups())
+
+    def _rule_with(self, learned: LowerHyperparameters, groups: Groups) -> Rule:
+        return self.projected(learned.rule(groups))
 
     @property
     def order(self) -> orders.Order:  # type: ignore[override]
@@ -251,7 +254,7 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         if self._learned is None:
             return self.inner_rule
         _refuse_rate(self.inner_lr)
-        return partial(self._learned.rule, self._learned.groups())
+        return partial(self._rule_with, self._learned, self._learned.groups())
 
     def _check_checkpoints(self, virtual: bool) -> None:
         if self.checkpoints is None:

@@ -225,7 +225,7 @@ class BilevelOptimizer(Method[S], ABC):
         self._refresh()
         self._evaluator.verification.mode = self.verify
         looking = self._evaluator.oracle(uppers, lowers, kind=kind, verifies=verifies)
-        with looking as oracle, unwrapped(owner):
+        with looking as oracle, unwrapped(owner, sharded=self._upper.sharded or self._lower.sharded):
             yield oracle
 
     def _refresh(self) -> None:

@@ -20,10 +20,11 @@ from ..feasible import FeasibleSet, Projected
 from ..levels import Level, Variables, check_disjoint
 from ..lower_hyperparameters import LowerHyperparameters
 from ..lower_steps import GradientDescent, InnerStep, OptimizerStep, Rule, check_followed, current_rates
-from ..processes.group import Group, processes_of, refuse_apart
+from ..processes.group import Group, processes_of, refuse_apart, refuse_other_shards
 from ..processes.joined import Processes, acting
 from ..projection import Projections
 from ..settings import Fixed, Settable, Setting, chosen, counted, numeric
+from ..shards import is_shard
 from . import orders
 from .hooks import VIRTUAL, HookWatch
 from .method_state import LevelState, MethodState, NumberState, Remembered, ScalarState, StateStart
@@ -56,6 +57,7 @@ class Method(Settable, ABC, Generic[S]):
 
     order: orders.Order = orders.AT_ONCE  # in which order the two levels move
     walks_virtually: ClassVar[bool] = False  # whether lower steps are taken that move nothing
+    knows_shards: ClassVar[bool] = False  # whether variables may be sharded: first derivatives alone, all at once
     follows_maximize: ClassVar[bool] = False  # whether a lower optimizer may walk uphill
     stats_class: ClassVar[type[Stats]] = Stats  # what compute returns, from the type argument of the class
 
@@ -102,8 +104,11 @@ class Method(Settable, ABC, Generic[S]):
         self.verify = verify
         for argument, policy in (("upper_buffers", upper_buffers), ("lower_buffers", lower_buffers)):
             choice(owner, argument, policy, ("once", "every", "never"))
-        self._upper = Level(owner, "upper", upper, upper_optimizer)
-        self._lower = Level(owner, "lower", lower, lower_optimizer, may_maximize=self.follows_maximize)
+        shards = self.knows_shards
+        self._upper = Level(owner, "upper", upper, upper_optimizer, may_shard=shards)
+        self._lower = Level(
+            owner, "lower", lower, lower_optimizer, may_maximize=self.follows_maximize, may_shard=shards
+        )
         check_disjoint(self._upper, self._lower)
         self.__dict__.update(upper_projection=upper_projection, lower_projection=lower_projection)
         self._upper_set = FeasibleSet(owner, self._upper, upper_projection)
@@ -128,9 +133,11 @@ class Method(Settable, ABC, Generic[S]):
         """Find out whether other processes take the steps too, at first or since a group was made."""
         owner = type(self).__name__
         self._processes = processes_of(owner, self.process_group)
+        named = self._evaluator.subject.named_variables
+        refuse_other_shards(owner, self._processes, [(n, x) for n, x in named if is_shard(x)])
         if self._processes is not None:
             with acting(self._processes, owner):
-                refuse_apart(owner, self._processes, self._evaluator.subject.named_variables)
+                refuse_apart(owner, self._processes, [(n, x) for n, x in named if not is_shard(x)])
 
     @property
     def upper_optimizer(self) -> torch.optim.Optimizer:

@@ -10,6 +10,7 @@ that fall twice by a factor of ten. Better is whose F is smaller after y has bee
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
@@ -21,6 +22,7 @@ from torch import Tensor
 from ..errors import NonFiniteError
 from ..methods import BOME, EBOMLC
 from ..optimizer.base import BilevelOptimizer
+from ..watch import Watch
 from .budget import SpentError
 from .landscape import Landscape, tensors_of
 from .reduced import Pair, Reduced
@@ -140,15 +142,19 @@ class Race:
             return
         land.upper.put(candidate.x)
         land.lower.put(candidate.y)
+        watch = Watch(window=20)
         try:
-            with budget.limited(calls):
+            with budget.limited(calls), warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
                 while True:
-                    candidate.optimizer.step()
+                    watch.look(candidate.optimizer.step())
         except SpentError:
             if budget.left <= 0:
                 raise
         except NonFiniteError:
             candidate.lost = True
+        for sentence in watch.said.values():
+            self.note(f"{candidate.name}: {sentence}")
         candidate.x, candidate.y = land.upper.flat(), land.lower.flat()
         if not bool(candidate.x.isfinite().all() and candidate.y.isfinite().all()):
             candidate.lost, candidate.score = True, math.inf

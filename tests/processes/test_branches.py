@@ -19,7 +19,11 @@ from joined_batches import Shared, part, steps_apart
 from methods_table import CASES
 
 KINDS = {case.method: name for name, case in reversed(CASES.items())}
-every_class = pytest.mark.parametrize("name", KINDS.values(), ids=[kind.__name__ for kind in KINDS])
+QUICK = {bilevel.BOME, bilevel.Unrolled, bilevel.Implicit, bilevel.BSG1}
+every_class = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, id=k.__name__, marks=() if k in QUICK else pytest.mark.thorough) for k, n in KINDS.items()],
+)
 
 
 class Fault(Exception):
