@@ -63,6 +63,9 @@ class FeasibleSet:
         self._owner, self._level, self._given = owner, level, projection
         self._argument = f"{level.side}_projection"
         self.parts: list[Part] = []
+        if level.sharded and projection is not None:
+            advice = "needs whole variables, and these are sharded (fully_shard). Write the bounds into the losses."
+            raise TypeError(message(owner, self._argument, "...", advice))
         self.refresh()
 
     @property
@@ -213,8 +216,9 @@ class FeasibleSet:
                 )
                 raise ValueError(message(self._owner, self._argument, part.projection, advice))
         generator = torch.Generator().manual_seed(0)
+        base = [x.float() if torch.finfo(x.dtype).bits < 32 else x for x in own]  # half precision tells no angles
         far = [
-            [x + 2 * (1 + x.abs()) * torch.randn(x.shape, generator=generator).to(x) for x in own]
+            [x + 2 * (1 + x.abs()) * torch.randn(x.shape, generator=generator).to(x) for x in base]
             for _ in range(PROBES)
         ]
         near = [self._landed(part, points) for points in far]

@@ -79,7 +79,8 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
             ``inner_step="gradient"``: ``lr``. It is called in each step; real lower steps use its values too, written
             into ``lower_optimizer.param_groups`` before each. G may then depend on no upper variable.
         start: A function without arguments that computes the starting lower variables from the upper ones, as a
-            mapping by name or in parameter order; it is differentiated through (MAML). The lower variables themselves
+            mapping by name or in parameter order; it is differentiated through (MAML). It may depend on none of them
+            (zeros: the lower problem is solved anew in each step) if G does. The lower variables themselves
             then never move, nor do the buffers of their modules.
         differentiate: ``"adjoint"`` stores the k points and walks back with one product of G per step: memory of one
             step beside copies of the lower variables. ``"graph"`` keeps the graph of all steps, as other libraries do:
@@ -210,6 +211,9 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
 
     def compute(self, oracle: Oracle) -> Directions[HypergradientStats]:
         found, product = self._unrolled(oracle)
+        if self.start is not None and all(part is None for part in found.through):
+            advice = "depends on no upper variable. Was it detached? If it is constant, lower_loss must depend on one."
+            raise ValueError(message("Unrolled", "start", "...", advice))
         f, g = found.upper, found.lower
         return Directions(
             upper=f.upper + found.through,
@@ -222,6 +226,7 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         self._check_checkpoints(self.virtual)
         if self.differentiate == "forward" and not oracle.plain:
             self._check_few()
+            self._refuse_unfit(oracle)
             return unrolled_by_forward(
                 oracle, self._rule_of_one_look(), self.inner_steps, last=last, start=self._started(), real=real
             ), "reverse"
@@ -266,6 +271,19 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         if advice:
             raise ValueError(message("Unrolled", "checkpoints", self.checkpoints, advice))
 
+    def _refuse_unfit(self, oracle: Oracle) -> bool:
+        """Whether micro-batches or a scaler leave only the adjoint; refuse what was asked for instead."""
+        if oracle.in_parts:
+            reason = "keeps the graphs of all micro-batches at once, which they are there to avoid."
+        elif oracle.scaling is not None:
+            reason = "has no place where a GradScaler could scale and unscale: one derivative goes through all steps."
+        else:
+            return False
+        if self.differentiate in ("graph", "forward") and not oracle.plain:
+            advice = f'{reason} Use differentiate="adjoint", or "auto", which takes it here.'
+            raise ValueError(message("Unrolled", "differentiate", self.differentiate, advice))
+        return True
+
     def _check_few(self) -> None:
         """Refuse more upper scalars than forward mode is for, and warn before that."""
         count, size = (sum(x.numel() for x in level.tensors) for level in (self.upper_level, self.lower_level))
@@ -285,14 +303,11 @@ class Unrolled(HypergradientMethod[HypergradientStats]):
         return None if self.start is None else start_of("Unrolled", self.start, self.lower_level)
 
     def _keeps_graph(self, oracle: Oracle) -> bool:
-        if self.differentiate != "auto":
+        unfit = self._refuse_unfit(oracle)
+        if self.differentiate != "auto" or unfit:
             return self.differentiate == "graph" and not oracle.plain
-        unfit = (
-            self.checkpoints is not None
-            or self.lower_level.has_bare_tensors
-            or KEPT_GRAPH in oracle.verification.choices
-        )
-        if unfit or oracle.plain:
+        unreached = self.lower_level.has_bare_tensors or KEPT_GRAPH in oracle.verification.choices
+        if self.checkpoints is not None or unreached or oracle.plain:
             return False
         return self._differentiated > 1 or self.start is not None or self._one_step_keeps_graph()
 

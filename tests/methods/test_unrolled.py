@@ -594,6 +594,34 @@ def test_a_start_and_the_check_of_directions() -> None:
     assert report.passed, report
 
 
+@pytest.mark.parametrize("mode", ["adjoint", "graph", "auto"])
+def test_a_start_that_is_the_same_for_every_step(mode: Any) -> None:
+    """Ridge regression from zeros, as HPO tutorials do it: the derivative goes through the five steps alone."""
+    torch.manual_seed(SEED)
+    x, y = torch.randn(20, 3, dtype=torch.float64), torch.randn(20, dtype=torch.float64)
+    model, strength = nn.Linear(3, 1, bias=False).double(), torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer = bilevel.Unrolled(
+        lambda: (model(x[10:])[:, 0] - y[10:]).square().mean(),
+        lambda: (model(x[:10])[:, 0] - y[:10]).square().mean() + (strength.exp() * model.weight[0].square()).sum(),
+        upper=strength,
+        lower=model,
+        upper_optimizer=torch.optim.SGD([strength], lr=1.0),
+        lower_optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        inner_steps=5,
+        differentiate=mode,
+        start=lambda: [torch.zeros_like(model.weight)],
+    )
+    w = torch.zeros(3, dtype=torch.float64)
+    for _ in range(5):
+        w = w - 0.1 * (2 / 10 * x[:10].T @ (x[:10] @ w - y[:10]) + 2 * strength.exp() * w)
+    (expected,) = torch.autograd.grad((x[10:] @ w - y[10:]).square().mean(), strength)
+    assert relative([optimizer.directions().upper["0"]], [expected]) < 1e-12
+    assert bilevel.check_directions(optimizer).passed
+    before = model.weight.clone()
+    optimizer.step()
+    assert torch.equal(before, model.weight)
+
+
 @pytest.mark.parametrize(
     ("start", "kind", "pattern"),
     [

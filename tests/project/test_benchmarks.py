@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import bilevel
-from benchmarks import hypergradient, step_time, unrolled_default, unrolled_ways, unrolling
+from benchmarks import hypergradient, kept_graph, step_time, unrolled_default, unrolled_ways, unrolling
 from benchmarks.by_hand import ByHand
 from benchmarks.memory import LiveBytes
 from benchmarks.passes import Passes, counted
@@ -124,6 +124,17 @@ def test_another_hypergradient_is_not_timed(
     monkeypatch.setitem(unrolling.EVERYBODY, "bilevel, graph", HalfTheStep)
     assert hypergradient.main(["--smoke", "--only", "unrolled"]) == 1
     assert "bilevel, graph is 5.0e-01 off" in capsys.readouterr().err
+
+
+def test_kept_graphs_are_compared_only_if_equal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert kept_graph.main(["--smoke"]) == 0
+    assert capsys.readouterr().out.count(" ratio ") == 2
+    original = kept_graph.kept
+    monkeypatch.setattr(kept_graph, "kept", lambda oracle, vs: [[2 * x for x in p] for p in original(oracle, vs)])
+    assert kept_graph.main(["--smoke"]) == 1
+    assert "disagree" in capsys.readouterr().err
 
 
 def test_counting_sees_a_backward_pass_more() -> None:
