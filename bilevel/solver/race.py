@@ -171,10 +171,10 @@ class Race:
             return
         land.upper.put(candidate.x)
         land.lower.put(candidate.y)
-        watch = Watch(window=20)
+        watch, told = Watch(window=20), []
         try:
-            with budget.limited(calls), warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)
+            with budget.limited(calls), warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("default")
                 while True:
                     watch.look(candidate.optimizer.step())
         except SpentError:
@@ -182,7 +182,7 @@ class Race:
                 raise
         except NonFiniteError:
             candidate.lost = True
-        for sentence in watch.said.values():
+        for sentence in dict.fromkeys(str(warning.message) for warning in told):
             self.note(f"{candidate.name}: {sentence}")
         candidate.x, candidate.y = land.upper.flat(), land.lower.flat()
         if not bool(candidate.x.isfinite().all() and candidate.y.isfinite().all()):
