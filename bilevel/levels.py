@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import message
-from .wrappers import inside, is_sharded, refuse_optimizer, sharder_of
+from .shards import is_shard, part_of
+from .vectors import Vector
+from .wrappers import inside, refuse_optimizer, sharder_of, torch_optimizer
 
 Variable = nn.Module | Tensor | tuple[str, Tensor]
 Variables = Variable | Iterable[Variable]
@@ -33,17 +35,20 @@ class Level:
         optimizer: torch.optim.Optimizer,
         *,
         may_maximize: bool = False,
+        may_shard: bool = False,
     ) -> None:
         self.owner = owner
+        self._may_shard = may_shard
         self._may_maximize = may_maximize
         self.side = side
-        self.optimizer = optimizer
+        self.optimizer, self._wrapper = torch_optimizer(owner, f"{side}_optimizer", optimizer)
         self._sources = self._read(variables)
         self.modules = tuple(module for _, module in self._sources if isinstance(module, nn.Module))
-        _check_optimizer(owner, f"{side}_optimizer", optimizer)
+        _check_optimizer(owner, f"{side}_optimizer", self.optimizer)
         self.has_bare_tensors = any(isinstance(source, Tensor) for _, source in self._sources)
         self.names: tuple[str, ...] = ()
         self.tensors: tuple[Tensor, ...] = ()
+        self.sharded = False
         self.refresh()
 
     def refresh(self) -> bool:
@@ -58,7 +63,13 @@ class Level:
             return False
         self._check(names, tensors, held)
         self.names, self.tensors, self._marks = names, tensors, marks
+        self._shards = tuple(map(is_shard, tensors))
+        self.sharded = any(self._shards)  # whether other processes have the rest of some variables
         return True
+
+    def move(self) -> None:
+        """Step the torch optimizer: through its wrapper, if that must know."""
+        (self._wrapper or self.optimizer).step()
 
     def trainable(self) -> list[str]:
         """Name the variables as they stand now, also if they changed since the last step."""
@@ -68,6 +79,16 @@ class Level:
         """Return the optimizer's parameter group of each variable, as it stands now (schedulers change it)."""
         of = {id(tensor): group for group in self.optimizer.param_groups for tensor in group["params"]}
         return [of[id(tensor)] for tensor in self.tensors]
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What of each variable is here, in the variable's memory: the variables themselves, if they are whole."""
+        return tuple(map(part_of, self.tensors)) if self.sharded else self.tensors
+
+    def vector(self, tensors: Iterable[Tensor | None]) -> Vector:
+        """Return a vector of this level from one tensor or nothing for the part of each variable."""
+        found = Vector(tensors, self.names)
+        return found.sharded(self._shards) if self.sharded else found
 
     def argument(self, value: object, advice: str) -> str:
         """Phrase an error about this level's argument."""
@@ -114,8 +135,11 @@ class Level:
         for module in self.modules:
             for part in module.modules():
                 sharder = sharder_of(part)
-                if sharder is not None:
-                    advice = "shards its parameters over processes. Pass a plain module, whole on every process."
+                if sharder is not None and not (self._may_shard and sharder == "FSDPModule"):
+                    advice = (
+                        "shards its parameters over processes, of which only BOME and EBOMLC know, and of fully_shard "
+                        "alone. Pass a plain module, whole on every process."
+                    )
                     raise TypeError(self.argument(sharder, advice))
         if not tensors:
             advice = "holds no tensor with requires_grad. Is everything frozen? Unfreeze what this level moves."
@@ -130,9 +154,10 @@ class Level:
                     "is a lazy parameter without a shape. Run the module once on a batch before building the optimizer."
                 )
                 raise ValueError(self.argument(name, advice))
-            if is_sharded(tensor):
+            if is_shard(tensor) and not any(sharder_of(part) for module in self.modules for part in module.modules()):
                 advice = (
-                    "is a DTensor, a share of a parameter. Build the level from plain tensors, whole on every process."
+                    "is a DTensor, a share of a parameter, outside of a module of fully_shard. Pass that module, or "
+                    "plain tensors that are whole everywhere."
                 )
                 raise TypeError(self.argument(name, advice))
             if not tensor.is_leaf:

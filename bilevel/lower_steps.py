@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import message
 from .levels import Level
+from .shards import part_of
 from .vectors import Tensors, present
 
 Point = Sequence[Tensor]
@@ -101,7 +102,7 @@ class OptimizerStep(Rule):
         own = [{**group, "lr": _held(group["lr"]) if rate is None else rate} for group in level.groups()]
         self._groups = own if instead is None else [{**a, **b} for a, b in zip(own, instead, strict=True)]
         states = [level.optimizer.state.get(tensor, {}) for tensor in level.tensors]
-        self._start = [{k: v.detach() for k, v in state.items() if isinstance(v, Tensor)} for state in states]
+        self._start = [{k: part_of(v.detach()) for k, v in state.items() if isinstance(v, Tensor)} for state in states]
 
     def start(self) -> State:
         return self._start

@@ -13,6 +13,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from .processes.joined import summed
+
 Tensors = Sequence[Tensor | None]
 Scalar = float | Tensor
 
@@ -46,11 +48,12 @@ class Vector(Sequence[Tensor | None]):
         (tensor([1.5000, 1.5000]), 2.0)
     """
 
-    __slots__ = ("_factor", "_tensors", "names")
+    __slots__ = ("_factor", "_shards", "_tensors", "names")
 
     def __init__(self, tensors: Iterable[Tensor | None], names: Sequence[str] | None = None) -> None:
         self._tensors: tuple[Tensor | None, ...] = tuple(tensors)
         self._factor: Scalar | None = None
+        self._shards: Sequence[bool] = ()  # which entries are parts, of which other processes have the rest
         self.names = tuple(map(str, range(len(self._tensors)))) if names is None else tuple(names)
         if len(self.names) != len(self._tensors):
             raise ValueError(f"Vector(names=...): {len(self.names)} names for {len(self._tensors)} tensors.")
@@ -103,19 +106,23 @@ class Vector(Sequence[Tensor | None]):
 
     def dot(self, other: Tensors) -> Tensor:
         """Return ``sum_i <a_i, b_i>``."""
-        return dot(self, other)
+        return self.dots(other)[0]
 
     def dots(self, *others: Tensors) -> list[Tensor]:
         """Return ``a.dot(b)`` for each ``b``, with one reading of ``a``: cheaper than one after another."""
-        return dots(self, *others)
+        if not any(self._shards):
+            return dots(self, *others)
+        parts = dots(*([x if s else None for x, s in zip(v, self._shards, strict=True)] for v in (self, *others)))
+        wholes = dots(*([None if s else x for x, s in zip(v, self._shards, strict=True)] for v in (self, *others)))
+        return [summed(part) + whole.to(part.device) for part, whole in zip(parts, wholes, strict=True)]
 
     def squared_norm(self) -> Tensor:
         """Return ``sum_i |a_i|^2``."""
-        return squared_norm(self)
+        return self.dots(self)[0]
 
     def norm(self) -> Tensor:
         """Return ``sqrt(sum_i |a_i|^2)``."""
-        return squared_norm(self).sqrt()
+        return self.squared_norm().sqrt()
 
     def detach(self) -> Vector:
         """Return the same values without a graph."""
@@ -132,7 +139,13 @@ class Vector(Sequence[Tensor | None]):
     def like(self, tensors: Iterable[Tensor | None]) -> Vector:
         """Return other tensors as a vector of the same variables."""
         made = Vector.__new__(Vector)
-        made._tensors, made._factor, made.names = tuple(tensors), None, self.names
+        made._tensors, made._factor, made.names, made._shards = tuple(tensors), None, self.names, self._shards
+        return made
+
+    def sharded(self, shards: Sequence[bool]) -> Vector:
+        """Return it with a mark at each entry that is a part, of which other processes have the rest."""
+        made = self.like(self._taken())
+        made._shards = shards
         return made
 
     def _taken(self) -> tuple[Tensor | None, ...]:

@@ -13,6 +13,7 @@ from ..batches import unpacked
 from ..levels import Level
 from ..processes.group import refuse_apart
 from ..processes.joined import several
+from ..shards import is_shard
 from ..vectors import Vector
 from .evaluations import Side, Subject
 from .inspection import count_samples, refuse_accumulation_hooks, refuse_one_shot, refuse_shared_memory
@@ -105,7 +106,7 @@ class Evaluator:
         if processes is None:
             return
         if self.verification.due:
-            refuse_apart(owner, processes, self.subject.named_variables)
+            refuse_apart(owner, processes, [(n, x) for n, x in self.subject.named_variables if not is_shard(x)])
         sizes = (count_samples(upper_batches), count_samples(lower_batches))
         heard = processes.agree(f"{owner}: {len(upper_batches)} and {len(lower_batches)} batches", counts=sizes)
         for side, least, most in zip(("upper", "lower"), heard.lowest, heard.highest, strict=True):

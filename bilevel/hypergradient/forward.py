@@ -20,6 +20,7 @@ from ..evaluation.evaluations import Evaluation
 from ..evaluation.losses import Loss
 from ..evaluation.oracle import Oracle
 from ..lower_steps import Rule, State, constant
+from ..processes.joined import Share, averaged
 from ..vectors import Tensors, Vector, accumulation_dtype, present
 from .adjoint import Unrolling
 from .modes import load_forward_rules, refuse_wrong_rules, two_derivatives
@@ -123,20 +124,33 @@ class Tangents:
             with oracle.replay.silently():  # finds what is captured, and what does not repeat
                 oracle.lower(self._at, batch=batch, wrt="lower")
         upper, lower = oracle.upper_level.tensors, oracle.lower_level.tensors
+        stacks = [x.detach().unsqueeze(0).expand(self._count, *x.shape) for x in lower]
+        place = f"{oracle.owner}: a gradient and its tangents"
+        mean = averaged(place, lambda: self._gradient_here(batch), [*lower, *upper, *stacks])
+        gradient, mixed = mean.vector[: len(lower)], mean.vector[len(lower) : -len(lower)]
+        loss.check_use("lower", gradient)
+        if not self._from_start:
+            loss.check_use("upper", mixed)
+        self._felt = [felt or g is not None for felt, g in zip(self._felt, mixed, strict=True)]
+        here = Evaluation(mean.numbers[0], Vector([]), Vector(gradient, oracle.lower_level.names), mean.rest)
+        oracle.latest_lower = here.value
+        return here, list(mean.vector[-len(lower) :])
+
+    def _gradient_here(self, batch: int) -> Share:
+        """G, its gradients in both levels, and the tangents of the lower one, on this process."""
+        oracle = self._oracle
+        upper, lower = oracle.upper_level.tensors, oracle.lower_level.tensors
         graph = oracle.lower_graph(batch, self._at, current=self._at is None)
         with torch.enable_grad(), graph as (value, aux), two_derivatives(FIRST_ORDER):
-            gradients = torch.autograd.grad(value, [*lower, *upper], create_graph=True, allow_unused=True)
-            gradient, mixed = gradients[: len(lower)], gradients[len(lower) :]
-            loss.check_use("lower", gradient)
-            if not self._from_start:
-                loss.check_use("upper", mixed)
+            gradients: Tensors = [None] * (len(lower) + len(upper))
+            if value.requires_grad:
+                gradients = torch.autograd.grad(value, [*lower, *upper], create_graph=True, allow_unused=True)
             if oracle.checking:
                 refuse_wrong_rules([value, *(g for g in gradients if g is not None)])
-            self._felt = [felt or g is not None for felt, g in zip(self._felt, mixed, strict=True)]
+            gradient, mixed = gradients[: len(lower)], gradients[len(lower) :]
             columns = [self._column(column, gradient, mixed) for column in self._directions()]
-            here = Evaluation(Loss.number(value), Vector([]), Vector(gradient, oracle.lower_level.names).detach(), aux)
-        oracle.latest_lower = here.value
-        return here, _stacked(columns, len(lower))
+            detached = [g if g is None else g.detach() for g in gradients]
+            return Share([Loss.number(value)], [*detached, *_stacked(columns, len(lower))], rest=aux)
 
     def _directions(self) -> Iterator[tuple[int, int, int]]:
         """Yield the number of each upper scalar, its variable and its place there."""
@@ -193,8 +207,7 @@ class Tangents:
 
         primals = tuple(x for i in moving if (x := values[i]) is not None)
         tangents = tuple(t.to(x.dtype) for i, x in zip(moving, primals, strict=True) if (t := along[i]) is not None)
-        load_forward_rules()
-        found = torch.func.vmap(lambda *t: torch.func.jvp(step, primals, t)[1])(*tangents)
+        found = _pushed(step, primals, tangents)
         self._along = list(found[: len(point)])
         others = iter(found[len(point) :])
         self._along_state = [{name: next(others) for name in own} for own in kept]
@@ -221,6 +234,23 @@ class Tangents:
             columns.append(list(torch.autograd.grad(own, weights, one, allow_unused=True, retain_graph=True)))
         found = iter(_stacked(columns, len(outputs)))
         return [next(found) if x.requires_grad else None for x in tensors]
+
+
+def _pushed(
+    step: Callable[..., tuple[Tensor, ...]], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Return the derivative of ``step`` along every column; one by one where a step branches on values."""
+
+    def along(*column: Tensor) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = torch.func.jvp(step, primals, column)[1]
+        return found
+
+    load_forward_rules()
+    try:
+        return torch.func.vmap(along)(*tangents)
+    except RuntimeError:
+        columns = [along(*column) for column in zip(*tangents, strict=True)]
+        return tuple(torch.stack(parts) for parts in zip(*columns, strict=True))
 
 
 def _stacked(columns: Sequence[Columns], size: int) -> Columns:

@@ -23,6 +23,7 @@ from torch.autograd.graph import Node
 from torch.utils.checkpoint import CheckpointError
 
 from ..errors import ClosureError
+from ..evaluation.substitution import PROCESS_WIDE
 from ..evaluation.verified import NO_GRAPH_INSIDE
 
 ProductMode = Literal["auto", "forward", "reverse", "difference"]
@@ -41,6 +42,8 @@ COMPILED = ("donated buffers", "aot_autograd")
 WRONG_SECOND_RULES = {
     # The gradient's graph ends in an error node beside the path to the variables: the second derivative reads 0.
     "torch::autograd::Error": "it calls a custom function that is marked once_differentiable.",
+    # Its backward talks to the other processes by operations that have no derivative.
+    "SyncBatchNormBackward": "SyncBatchNorm has none: its backward adds over processes. Use BatchNorm or GroupNorm.",
     # The fused kernel's second derivative takes the saved norm for a constant (gradgradcheck fails on torch 2.13).
     "WeightNormInterfaceBackward0": "torch's second derivative of weight_norm is wrong.",
 }
@@ -76,7 +79,7 @@ def dual_numbers() -> Iterator[None]:
     """Enter forward mode, and say in one line what has no rule for it."""
     load_forward_rules()
     try:
-        with forward_ad.dual_level():
+        with PROCESS_WIDE, forward_ad.dual_level():
             yield
     except RuntimeError as error:
         text = _first_line(error)

@@ -16,9 +16,8 @@ from ..evaluation.oracle import Oracle
 from ..lower_steps import Rule, State
 from ..processes.joined import Share, averaged
 from ..vectors import Tensors, Vector
-from .adjoint import pull_back
-from .graph import FIRST_ORDER, KeptGraph, leaves
-from .modes import two_derivatives
+from .adjoint import through_hyperparameters, transposed
+from .graph import KeptGraph, leaves, twice
 from .start import through_start
 from .trajectory import Step
 
@@ -47,12 +46,16 @@ class KeptSegments(KeptGraph):
 
     def _total(self, upper: Vector, end: Vector) -> Vector:
         """Go back through the segments, last to first: the adjoint of the walk, without a second evaluation."""
-        total, point_bar, state_bar = upper, end, None
+        total, point_bar = upper, end
+        state_bar: list[dict[str, Tensor]] | None = None
+        rule_bar = Vector([None] * len(self._rule.hyperparameters))
         for step, w, gradient in reversed(self._segments):
             point = point_bar.like(x.detach() for x in w)
-            through_point, gradient_bar, state_bar = pull_back(self._rule, step, point, point_bar, state_bar)
-            mixed, hessian = self._back(w, gradient, gradient_bar)
-            total, point_bar = total + mixed, through_point + hessian
+            bars = transposed(self._rule, step, point, point_bar, state_bar)
+            state_bar, rule_bar = bars.state, rule_bar + bars.hyperparameters
+            mixed, hessian = self._back(w, gradient, bars.gradient)
+            total, point_bar = total + mixed, bars.point + hessian
+        total = total + through_hyperparameters(self._rule, self._oracle.upper_level, rule_bar)
         if self._start is not None:
             total = total + through_start(self._start, self._oracle.upper_level.tensors, point_bar)
         return total
@@ -68,7 +71,7 @@ class KeptSegments(KeptGraph):
             if not pairs:
                 return Share((), [None] * (size + len(w)))
             outputs, weights = zip(*pairs, strict=True)
-            with two_derivatives(FIRST_ORDER):
+            with twice():
                 return Share(
                     (), torch.autograd.grad(outputs, [*upper.tensors, *w], grad_outputs=weights, allow_unused=True)
                 )

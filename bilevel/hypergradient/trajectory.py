@@ -96,7 +96,7 @@ def descend(
         moved, state = rule.step(point, gradient, state)
         point = point.like(moved)
     # A variable that no gradient moved is still the parameter's own memory; the end point must survive an exchange.
-    own = {tensor.data_ptr() for tensor in oracle.lower_level.tensors}
+    own = {tensor.data_ptr() for tensor in oracle.lower_level.parts}
     end = point.like(x if x is None or x.data_ptr() not in own else x.clone() for x in point)
     return Trajectory(first, end, state, kept)
 

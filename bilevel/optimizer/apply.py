@@ -13,6 +13,7 @@ from ..directions import Directions
 from ..errors import NonFiniteError, message
 from ..levels import Level
 from ..processes.joined import agreed
+from ..shards import like_whole
 from ..vectors import Tensors, all_finite, without_aliasing
 
 
@@ -25,7 +26,7 @@ def match(owner: str, level: Level, named: Mapping[str, Tensor]) -> Tensors:
             f"names no {level.side} variable. Directions fit the optimizer, and the set of variables, that made them."
         )
         raise ValueError(message(f"{owner}.apply", "directions", unknown[0], advice))
-    for name, tensor in zip(level.names, level.tensors, strict=True):
+    for name, tensor in zip(level.names, level.parts, strict=True):
         direction = named.get(name)
         if direction is not None and (direction.shape != tensor.shape or direction.dtype != tensor.dtype):
             got, expected = (tuple(direction.shape), direction.dtype), (tuple(tensor.shape), tensor.dtype)
@@ -101,7 +102,7 @@ def check_groups(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> 
 
 def set_values(level: Level, values: Mapping[str, Tensor]) -> None:
     """Put ``values`` into the variables, for a step that starts from another point."""
-    torch._foreach_copy_([tensor.data for tensor in level.tensors], [values[name] for name in level.names])
+    torch._foreach_copy_([tensor.data for tensor in level.parts], [values[name] for name in level.names])
 
 
 def step_along(level: Level, direction: Tensors) -> None:
@@ -113,5 +114,5 @@ def step_along(level: Level, direction: Tensors) -> None:
         for tensor in group["params"]:
             tensor.grad = None
     for tensor, part in zip(level.tensors, without_aliasing(direction), strict=True):
-        tensor.grad = part
-    level.optimizer.step()
+        tensor.grad = part if part is None else like_whole(part, tensor)
+    level.move()

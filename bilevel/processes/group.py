@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import message
+from ..shards import group_of_shards
 from .joined import Processes
 
 ProcessGroup = Any  # torch.distributed.ProcessGroup, which a torch without it does not have
@@ -68,6 +69,26 @@ def refuse_apart(owner: str, processes: Processes, named: Sequence[tuple[str, Te
             "torch.distributed.broadcast(variable.data, src=0), before building the optimizer."
         )
         raise ValueError(message(owner, side, name, advice))
+
+
+def refuse_other_shards(owner: str, processes: Processes | None, named: Sequence[tuple[str, Tensor]]) -> None:
+    """Refuse shards of other processes than those that step together, and copies that are no shards.
+
+    Raises:
+        TypeError: With the name of the first.
+    """
+    ranks = [dist.get_rank()] if named and processes is None else []
+    if processes is not None:
+        ranks = dist.get_process_group_ranks(processes.group)
+    for name, tensor in named:
+        group = group_of_shards(tensor)
+        if group is None or dist.get_process_group_ranks(group) != ranks:
+            side, _, variable = name.partition(" variable ")
+            advice = (
+                "is sharded over another mesh than the processes that step together, or over several dimensions. Call "
+                "fully_shard with a mesh of one dimension over the processes of process_group=, and all of them."
+            )
+            raise TypeError(message(owner, side, variable, advice))
 
 
 def random_states(processes: Processes, devices: Sequence[torch.device]) -> list[list[Tensor]]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..shards import is_shard, part_of
 from .channel import Answer, Channel, Left, Traffic, ended
 
 Tensors = Sequence[Tensor | None]
@@ -71,7 +72,8 @@ class Processes:
         try:
             share = compute()
         except Exception as error:
-            self.channel.exchange(what, error=error)
+            if not hasattr(error, "raised_by"):  # else all have heard it meanwhile
+                self.channel.exchange(what, error=error)
             raise
         vector = [None if x is None else x.detach() for x in share.vector]
         present = [x is not None for x in vector]
@@ -84,14 +86,23 @@ class Processes:
         if answer.lowest != answer.highest:
             present = self.channel.union(present)
             vector = [
-                torch.zeros_like(variable) if x is None and has else x
+                torch.zeros_like(part_of(variable)) if x is None and has else x
                 for x, has, variable in zip(vector, present, like, strict=True)
             ]
-        whole: list[Tensor | None] = [*numbers, *vector]
-        found = self._mean(whole)
+        # The parts of a sharded gradient are means already, and each process has another one.
+        whole: list[Tensor | None] = [None if is_shard(v) else x for x, v in zip(vector, like, strict=True)]
+        found = self._mean([*numbers, *whole])
         size = len(numbers)
         means = [x for x in found[:size] if x is not None]
-        return replace(share, numbers=means, vector=found[size:], flag=answer.flag)
+        given = [x if is_shard(v) else mean for x, v, mean in zip(vector, like, found[size:], strict=True)]
+        return replace(share, numbers=means, vector=given, flag=answer.flag)
+
+    def sum(self, what: str, number: Tensor) -> Tensor:
+        """Return the sum of a number over the processes."""
+        self.agree(what)
+        found = number.detach().clone()
+        self.channel.add(found)
+        return found
 
     def first_difference(self, what: str, tensors: Sequence[Tensor]) -> tuple[int, int] | None:
         """Return which tensor differs from the first process's on which process, or None."""
@@ -176,6 +187,12 @@ def agreed(flag: bool, what: str = "a decision") -> bool:
     """Whether the flag is raised on any process; where no group is, the flag itself."""
     processes = _active.get()
     return flag if processes is None else processes.agree(what, flag).flag
+
+
+def summed(number: Tensor) -> Tensor:
+    """Return the sum of what the processes have of a number; where no group is, the number."""
+    processes = _active.get()
+    return number if processes is None else processes.sum("an inner product", number)
 
 
 def averaged(what: str, compute: Callable[[], Share], like: Sequence[Tensor] = ()) -> Share:

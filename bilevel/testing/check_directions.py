@@ -87,6 +87,11 @@ def check_directions(
     count("check_directions", "samples", samples, minimum=1)
     number("check_directions", "tolerance", tolerance, minimum=0.0)
     upper, lower = optimizer._upper, optimizer._lower
+    if upper.sharded or lower.sharded:
+        raise TypeError(
+            "check_directions: variables are sharded (fully_shard), and shards cannot be widened to float64. Check the "
+            "same losses on a model that is whole."
+        )
     # The state of the optimizers and of the method as well: real lower steps are taken here, and torch mixes no dtypes.
     variables = [*upper.tensors, *lower.tensors, *_state(upper), *_state(lower), *optimizer._state.tensors()]
     modules = [module for module, _ in optimizer._evaluator.modules]
