@@ -9,6 +9,7 @@ setting, test accuracy, label recovery by the method's own and by Bayes' rule, a
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(command: Command) -> int:
     settings, folder = command.settings, command.out
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("cifar.py: is a program of one process, and torchrun started several. See docs/processes.md.")
     if not (command.resume or command.overwrite) and (folder / LOG).exists():
         raise FileExistsError(f"--out {folder}: holds a run already. Use --resume, --overwrite or another --out.")
     if settings.tensorboard:
