@@ -28,9 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bilevel
 from benchmarks.memory import LiveBytes
-from examples.noisy_labels import accelerator, checkpoint, cifar, command_line, data
-from examples.noisy_labels.settings import Settings
-from examples.noisy_labels.training import Run
+from examples.noisy_labels import cifar
+from examples.noisy_labels.data import pools
+from examples.noisy_labels.run import accelerator, checkpoint, command_line
+from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.training import Run
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 METHODS = ("ce", "ebomlc")
@@ -108,7 +110,7 @@ def host_waits(settings: Settings) -> int | None:
         return None
     with accelerator.prepared(settings, device), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run = Run(settings, data.load(settings, device))
+        run = Run(settings, pools.load(settings, device))
         for _ in range(3):
             run.advance()
         torch.cuda.synchronize(device)
@@ -130,12 +132,12 @@ def estimated(settings: Settings) -> dict[str, Any]:
     optimizer state, without the scratch memory of kernels.
     """
     device = command_line.device(settings.device)
-    run = Run(settings, data.dealt(blank_images(), settings, device))
+    run = Run(settings, pools.corrupted(blank_images(), settings, device))
     for _ in range(4):  # fills the state of the optimizers, and passes the looks at steps 1, 2 and 4
         run.advance()
     with FlopCounterMode(display=False) as counter:
         run.advance()
-    resident = [run.task.pixels, run.task.labels, run.task.given]
+    resident = [run.task.samples, run.task.labels, run.task.noisy_labels]
     resident += [tensor for network in run.recipe.networks.values() for tensor in network.state_dict().values()]
     resident += [tensor for tensor in tensors_of(run.recipe.state_dict()["optimizer"]) if tensor.device == device]
     with LiveBytes(resident) as live:
@@ -144,7 +146,7 @@ def estimated(settings: Settings) -> dict[str, Any]:
         run.advance()
     steps = len(run.noisy)
     # One forward pass of the classifier over one image. An epoch ends with one over all noisy and all test images.
-    inputs = run.task.inputs(run.task.pixels[run.task.test[:1]])
+    inputs = run.task.inputs(run.task.test[:1])
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         run.recipe.classifier.eval()(inputs)
     evaluated = forward.get_total_flops() * (len(run.task.noisy) + len(run.task.test))
@@ -159,12 +161,12 @@ def estimated(settings: Settings) -> dict[str, Any]:
     }
 
 
-def blank_images() -> data.Pool:
+def blank_images() -> pools.Pool:
     """Return black images in the numbers of CIFAR-10."""
     labels = torch.arange(60_000) % 10
     test = torch.arange(50_000, 60_000)
     pixels = torch.zeros(60_000, 3, 32, 32, dtype=torch.uint8)
-    return data.Pool(pixels, labels, test, tuple(map(str, range(10))), data.CIFAR_MEAN, data.CIFAR_STD)
+    return pools.Pool(pixels, labels, test, tuple(map(str, range(10))), pools.CIFAR_MEAN, pools.CIFAR_STD)
 
 
 class Launches(TorchDispatchMode):

@@ -29,7 +29,7 @@ from benchmarks.step_time import Disagreement, Setting, machine, spread
 from benchmarks.timing import Median, Seconds, median_of, ratios, take_turns
 from benchmarks.unrolling import RATE, ByHand, Library, LibraryGraph, Reweighting, present
 from bilevel.hypergradient import ProductMode, hessian_product, mixed_product
-from examples.noisy_labels.models import Corrector, Perceptron, ResNet
+from examples.noisy_labels.recipes.models import Corrector, Perceptron, ResNet
 
 RESULTS = Path(__file__).parent / "results" / "hypergradient.json"
 PARTS = ("products", "unrolled", "memory")

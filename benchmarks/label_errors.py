@@ -46,10 +46,12 @@ import bilevel
 from benchmarks.noisy_labels_table import processor
 from examples.noisy_labels import crowd
 from examples.noisy_labels.crowd import Crowd
-from examples.noisy_labels.own.options import Options
-from examples.noisy_labels.own.run import Run
-from examples.noisy_labels.own.samples import UNKNOWN, Samples
-from examples.noisy_labels.randomness import generator
+from examples.noisy_labels.data.randomness import generator
+from examples.noisy_labels.data.samples import Samples, make
+from examples.noisy_labels.data.task import UNKNOWN
+from examples.noisy_labels.run import evaluation
+from examples.noisy_labels.run.options import Options
+from examples.noisy_labels.run.training import Run, train_at_once
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 SEEDS = tuple(range(1, 9))  # reported
@@ -127,15 +129,16 @@ def samples_of(made: Crowd) -> Samples:
     """Return a crowd as `own_data.py` would read it from its files, with nothing held out."""
     labels = torch.full_like(made.true, UNKNOWN)
     labels[made.trusted] = made.true[made.trusted]
-    return Samples(
+    return make(
+        made.pixels.double(),
+        made.counts,
+        labels,
+        soft=True,
         ids=tuple(crowd.names(made)),
         names=tuple(map(str, range(crowd.CLASSES))),
-        inputs=made.pixels.double(),
-        votes=made.counts,
-        labels=labels,
         noisy=torch.where(labels == UNKNOWN)[0],
-        trusted=made.trusted,
-        held_out=made.trusted.new_empty(0),
+        clean=made.trusted,
+        test=made.trusted.new_empty(0),
     )
 
 
@@ -156,14 +159,14 @@ def judged(contestant: str, seed: int, made: Crowd, judgement: Judgement) -> Out
 
 def by_majority(made: Crowd, samples: Samples, seed: int, epochs: int | None) -> Judgement:
     """Trust a label the more, the more agree with it."""
-    shares = samples.shares[samples.noisy]
+    shares = samples.noisy_labels
     return Judgement(shares.max(1).values, shares.argmax(1))
 
 
 def by_bilevel(made: Crowd, samples: Samples, seed: int, epochs: int | None) -> Judgement:
     """Train as `own_data.py` does."""
     options = Options(table="crowd.csv", trusted="trusted.csv", hold_out=0.0, seed=seed, epochs=epochs)
-    _, probabilities = trained(options, samples).probabilities(samples.noisy)
+    probabilities = evaluation.opinions(trained(options, samples).recipe, samples, samples.noisy)
     return Judgement(of_majority(probabilities, samples), probabilities.argmax(1))
 
 
@@ -196,7 +199,7 @@ def by_crowdlab(made: Crowd, samples: Samples, seed: int, epochs: int | None) ->
         )
     # Its majority breaks ties by the probabilities; the label that is judged here is the first of the tied. Where they
     # differ it prefers another label: quality 0, which on the development seeds ranked better than 1 - its score.
-    agrees = majority["label_quality"]["consensus_label"].to_numpy() == samples.given[samples.noisy].numpy()
+    agrees = majority["label_quality"]["consensus_label"].to_numpy() == samples.majority[samples.noisy].numpy()
     quality = majority["label_quality"]["consensus_quality_score"].to_numpy()
     quality = np.where(agrees, quality, 0.0)
     corrected = torch.from_numpy(best["label_quality"]["consensus_label"].to_numpy().astype(np.int64))
@@ -215,18 +218,13 @@ CONTESTANTS: dict[str, Contestant] = {
 
 def trained(options: Options, samples: Samples) -> Run:
     """Train without log and checkpoint."""
-    run = Run(options.resolved(len(samples.noisy)), samples)
-    while run.epoch < run.epochs:
-        while run.step < len(run.noisy):
-            run.advance()
-        run.end_epoch()
-    return run
+    return train_at_once(Run(options.resolved(len(samples.noisy)), samples))
 
 
 def trusted_alone(samples: Samples, seed: int, rate: float, epochs: int) -> Tensor:
     """Return probabilities of the noisy samples from a classifier of the trusted ones."""
     options = Options(table="-", trusted="-", method="clean", seed=seed, lr=rate, epochs=epochs)
-    return trained(options, samples).probabilities(samples.noisy)[0]
+    return evaluation.predictions(trained(options, samples).recipe, samples, samples.noisy)
 
 
 def cross_validated(samples: Samples, seed: int, rate: float, epochs: int) -> Tensor:
@@ -237,7 +235,7 @@ def cross_validated(samples: Samples, seed: int, rate: float, epochs: int) -> Te
     for fold in order.chunk(FOLDS):
         others = order[~torch.isin(order, fold)].sort().values
         run = trained(options, replace(samples, noisy=samples.noisy[others]))
-        probabilities[fold] = run.probabilities(samples.noisy[fold])[0]
+        probabilities[fold] = evaluation.predictions(run.recipe, samples, samples.noisy[fold])
     return probabilities
 
 
@@ -246,7 +244,7 @@ def scored(probabilities: Tensor, samples: Samples) -> Judgement:
     from cleanlab.filter import find_label_issues
     from cleanlab.rank import get_label_quality_scores
 
-    given = samples.given[samples.noisy]
+    given = samples.majority[samples.noisy]
     quality = get_label_quality_scores(given.numpy(), probabilities.numpy())
     flagged = torch.from_numpy(find_label_issues(given.numpy(), probabilities.numpy(), n_jobs=1))
     return Judgement(torch.from_numpy(quality), torch.where(flagged, probabilities.argmax(1), given))
@@ -254,7 +252,7 @@ def scored(probabilities: Tensor, samples: Samples) -> Judgement:
 
 def of_majority(probabilities: Tensor, samples: Samples) -> Tensor:
     """Return the probability of each majority label."""
-    return probabilities.gather(1, samples.given[samples.noisy].unsqueeze(1)).squeeze(1)
+    return probabilities.gather(1, samples.majority[samples.noisy].unsqueeze(1)).squeeze(1)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

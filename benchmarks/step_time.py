@@ -32,7 +32,7 @@ from benchmarks.passes import Passes, counted
 from benchmarks.problem import DELTA, XI, Batch, losses
 from benchmarks.timing import Median, median_of, ratios, take_turns
 from bilevel.evaluation.verification import Verify
-from examples.noisy_labels.models import Corrector, Perceptron, ResNet
+from examples.noisy_labels.recipes.models import Corrector, Perceptron, ResNet
 
 RESULTS = Path(__file__).parent / "results" / "step_time.json"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}

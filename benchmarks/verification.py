@@ -20,7 +20,7 @@ import torch
 import bilevel
 from benchmarks.problem import losses
 from benchmarks.step_time import PERCEPTRON, RESNET, SMOKE, Setting
-from examples.noisy_labels.models import Corrector
+from examples.noisy_labels.recipes.models import Corrector
 
 CPU = torch.device("cpu")
 METHODS: Mapping[str, tuple[type[Any], Mapping[str, Any]]] = {

@@ -5,9 +5,9 @@
     python -m benchmarks.which_method --write                  # the table and the figure from what is there
     python -m benchmarks.which_method --smoke                  # seconds, to see that it runs
 
-Each run is ``bilevel.minimize(method=...)`` with its defaults: step sizes by the one rule of its docstring, every call of
-a loss counted, restarts and training y again included. A problem is solved if the final pair is within 1e-2 of the best
-upper value and of the lower minimum, both as ``bilevel.problems`` knows them. Nothing depends on the machine's speed.
+Each run is ``bilevel.minimize(method=...)`` with its defaults: step sizes by the one rule of its docstring, every call
+of a loss counted, restarts and training y again included. A problem is solved if the final pair is within 1e-2 of the
+best upper value and of the lower minimum, both as ``bilevel.problems`` knows them. No clock is read.
 Results are appended one by one, so that a run may be stopped and taken up again.
 """
 

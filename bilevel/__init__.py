@@ -37,10 +37,12 @@ from .methods import (
     SingleLoopStats,
     Unrolled,
 )
+from .microbatches import MicroBatches
 from .optimizer.base import BilevelOptimizer
 from .solver import minimize
 from .testing.check_directions import check_directions
 from .vectors import Vector
+from .watch import Watch
 
 __version__ = "0.1.0"
 
@@ -73,6 +75,7 @@ __all__ = [
     "Implicit",
     "ImplicitStats",
     "Indexed",
+    "MicroBatches",
     "Neumann",
     "NonFiniteError",
     "Oracle",
@@ -83,6 +86,7 @@ __all__ = [
     "Stats",
     "Unrolled",
     "Vector",
+    "Watch",
     "barrier",
     "check_directions",
     "hold",

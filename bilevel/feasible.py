@@ -216,8 +216,9 @@ class FeasibleSet:
                 )
                 raise ValueError(message(self._owner, self._argument, part.projection, advice))
         generator = torch.Generator().manual_seed(0)
+        base = [x.float() if torch.finfo(x.dtype).bits < 32 else x for x in own]  # half precision tells no angles
         far = [
-            [x + 2 * (1 + x.abs()) * torch.randn(x.shape, generator=generator).to(x) for x in own]
+            [x + 2 * (1 + x.abs()) * torch.randn(x.shape, generator=generator).to(x) for x in base]
             for _ in range(PROBES)
         ]
         near = [self._landed(part, points) for points in far]
@@ -269,6 +270,13 @@ class Projected(Rule):
 
     def __init__(self, rule: Rule, feasible: FeasibleSet) -> None:
         self.rule, self.feasible = rule, feasible
+
+    @property
+    def hyperparameters(self) -> Sequence[Tensor]:
+        return self.rule.hyperparameters
+
+    def at(self, hyperparameters: Sequence[Tensor]) -> Rule:
+        return Projected(self.rule.at(hyperparameters), self.feasible)
 
     def start(self) -> State:
         return self.rule.start()

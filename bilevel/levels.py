@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .errors import message
 from .shards import is_shard, part_of
 from .vectors import Vector
-from .wrappers import inside, refuse_optimizer, sharder_of
+from .wrappers import inside, refuse_optimizer, sharder_of, torch_optimizer
 
 Variable = nn.Module | Tensor | tuple[str, Tensor]
 Variables = Variable | Iterable[Variable]
@@ -41,10 +41,10 @@ class Level:
         self._may_shard = may_shard
         self._may_maximize = may_maximize
         self.side = side
-        self.optimizer = optimizer
+        self.optimizer, self._wrapper = torch_optimizer(owner, f"{side}_optimizer", optimizer)
         self._sources = self._read(variables)
         self.modules = tuple(module for _, module in self._sources if isinstance(module, nn.Module))
-        _check_optimizer(owner, f"{side}_optimizer", optimizer)
+        _check_optimizer(owner, f"{side}_optimizer", self.optimizer)
         self.has_bare_tensors = any(isinstance(source, Tensor) for _, source in self._sources)
         self.names: tuple[str, ...] = ()
         self.tensors: tuple[Tensor, ...] = ()
@@ -66,6 +66,10 @@ class Level:
         self._shards = tuple(map(is_shard, tensors))
         self.sharded = any(self._shards)  # whether other processes have the rest of some variables
         return True
+
+    def move(self) -> None:
+        """Step the torch optimizer: through its wrapper, if that must know."""
+        (self._wrapper or self.optimizer).step()
 
     def trainable(self) -> list[str]:
         """Name the variables as they stand now, also if they changed since the last step."""

@@ -114,11 +114,8 @@ class Box(Projection):
             found = torch.where(x >= high, found.clamp(max=0.0), found)
         return found
 
-    def _bounds(self, x: Tensor) -> list[Tensor | None]:
-        return [
-            None if b is None else torch.as_tensor(b, dtype=x.dtype, device=x.device).detach()
-            for b in (self.lower, self.upper)
-        ]
+    def _bounds(self, x: Tensor) -> list[Any]:
+        return [_beside(b, x) for b in (self.lower, self.upper)]
 
 
 @dataclass(frozen=True)
@@ -214,8 +211,8 @@ class Ball(Projection):
         outwards = (normal * direction).sum().clamp(min=0.0)
         return torch.where(on_sphere, direction - outwards * normal, direction)
 
-    def _center(self, x: Tensor) -> Tensor:
-        return torch.as_tensor(self.center, dtype=x.dtype, device=x.device).detach()
+    def _center(self, x: Tensor) -> Any:
+        return _beside(self.center, x)
 
 
 def tangent_by_difference(
@@ -234,6 +231,11 @@ def tangent_by_difference(
     # What the projection leaves as it is moves freely: without the rounding of the difference.
     kept = zip(landed, ahead, directions, found, strict=True)
     return [torch.where(y == z, u, v).to(u.dtype) for y, z, u, v in kept]
+
+
+def _beside(value: float | Tensor | None, x: Tensor) -> Any:
+    """Return a tensor where ``x`` is; a number stays one, which no device has to wait for."""
+    return value.detach().to(x.device, x.dtype, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 def _bound(owner: str, argument: str, value: Any) -> Tensor | None:

@@ -1,7 +1,8 @@
 """Wrappers of other libraries, and of torch's own for several processes: right, or refused by name with what to do.
 
-Refused is what would be silently wrong here: a wrapped optimizer skips steps or counts them twice, and a module that
-shards its parameters waits for a backward pass that never comes. ``DistributedDataParallel`` is looked through.
+Refused is what would be silently wrong here: some wrapped optimizers skip steps or count them twice, and a module that
+shards its parameters waits for a backward pass that never comes. ``DistributedDataParallel`` is looked through;
+Lightning's optimizers are stepped through, and Accelerate's taken off.
 """
 
 from __future__ import annotations
@@ -37,6 +38,52 @@ def refuse_optimizer(owner: str, argument: str, optimizer: object) -> None:
                 "torch optimizer."
             )
             raise TypeError(message(owner, argument, type(optimizer).__name__, advice))
+
+
+def torch_optimizer(owner: str, argument: str, optimizer: Any) -> tuple[torch.optim.Optimizer, Once | None]:
+    """Take a wrapper off an optimizer; return what is inside, and what must be stepped in its place, if anything.
+
+    Lightning counts, calls back and writes checkpoints by the steps of its wrappers, so these are stepped. Accelerate's
+    leave steps out between two synchronisations of gradients that are accumulated, which directions are not, so the
+    optimizer inside is stepped.
+    """
+    kinds = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(optimizer).__mro__}
+    if {("lightning", "LightningOptimizer"), ("pytorch_lightning", "LightningOptimizer")} & kinds:
+        precision = getattr(getattr(optimizer, "_strategy", None), "precision_plugin", None)
+        _refuse_scaler(owner, argument, optimizer, getattr(precision, "scaler", None))
+        return optimizer.optimizer, Once(owner, argument, optimizer)
+    if (type(optimizer).__module__, type(optimizer).__name__) == ("accelerate.optimizer", "AcceleratedOptimizer"):
+        _refuse_scaler(owner, argument, optimizer, optimizer.scaler)
+        return optimizer.optimizer, None
+    return optimizer, None
+
+
+def _refuse_scaler(owner: str, argument: str, optimizer: object, scaler: object) -> None:
+    if scaler is not None:
+        advice = (
+            "divides by a GradScaler's scale, which directions were never multiplied by. "
+            'Use bfloat16 (precision="bf16-mixed", mixed_precision="bf16").'
+        )
+        raise TypeError(message(owner, argument, type(optimizer).__name__, advice))
+
+
+class Once:
+    """Steps an optimizer through its wrapper, and sees that the wrapper stepped exactly once."""
+
+    def __init__(self, owner: str, argument: str, wrapper: Any) -> None:
+        self._owner, self._argument, self._wrapper = owner, argument, wrapper
+
+    def step(self) -> None:
+        """Step; raise if the wrapper did not, or did several times."""
+        times: list[None] = []
+        handle = self._wrapper.optimizer.register_step_post_hook(lambda *_: times.append(None))
+        try:
+            self._wrapper.step()
+        finally:
+            handle.remove()
+        if len(times) != 1:
+            advice = f"stepped {len(times)} times when asked once. Pass the torch optimizer in it (.optimizer)."
+            raise RuntimeError(message(self._owner, self._argument, type(self._wrapper).__name__, advice))
 
 
 def inside(module: nn.Module) -> nn.Module:

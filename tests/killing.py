@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from examples.noisy_labels import checkpoint, cifar, files, pictures
+from examples.noisy_labels import cifar
+from examples.noisy_labels.report import pictures
+from examples.noisy_labels.run import checkpoint, files
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
@@ -95,7 +97,7 @@ def run(
 def _child(arguments: list[str], errors: Path, draw: bool) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-    for name in () if draw else ("curves", "label_heatmap", "suspicious"):
+    for name in () if draw else ("curves", "label_heatmap", "contact_sheet"):
         setattr(pictures, name, _written)
     with errors.open("w", encoding="utf-8") as stream, Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         sys.stdout, sys.stderr = nowhere, stream

@@ -207,8 +207,7 @@ class Tangents:
 
         primals = tuple(x for i in moving if (x := values[i]) is not None)
         tangents = tuple(t.to(x.dtype) for i, x in zip(moving, primals, strict=True) if (t := along[i]) is not None)
-        load_forward_rules()
-        found = torch.func.vmap(lambda *t: torch.func.jvp(step, primals, t)[1])(*tangents)
+        found = _pushed(step, primals, tangents)
         self._along = list(found[: len(point)])
         others = iter(found[len(point) :])
         self._along_state = [{name: next(others) for name in own} for own in kept]
@@ -235,6 +234,23 @@ class Tangents:
             columns.append(list(torch.autograd.grad(own, weights, one, allow_unused=True, retain_graph=True)))
         found = iter(_stacked(columns, len(outputs)))
         return [next(found) if x.requires_grad else None for x in tensors]
+
+
+def _pushed(
+    step: Callable[..., tuple[Tensor, ...]], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Return the derivative of ``step`` along every column; one by one where a step branches on values."""
+
+    def along(*column: Tensor) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = torch.func.jvp(step, primals, column)[1]
+        return found
+
+    load_forward_rules()
+    try:
+        return torch.func.vmap(along)(*tangents)
+    except RuntimeError:
+        columns = [along(*column) for column in zip(*tangents, strict=True)]
+        return tuple(torch.stack(parts) for parts in zip(*columns, strict=True))
 
 
 def _stacked(columns: Sequence[Columns], size: int) -> Columns:

@@ -20,7 +20,7 @@ from ..lower_steps import Point, Rule, State
 from ..processes.joined import Share, averaged, several
 from ..vectors import Tensors, Vector, present
 from .adjoint import Unrolling
-from .modes import refuse_wrong_rules, two_derivatives
+from .modes import NoDoubleBackward, refuse_wrong_rules, second_derivatives
 from .trajectory import copied, descend, train
 
 FIRST_ORDER = (
@@ -32,8 +32,12 @@ RECOMPUTED = (
 )
 
 
-class Unreached(ClosureError):
-    """Substitution gives another function than the closure: it cannot be walked by a kept graph."""
+class NoGraph(ClosureError):
+    """A loss cannot be walked by a kept graph: it has no second derivative, or recomputes what it saved."""
+
+
+class Unreached(NoGraph):
+    """Substitution gives another function than the closure."""
 
 
 def unrolled_by_graph(
@@ -122,7 +126,7 @@ class KeptGraph:
         with torch.enable_grad(), _hooks_refused():
             with (
                 self._oracle.lower_graph(batch, substitute=w, current=current) as (value, aux),
-                two_derivatives(FIRST_ORDER),
+                twice(),
             ):
                 inputs = [*w, *self._oracle.lower_level.tensors]
                 found: Tensors = [None] * len(inputs)
@@ -179,7 +183,7 @@ class KeptGraph:
         loss, upper = self._oracle.upper_loss, self._oracle.upper_level.tensors
         with torch.enable_grad(), _hooks_refused():
             graph = self._oracle.upper_graph(substitute=self._point, current=real)
-            with graph as (value, aux), two_derivatives(FIRST_ORDER):
+            with graph as (value, aux), twice():
                 inputs = [*upper, *self._point, *self._oracle.lower_level.tensors]
                 found: Tensors = [None] * len(inputs)
                 if value.requires_grad:
@@ -197,7 +201,7 @@ class KeptGraph:
         used = self._chained or several() is not None or leaves_of(value, _names(self._oracle.upper_level))
         if not used:
             loss.check_use("upper", [])
-        with two_derivatives(FIRST_ORDER):
+        with twice():
             refuse_wrong_rules([value, *(g for g in gradient if g is not None)])
 
     def _compare(self, here: Evaluation, w: Sequence[Tensor], batch: int | None, *, current: bool) -> None:
@@ -280,4 +284,14 @@ def _hooks_refused() -> Iterator[None]:
     except RuntimeError as error:
         if RECOMPUTED not in str(error):
             raise
-        raise ClosureError(RECOMPUTED) from error
+        raise NoGraph(RECOMPUTED) from error
+
+
+@contextmanager
+def twice() -> Iterator[None]:
+    """Say in one line what has no second derivative, and what else serves."""
+    try:
+        with second_derivatives():
+            yield
+    except NoDoubleBackward as problem:
+        raise NoGraph(f"{problem} {FIRST_ORDER}") from problem.__cause__

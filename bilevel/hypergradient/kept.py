@@ -23,7 +23,7 @@ class HessianProducts:
 
     In ``reverse`` mode G is called, and differentiated with its graph, once; a product then is one pass back through
     that graph, and it is freed in the end. The other modes have nothing to keep. What one mode cannot serve is found
-    out, and said, as by :func:`hessian_product`.
+    out, and said, as by :func:`hessian_product`. Of micro-batches, and under a ``GradScaler``, nothing is kept.
 
     Args:
         oracle: Where G is evaluated. It is asked for nothing else meanwhile.
@@ -50,7 +50,10 @@ class HessianProducts:
         self._gradient: Tensors = ()
 
     def __enter__(self) -> Self:
-        if mode_taken(self._oracle, "hessian", self._product) == "reverse":
+        oracle = self._oracle
+        # Of micro-batches all graphs would be kept; and a scale is taken out where a product is asked for anew.
+        keeps = not oracle.in_parts and oracle.scaling is None
+        if keeps and mode_taken(oracle, "hessian", self._product) == "reverse":
             self._oracle.refuse_hooks()
             try:
                 self._keep()

@@ -17,8 +17,7 @@ from ..lower_steps import Rule, State
 from ..processes.joined import Share, averaged
 from ..vectors import Tensors, Vector
 from .adjoint import through_hyperparameters, transposed
-from .graph import FIRST_ORDER, KeptGraph, leaves
-from .modes import two_derivatives
+from .graph import KeptGraph, leaves, twice
 from .start import through_start
 from .trajectory import Step
 
@@ -72,7 +71,7 @@ class KeptSegments(KeptGraph):
             if not pairs:
                 return Share((), [None] * (size + len(w)))
             outputs, weights = zip(*pairs, strict=True)
-            with two_derivatives(FIRST_ORDER):
+            with twice():
                 return Share(
                     (), torch.autograd.grad(outputs, [*upper.tensors, *w], grad_outputs=weights, allow_unused=True)
                 )

@@ -285,7 +285,15 @@ def _times(rates: Rates, vector: Tensors) -> list[Tensor | None]:
 
 
 def _positive(product: Tensor, squared: Tensor) -> Tensor:
-    """Return ``<r, M r>``, which is positive for the r of ``squared`` norm if M is a preconditioner; else NaN."""
+    """Return ``<r, M r>``, which is positive for the r of ``squared`` norm if M is a preconditioner.
+
+    Else it is an error; on an accelerator NaN, as asking would wait.
+    """
+    if _may_ask(product) and bool((product <= 0) & (squared > 0)):
+        raise ValueError(
+            "ConjugateGradient.solve(preconditioner=...): is not positive definite: <r, M r> <= 0 for a residual r. "
+            "It stands for the inverse of the Hessian at a minimum. Add a multiple of the identity."
+        )
     return torch.where((product > 0) | (squared == 0), product, torch.full_like(product, float("nan")))
 
 

@@ -1,7 +1,8 @@
 r"""Several lower starts: copies of the lower variables that walk on G from points of their own.
 
-With ``starts=n`` a method keeps n copies :math:`y_1 \dots y_n`, of which the first is the one it has anyway. In each step
-all walk on G. The lowest of their ends estimates :math:`\min_w G`; and w itself moves to the end whose penalised value
+With ``starts=n`` a method keeps n copies :math:`y_1 \dots y_n`, of which the first is the one it has anyway. In each
+step all walk on G. The lowest of their ends estimates :math:`\min_w G`; and w itself moves to the end whose penalised
+value
 
 .. math:: F(y_j) + \lambda\, (G(y_j) - \min_i G(y_i))
 

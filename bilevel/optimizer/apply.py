@@ -115,4 +115,4 @@ def step_along(level: Level, direction: Tensors) -> None:
             tensor.grad = None
     for tensor, part in zip(level.tensors, without_aliasing(direction), strict=True):
         tensor.grad = part if part is None else like_whole(part, tensor)
-    level.optimizer.step()
+    level.move()

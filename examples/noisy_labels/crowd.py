@@ -25,8 +25,8 @@ if not __package__:  # started as a script: replace the script's folder by the c
 import torch
 from torch import Tensor
 
-from examples.noisy_labels import data, noise
-from examples.noisy_labels.randomness import generator
+from examples.noisy_labels.data import noise, pools
+from examples.noisy_labels.data.randomness import generator
 
 CLASSES = 10
 LOOKALIKE = {0: 6, 1: 7, 2: 7, 3: 8, 4: 9, 5: 3, 6: 0, 7: 1, 8: 3, 9: 4}
@@ -70,7 +70,7 @@ class Crowd:
 
 def make(seed: int, *, annotators: int = 5, coverage: float = 0.4, trusted_per_class: int = 10) -> Crowd:
     """Draw annotators, their votes and the trusted images. Each image is seen by one annotator at least."""
-    pool = data.digits()
+    pool = pools.digits()
     stream = generator(seed, "crowd")
     skills = torch.linspace(BEST_SKILL, WORST_SKILL, annotators).unsqueeze(1).expand(-1, CLASSES)
     skills = (skills + SPREAD_OVER_CLASSES * torch.randn(annotators, CLASSES, generator=stream)).clamp(0.2, 0.98)
@@ -80,7 +80,7 @@ def make(seed: int, *, annotators: int = 5, coverage: float = 0.4, trusted_per_c
     asked = asked | (nobody & (torch.arange(annotators) == someone))
     votes = torch.stack([noise.corrupt(pool.labels, confusion(one), stream) for one in skills], dim=1)
     everything = torch.arange(len(pool.labels))
-    trusted, _ = data.deal(pool.labels, everything, CLASSES, trusted_per_class, stream)
+    trusted, _ = pools.take(pool.labels, everything, CLASSES, trusted_per_class, stream)
     return Crowd(pool.pixels.flatten(1), votes.where(asked, -1), pool.labels, trusted, skills)
 
 

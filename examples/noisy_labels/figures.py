@@ -30,9 +30,9 @@ matplotlib.use("Agg")  # files only: works without a display
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from examples.noisy_labels.configuration import CONFIGURATION
-from examples.noisy_labels.files import replacing
-from examples.noisy_labels.settings import from_dict
+from examples.noisy_labels.run.command_line import CONFIGURATION
+from examples.noisy_labels.run.files import replacing
+from examples.noisy_labels.run.settings import from_dict
 
 LOG = "log.jsonl"
 QUANTITIES = {

@@ -12,17 +12,19 @@ Example::
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 
-from examples.noisy_labels.own import arrays, classifiers, judging, ways
-from examples.noisy_labels.own.findings import Report
-from examples.noisy_labels.own.network_way import NetworkWay
-from examples.noisy_labels.own.options import Options
-from examples.noisy_labels.own.run import Run
+from examples.noisy_labels.run import evaluation
+from examples.noisy_labels.run.options import Options
+from examples.noisy_labels.run.training import Run
+from examples.noisy_labels.verdict import arrays, classifiers, judging, ways
+from examples.noisy_labels.verdict.findings import Report
+from examples.noisy_labels.verdict.network_way import NetworkWay
 
 Array = np.ndarray
 STEPS, EPOCHS = 400, 5  # of label correction, at least: five folds and the last training must end within a minute
@@ -39,7 +41,8 @@ class LabelCorrector(BaseEstimator):  # type: ignore[misc]
         precision: Share of labels that shall be right among those that need no check.
         level: Probability with which all intervals hold.
         check: How many samples `check_next_` names.
-        way: The way whose labels are taken; None for the verdict's, ``best`` for the one that looks best.
+        way: The way whose labels are taken: its name, ``best`` for the one that looks best, ``verdict`` for the
+            simplest that is not clearly worse; None for the mean of all ways.
         seed: Of everything random.
     """
 
@@ -129,9 +132,9 @@ class LabelCorrector(BaseEstimator):  # type: ignore[misc]
             rule = f"has {features.shape[1]} features, and {self.n_features_in_} were learned from"
             raise ValueError(f"LabelCorrector.predict_proba(X): {rule}. Give the same columns.")
         if isinstance(self._model, Run):
-            with torch.no_grad():
-                self._model.method.train(False)
-                return np.asarray(self._model.method.predict(torch.from_numpy(features).float()).double().numpy())
+            task = replace(self._model.task, samples=torch.from_numpy(features).float())
+            everyone = torch.arange(len(features))
+            return np.asarray(evaluation.predictions(self._model.recipe, task, everyone).double().numpy())
         probabilities = np.zeros((len(features), len(self.classes_)))
         probabilities[:, self._model.classes_.astype(int)] = self._model.predict_proba(features)
         return probabilities

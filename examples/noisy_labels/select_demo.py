@@ -11,8 +11,8 @@ from statistics import mean
 
 import torch
 
-from examples.noisy_labels import command_line
-from examples.noisy_labels.compare import METHODS, train_once
+from examples.noisy_labels.run import command_line
+from examples.noisy_labels.run.compare import METHODS, train_once
 
 DEVELOPMENT_SEEDS = (101, 102, 103, 104, 105)
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3)

@@ -34,13 +34,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.noisy_labels import command_line, data, decoding, evaluation, noise
-from examples.noisy_labels.data import Task
-from examples.noisy_labels.files import replacing
-from examples.noisy_labels.ours import Temper
-from examples.noisy_labels.randomness import generator
-from examples.noisy_labels.settings import Settings
-from examples.noisy_labels.training import Run
+from examples.noisy_labels.data import noise, pools
+from examples.noisy_labels.data.randomness import generator
+from examples.noisy_labels.data.task import Task
+from examples.noisy_labels.recipes import decoding
+from examples.noisy_labels.recipes.ours import Temper
+from examples.noisy_labels.run import command_line, evaluation
+from examples.noisy_labels.run.files import replacing
+from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.training import Run, train_at_once
 
 DEVELOPMENT_SEEDS = (101, 102)
 NOISE = ("uniform:0.4", "flip:0.4")
@@ -113,35 +115,34 @@ def trials(methods: Sequence[str], noises: Sequence[str], seeds: Sequence[int]) 
 def resolved(trial: Trial, options: argparse.Namespace) -> Settings:
     """Return the settings of a trial: those of the preset ``quick`` but for the images, which `world` takes."""
     kind, _, value = trial.noise.partition(":")
-    said = {"method": trial.method, "noise": kind, "seed": trial.seed, "dataset": options.dataset, **trial.setting}
-    said |= {"train_images": None, "test_images": None, "epochs": options.epochs, "device": options.device}
-    said |= {"human_column": value} if kind == "human" else {"rate": float(value)}
-    return command_line.resolve(said | ({"data": options.data} if options.data else {}), "quick")
+    explicit = {"method": trial.method, "noise": kind, "seed": trial.seed, "dataset": options.dataset, **trial.setting}
+    explicit |= {"train_images": None, "test_images": None, "epochs": options.epochs, "device": options.device}
+    explicit |= {"human_column": value} if kind == "human" else {"rate": float(value)}
+    return command_line.resolve(explicit | ({"data": options.data} if options.data else {}), "quick")
 
 
 def world(settings: Settings, images: int) -> World:
     """Deal the trusted images of the whole data set into trained, planted and held ones."""
-    task = data.load(settings, command_line.device(settings.device))
+    task = pools.load(settings, command_line.device(settings.device))
     classes, stream = len(task.names), generator(settings.seed, "selection")
-    device = task.pixels.device
+    device = task.samples.device
     order = torch.randperm(len(task.noisy), generator=stream).to(device)
     clean, labels = task.clean.cpu(), task.labels.cpu()
     per_class = max(1, round(settings.clean_fraction * images / classes))
-    trained, rest = data.deal(labels, clean, classes, per_class, stream)
-    planted, held = data.deal(labels, rest, classes, len(rest) // classes // 2, stream)
+    trained, rest = pools.take(labels, clean, classes, per_class, stream)
+    planted, held = pools.take(labels, rest, classes, len(rest) // classes // 2, stream)
     chosen, unseen = order[: images - len(trained)], order[images - len(trained) :][:UNSEEN]
-    noisy = replace(
-        task, clean=trained.to(device), noisy=task.noisy[chosen], given=task.given[chosen], test=held.to(device)
-    )
-    transition = estimate(settings, noisy, task.noisy[unseen], task.given[unseen])
-    drawn = noise.corrupt(labels[planted], transition.cpu(), stream).to(device)
-    joined, given = torch.cat([noisy.noisy, planted.to(device)]), torch.cat([noisy.given, drawn])
+    noisy = replace(task, clean=trained.to(device), noisy=task.noisy[chosen], test=held.to(device))
+    transition = estimate(settings, noisy, task.noisy[unseen], task.noisy_labels[unseen])
+    given = task.given.clone()
+    given[planted.to(device)] = noise.corrupt(labels[planted], transition.cpu(), stream).to(device)
+    joined = torch.cat([noisy.noisy, planted.to(device)])
     return World(replace(noisy, noisy=joined, given=given), torch.arange(len(chosen), len(joined), device=device))
 
 
 def estimate(settings: Settings, task: Task, unseen: Tensor, given: Tensor) -> Tensor:
     """Return the likeliest transition matrix for noisy images that a model of the others has not seen."""
-    run = trained(replace(settings, method="em", clean_weight=0.03), task)
+    run = train_at_once(Run(replace(settings, method="em", clean_weight=0.03), task))
     with torch.no_grad():
         logs = {
             name: evaluation.predictions(run.recipe, task, index).clamp_min(1e-12).log()
@@ -155,20 +156,10 @@ def estimate(settings: Settings, task: Task, unseen: Tensor, given: Tensor) -> T
 
 def scores(settings: Settings, world: World) -> dict[str, float]:
     """Train, and return the share of planted images that are corrected and of held images that are recognised."""
-    run = trained(settings, world.task)
+    run = train_at_once(Run(settings, world.task))
     answers = evaluation.corrected_labels(run.recipe, world.task)[world.planted].argmax(1)
-    planted = (answers == world.task.true[world.planted]).double().mean().item()
+    planted = (answers == world.task.true_labels[world.planted]).double().mean().item()
     return {"planted": round(planted, 4), "held": round(evaluation.accuracy(run.recipe, world.task), 4)}
-
-
-def trained(settings: Settings, task: Task) -> Run:
-    """Train without log and checkpoint."""
-    run = Run(settings, task)
-    while run.epoch < run.epochs:
-        while run.step < len(run.noisy):
-            run.advance()
-        run.end_epoch()
-    return run
 
 
 def table(results: dict[str, dict[str, float]], options: argparse.Namespace) -> str:

@@ -25,13 +25,13 @@ import scipy
 import torch
 
 import bilevel
-from examples.noisy_labels import interruption
-from examples.noisy_labels.files import replacing
-from examples.noisy_labels.grid import formats, statistics
-from examples.noisy_labels.grid.cells import Cell, cells
-from examples.noisy_labels.grid.workers import FAILURES, Workers
-from examples.noisy_labels.interruption import Interruption
-from examples.noisy_labels.settings import DATASETS, METHODS, PRESETS
+from examples.noisy_labels.report import formats, statistics
+from examples.noisy_labels.run import interruption
+from examples.noisy_labels.run.cells import Cell, cells
+from examples.noisy_labels.run.files import replacing
+from examples.noisy_labels.run.interruption import Interruption
+from examples.noisy_labels.run.settings import DATASETS, METHODS, PRESETS
+from examples.noisy_labels.run.workers import FAILURES, Workers
 
 REFERENCE = "ebomlc"
 OPTIONS_OF_ALL = ("preset", "data", "device")

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from examples.noisy_labels import cifar, data, own_data
-from examples.noisy_labels.own import reading
+from examples.noisy_labels import cifar, own_data
+from examples.noisy_labels.data import own as reading
+from examples.noisy_labels.data import pools
 
 DIGITS = ["--dataset", "digits"]
 TABLE = ["--table", "t.csv", "--trusted", "c.csv"]
@@ -89,7 +90,7 @@ OWN: list[tuple[list[str], str]] = [
     (["--weight-decay", "-1"], "--weight-decay -1.0: must be at least 0"),
     (["--delta", "-1"], "--delta -1.0: must be at least 0"),
     (["--xi", "-0.5"], "--xi -0.5: must be at least 0"),
-    (["--corrupt", "2"], "--corrupt 2.0: must be between 0 and 1"),
+    (["--corrupt-clean", "2"], "--corrupt-clean 2.0: must be between 0 and 1"),
     (["--image-size", "4"], "--image-size 4: must be between 8 and 1024"),
     (["--image-size", "100000"], "--image-size 100000: must be between 8 and 1024"),
     (["--seed", "-1"], "--seed -1: must be between 0 and"),
@@ -145,7 +146,7 @@ def _nothing_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_reading(*_: object) -> None:
         raise AssertionError("data were read")
 
-    monkeypatch.setattr(data, "load", no_reading)
+    monkeypatch.setattr(pools, "load", no_reading)
     monkeypatch.setattr(reading, "read", no_reading)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("a file")
@@ -195,9 +196,9 @@ def test_a_file_that_is_no_json_is_named(program: Any, content: bytes, capsys: p
 
 
 def test_what_a_preset_says_counts_when_a_run_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    from examples.noisy_labels import command_line
+    from examples.noisy_labels.run import command_line
 
     command_line.parse(["--preset", "quick"]).settings.save(Path("config.json"))
     assert command_line.parse(["--resume", "--preset", "quick", "--out", "."]).resume
     command = ["--resume", "--preset", "medium", "--out", "."]
-    refused(cifar, command, "the saved run has train_images = 5000, not None", capsys)
+    refused(cifar, command, "the saved run has --train-images 5000, not --train-images None", capsys)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from examples.noisy_labels import cifar
-from examples.noisy_labels.training import Run
+from examples.noisy_labels.run.training import Run
 from killing import log_of
 
 pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
@@ -46,7 +46,7 @@ def logged_points(folder: Path) -> Points:
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cifar, "_present", lambda *_: None)
+    monkeypatch.setattr(cifar, "write", lambda *_: None)
 
 
 class KilledError(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from examples.noisy_labels.models import Corrector, Perceptron, ResidualBlock, ResNet, classifier
+from examples.noisy_labels.recipes.models import Corrector, Perceptron, ResidualBlock, ResNet, classifier
 
 
 @pytest.mark.parametrize(("name", "shape"), [("resnet32", (3, 32, 32)), ("small", (3, 32, 32)), ("mlp", (1, 8, 8))])

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import label_errors
 from examples.noisy_labels import crowd
-from examples.noisy_labels.own import reading
-from examples.noisy_labels.own.options import Options
+from examples.noisy_labels.data import own as reading
+from examples.noisy_labels.run.options import Options
 
 
 def test_a_crowd_depends_on_its_seed_alone() -> None:
@@ -51,9 +51,9 @@ def test_its_files_are_read_as_what_it_is(tmp_path: Path, capsys: pytest.Capture
     read = reading.read(Options(table=table, annotators=annotators, trusted=trusted, hold_out=0.0)).samples
     made = label_errors.samples_of(crowd.make(5))
     assert (read.ids, read.names) == (made.ids, made.names)
-    for name in ("votes", "labels", "noisy", "trusted"):
+    for name in ("votes", "labels", "noisy", "clean", "given"):
         assert torch.equal(getattr(read, name), getattr(made, name))
-    assert torch.equal(read.inputs.sum(1), made.inputs.sum(1))  # columns are sorted: pixel_10 before pixel_2
+    assert torch.equal(read.samples.sum(1), made.samples.sum(1))  # columns are sorted: pixel_10 before pixel_2
     with (tmp_path / "truth.csv").open() as stream:
         assert [int(row["label"]) for row in csv.DictReader(stream)] == crowd.make(5).true.tolist()
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.noisy_labels import checkpoint, cifar, files, own_data, pictures
-from examples.noisy_labels.log import Log
-from examples.noisy_labels.own import drawings, model
+from examples.noisy_labels import cifar, own_data
+from examples.noisy_labels.report import model, pictures
+from examples.noisy_labels.run import checkpoint, files
+from examples.noisy_labels.run.log import Log
 from own_worlds import points, write, write_trusted
 
 SHORT = ["--dataset", "digits", "--method", "ebomlc", "--epochs", "2", "--log-interval", "5"]
@@ -24,9 +25,8 @@ SHORT = ["--dataset", "digits", "--method", "ebomlc", "--epochs", "2", "--log-in
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (pictures, drawings):
-        for name in ("curves", "label_heatmap", "suspicious"):
-            monkeypatch.setattr(module, name, lambda *_: None)
+    for name in ("curves", "label_heatmap", "contact_sheet"):
+        monkeypatch.setattr(pictures, name, lambda *_: None)
 
 
 def sound() -> bytes:
@@ -122,7 +122,7 @@ def sealed_value(value: object) -> bytes:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the digits."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("curves", "label_heatmap", "suspicious"):
+        for name in ("curves", "label_heatmap", "contact_sheet"):
             patch.setattr(pictures, name, lambda *_: None)
         folder = tmp_path_factory.mktemp("trained")
         assert cifar.main([*SHORT, "--out", str(folder)]) == 0
@@ -172,7 +172,7 @@ def test_a_changed_bit_stops_the_program(run: Path, capsys: pytest.CaptureFixtur
 def test_a_checkpoint_of_other_options_is_not_this_runs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = json.loads((run / "config.json").read_text()) | {"lr": 0.3}  # as one changed bit can make of 0.1
     (run / "config.json").write_text(json.dumps(options))
-    assert "was trained with lr = 0.1, and config.json beside it says 0.3" in refused(run, capsys)
+    assert "was trained with --lr 0.1, and config.json beside it has --lr 0.3" in refused(run, capsys)
 
 
 def test_a_log_with_a_changed_record_is_not_continued(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

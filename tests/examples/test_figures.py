@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from examples.noisy_labels import figures
-from examples.noisy_labels.settings import Settings
+from examples.noisy_labels.run.settings import Settings
 
 
 def write(folder: Path, accuracies: list[float], diagonal: float | None = None, **options: Any) -> None:

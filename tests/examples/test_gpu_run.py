@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from benchmarks import gpu_run
-from examples.noisy_labels import cifar, pictures
-from examples.noisy_labels.settings import Settings
+from examples.noisy_labels import cifar
+from examples.noisy_labels.report import pictures
+from examples.noisy_labels.run.settings import Settings
 
 TINY = ["--network", "small", "--train-images", "80", "--clean-fraction", "0.25", "--batch-size", "20"]
 
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("curves", "label_heatmap", "suspicious"):
+    for name in ("curves", "label_heatmap", "contact_sheet"):
         monkeypatch.setattr(pictures, name, lambda *_: None)
 
 

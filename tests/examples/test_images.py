@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from examples.noisy_labels import archives, data, download
-from examples.noisy_labels.augment import crop_and_flip
-from examples.noisy_labels.batches import Batches
-from examples.noisy_labels.randomness import generator
-from examples.noisy_labels.settings import Settings
+from examples.noisy_labels.data import archives, download, pools
+from examples.noisy_labels.data.augment import crop_and_flip
+from examples.noisy_labels.data.batches import Batches
+from examples.noisy_labels.data.randomness import generator
+from examples.noisy_labels.data.task import Task
+from examples.noisy_labels.run.settings import Settings
 from fake_images import PER_CLASS, fake_images
 
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def settings(folder: Path | None = None, **options: object) -> Settings:
 
 
 def test_binary_archive_is_read_as_written(cifar10_folder: Path) -> None:
-    pool = data.cifar("cifar10", str(cifar10_folder))
+    pool = pools.cifar("cifar10", str(cifar10_folder))
     parts = [fake_images(10, seed) for seed in range(3)]  # the archive: two training batches, then the test batch
     pixels = np.concatenate([part[0] for part in parts]).reshape(-1, 3, 32, 32)
     assert np.array_equal(pool.pixels.numpy(), pixels)
@@ -41,17 +42,17 @@ def test_binary_archive_is_read_as_written(cifar10_folder: Path) -> None:
 
 def test_both_layouts_hold_the_same(cifar10_folder: Path, cifar10_pickles: Path) -> None:
     folders = [cifar10_folder / "cifar-10-batches-bin", cifar10_pickles / "cifar-10-batches-py"]
-    binary, pickled = (data.cifar("cifar10", str(folder)) for folder in folders)
+    binary, pickled = (pools.cifar("cifar10", str(folder)) for folder in folders)
     assert torch.equal(binary.pixels, pickled.pixels)
     assert torch.equal(binary.labels, pickled.labels)
 
 
 def test_cifar100_has_superclasses(cifar100_folder: Path) -> None:
-    pool = data.cifar("cifar100", str(cifar100_folder))
+    pool = pools.cifar("cifar100", str(cifar100_folder))
     assert pool.groups is not None
     assert pool.groups.tolist() == [i % 20 for i in range(100)]
-    task = data.load(settings(cifar100_folder, dataset="cifar100", noise="hierarchical", clean_fraction=0.2), CPU)
-    assert (pool.groups[task.given] == pool.groups[task.true]).all()
+    task = pools.load(settings(cifar100_folder, dataset="cifar100", noise="hierarchical", clean_fraction=0.2), CPU)
+    assert (pool.groups[task.noisy_labels] == pool.groups[task.true_labels]).all()
 
 
 def test_a_pickle_that_runs_code_is_refused(cifar10_pickles: Path) -> None:
@@ -62,38 +63,38 @@ def test_a_pickle_that_runs_code_is_refused(cifar10_pickles: Path) -> None:
     file = cifar10_pickles / "cifar-10-batches-py" / "data_batch_1"
     file.write_bytes(pickle.dumps({b"data": Attack(), b"labels": []}))
     with pytest.raises(archives.ArchiveError, match=r"\.system"):
-        data.cifar("cifar10", str(cifar10_pickles))
+        pools.cifar("cifar10", str(cifar10_pickles))
 
 
 def test_a_cut_off_file_is_refused(cifar10_folder: Path) -> None:
     file = cifar10_folder / "cifar-10-batches-bin" / "data_batch_2.bin"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(archives.ArchiveError, match="whole number of records of 3073 bytes"):
-        data.cifar("cifar10", str(cifar10_folder))
+        pools.cifar("cifar10", str(cifar10_folder))
 
 
 def test_an_impossible_label_is_refused(cifar10_folder: Path) -> None:
     file = cifar10_folder / "cifar-10-batches-bin" / "test_batch.bin"
     file.write_bytes(b"\x0a" + file.read_bytes()[1:])
     with pytest.raises(archives.ArchiveError, match=r"a label is not in 0\.\.9"):
-        data.cifar("cifar10", str(cifar10_folder))
+        pools.cifar("cifar10", str(cifar10_folder))
 
 
 def test_missing_images_name_both_ways_out(tmp_path: Path) -> None:
     with pytest.raises(
-        data.DataNotFoundError, match=r"CIFAR-10 was not found(.|\n)*--data FOLDER(.|\n)*--dataset digits"
+        pools.DataNotFoundError, match=r"CIFAR-10 was not found(.|\n)*--data FOLDER(.|\n)*--dataset digits"
     ):
-        data.cifar("cifar10", str(tmp_path))
+        pools.cifar("cifar10", str(tmp_path))
 
 
 def test_the_folder_may_come_from_the_environment(cifar10_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BILEVEL_DATA", str(cifar10_folder))
-    assert len(data.cifar("cifar10", None).labels) == 180
+    assert len(pools.cifar("cifar10", None).labels) == 180
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_parts_share_no_image(seed: int) -> None:
-    task = data.load(settings(dataset="digits", noise="flip", clean_fraction=0.04, seed=seed), CPU)
+    task = pools.load(settings(dataset="digits", noise="flip", clean_fraction=0.04, seed=seed), CPU)
     assert task.overlap == 0
     assert len(task.clean) + len(task.noisy) + len(task.test) == 1797
     assert torch.bincount(task.labels[task.clean]).tolist() == [5] * 10
@@ -101,20 +102,20 @@ def test_parts_share_no_image(seed: int) -> None:
 
 
 def test_a_subset_is_balanced(cifar10_folder: Path) -> None:
-    task = data.load(settings(cifar10_folder, train_images=80, test_images=40, clean_fraction=0.25), CPU)
+    task = pools.load(settings(cifar10_folder, train_images=80, test_images=40, clean_fraction=0.25), CPU)
     assert torch.bincount(task.labels[task.clean]).tolist() == [2] * 10
-    assert torch.bincount(task.true).tolist() == [6] * 10
+    assert torch.bincount(task.true_labels).tolist() == [6] * 10
     assert task.test.tolist() == list(range(120, 160)), "training images must not be tested on"
 
 
 def test_more_images_than_there_are_is_refused(cifar10_folder: Path) -> None:
     with pytest.raises(ValueError, match=f"has only {2 * PER_CLASS} images"):
-        data.load(settings(cifar10_folder, train_images=200), CPU)
+        pools.load(settings(cifar10_folder, train_images=200), CPU)
 
 
 def test_split_and_noise_depend_on_the_seed_alone() -> None:
     first, again, other = (
-        data.load(settings(dataset="digits", method=method, seed=seed), CPU)
+        pools.load(settings(dataset="digits", method=method, seed=seed), CPU)
         for method, seed in (("ce", 1), ("ebomlc", 1), ("ebomlc", 2))
     )
     assert torch.equal(first.noisy, again.noisy)
@@ -123,9 +124,9 @@ def test_split_and_noise_depend_on_the_seed_alone() -> None:
 
 
 def test_overlapping_parts_cannot_be_built() -> None:
-    task = data.load(settings(dataset="digits"), CPU)
+    task = pools.load(settings(dataset="digits"), CPU)
     with pytest.raises(ValueError, match="in two of clean, noisy and test"):
-        data.Task(**(vars(task) | {"test": torch.cat([task.test, task.clean[:1]])}))
+        Task(**(vars(task) | {"test": torch.cat([task.test, task.clean[:1]])}))
 
 
 def test_every_augmented_image_is_a_crop_of_the_padded_one() -> None:
@@ -147,15 +148,15 @@ def test_augmentation_keeps_the_kind_of_pixels() -> None:
 
 
 def batches(size: int = 100, augment: bool = True, corrupt: float = 0.0) -> Batches:
-    task = data.load(settings(dataset="digits"), CPU)
-    options = {"size": size, "augment": augment, "corrupt": corrupt}
-    return Batches(task, task.noisy, task.given, seed=1, purpose="noisy batches", **options)  # type: ignore[arg-type]
+    task = pools.load(settings(dataset="digits"), CPU)
+    options = {"size": size, "augment": augment, "corrupt": torch.full((len(task.noisy),), corrupt)}
+    return Batches(task, task.noisy, task.noisy_labels, seed=1, purpose="noisy batches", **options)  # type: ignore[arg-type]
 
 
 def test_a_pass_takes_each_image_once() -> None:
     loader = batches(size=100, augment=False)
     seen = [next(loader) for _ in range(len(loader))]
-    expected = loader.task.inputs(loader.task.pixels[loader.index[loader.order[:1200]]])
+    expected = loader.task.inputs(loader.index[loader.order[:1200]])
     assert len(seen) == 1247 // 100
     assert torch.equal(torch.cat([batch.inputs for batch in seen]), expected)
     assert loader.order.sort().values.tolist() == list(range(len(loader.index)))
@@ -165,14 +166,14 @@ def test_batches_pair_images_with_their_labels() -> None:
     loader = batches(augment=False)
     batch = next(loader)
     chosen = loader.order[:100]
-    assert torch.equal(batch.labels, loader.task.given[chosen])
-    assert torch.equal(batch.inputs, loader.task.inputs(loader.task.pixels[loader.task.noisy[chosen]]))
+    assert torch.equal(batch.labels, loader.task.noisy_labels[chosen])
+    assert torch.equal(batch.inputs, loader.task.inputs(loader.task.noisy[chosen]))
 
 
-def test_shown_labels_may_be_corrupted_on_purpose() -> None:
-    assert torch.equal(next(batches()).shown, next(batches()).labels)
+def test_given_labels_may_be_corrupted_on_purpose() -> None:
+    assert torch.equal(next(batches()).given, next(batches()).labels)
     loader = batches(corrupt=0.5)
-    different = torch.cat([batch.shown != batch.labels for batch, _ in zip(loader, range(120), strict=False)])
+    different = torch.cat([batch.given != batch.labels for batch, _ in zip(loader, range(120), strict=False)])
     # Half of the labels are drawn anew, of which one in ten is the same again: 45 %, with sigma 0.0045 in 12,000.
     assert different.double().mean().item() == pytest.approx(0.45, abs=3 * 0.0045)
 
@@ -199,13 +200,13 @@ def test_batches_continue_where_they_were_saved() -> None:
 
 @pytest.mark.skipif("BILEVEL_DATA" not in os.environ, reason="BILEVEL_DATA names no folder with CIFAR-10")
 def test_real_cifar10() -> None:
-    task = data.load(Settings(), CPU)
+    task = pools.load(Settings(), CPU)
     assert task.overlap == 0
     assert len(task.names) == 10
     share = torch.bincount(task.labels, minlength=10) / len(task.labels)
     assert (share - 0.1).abs().max() < 0.02, "the archive's classes are balanced"
     # The published channel means; a subset of 1,000 images is within a few grey levels.
-    means = task.pixels.double().mean((0, 2, 3))
+    means = task.samples.double().mean((0, 2, 3))
     torch.testing.assert_close(means, torch.tensor([125.3, 123.0, 113.9], dtype=torch.float64), rtol=0, atol=4.0)
 
 
@@ -214,41 +215,41 @@ def human_file(folder: Path, **columns: np.ndarray) -> None:
 
 
 def test_human_labels_are_taken_for_the_noisy_images(cifar10_folder: Path) -> None:
-    true = data.cifar("cifar10", str(cifar10_folder)).labels[:120].numpy()
+    true = pools.cifar("cifar10", str(cifar10_folder)).labels[:120].numpy()
     worse = np.random.default_rng(0).integers(0, 10, 200)
     human_file(cifar10_folder, clean_label=np.concatenate([true, np.zeros(80, np.int64)]), worse_label=worse)
-    task = data.load(settings(cifar10_folder, noise="human", clean_fraction=0.2), CPU)
-    assert task.given.tolist() == worse[task.noisy.numpy()].tolist()
+    task = pools.load(settings(cifar10_folder, noise="human", clean_fraction=0.2), CPU)
+    assert task.noisy_labels.tolist() == worse[task.noisy.numpy()].tolist()
 
 
 def test_human_labels_in_another_order_are_refused(cifar10_folder: Path) -> None:
-    true = data.cifar("cifar10", str(cifar10_folder)).labels[:120].numpy()
+    true = pools.cifar("cifar10", str(cifar10_folder)).labels[:120].numpy()
     true[[0, 1]] = true[[1, 0]] if true[0] != true[1] else (true[0] + 1) % 10
     human_file(cifar10_folder, clean_label=true, worse_label=true)
     with pytest.raises(ValueError, match=r"agree with those of the images in 98\.3 % of the cases"):
-        data.load(settings(cifar10_folder, noise="human", clean_fraction=0.2), CPU)
+        pools.load(settings(cifar10_folder, noise="human", clean_fraction=0.2), CPU)
 
 
 def test_human_labels_that_are_not_there(cifar10_folder: Path) -> None:
     options = settings(cifar10_folder, noise="human", clean_fraction=0.2)
     with pytest.raises(ValueError, match=r"CIFAR-10_human\.pt\): not found"):
-        data.load(options, CPU)
-    true = data.cifar("cifar10", str(cifar10_folder)).labels[:120].numpy()
+        pools.load(options, CPU)
+    true = pools.cifar("cifar10", str(cifar10_folder)).labels[:120].numpy()
     human_file(cifar10_folder, clean_label=true, aggre_label=true)
     with pytest.raises(ValueError, match="has no column worse_label, but clean_label, aggre_label"):
-        data.load(options, CPU)
+        pools.load(options, CPU)
 
 
 def test_human_labels_are_read_from_an_npz_too(cifar10_folder: Path) -> None:
-    true = data.cifar("cifar10", str(cifar10_folder)).labels[:120].numpy()
+    true = pools.cifar("cifar10", str(cifar10_folder)).labels[:120].numpy()
     aggre = np.random.default_rng(0).integers(0, 10, 120).astype(np.uint8)
     (cifar10_folder / "cifar-n").mkdir()
     np.savez(cifar10_folder / "cifar-n" / "cifar10n.npz", clean=true.astype(np.uint8), aggre=aggre)
     options = settings(cifar10_folder, noise="human", human_column="aggre", clean_fraction=0.2)
-    task = data.load(options, CPU)
-    assert task.given.tolist() == aggre[task.noisy.numpy()].tolist()
+    task = pools.load(options, CPU)
+    assert task.noisy_labels.tolist() == aggre[task.noisy.numpy()].tolist()
     with pytest.raises(ValueError, match="has no column worse_label, but clean_label, aggre_label"):
-        data.load(dataclasses.replace(options, human_column="worse"), CPU)
+        pools.load(dataclasses.replace(options, human_column="worse"), CPU)
 
 
 def served(cifar10_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sha256: str | None = None) -> Path:
@@ -267,7 +268,7 @@ def test_a_download_is_unpacked_and_found(
 ) -> None:
     folder = served(cifar10_folder, tmp_path, monkeypatch)
     download.fetch("cifar10", folder)
-    assert len(data.cifar("cifar10", str(folder)).labels) == 180
+    assert len(pools.cifar("cifar10", str(folder)).labels) == 180
     assert not list(folder.glob("*.tar.gz"))
 
 
@@ -288,7 +289,7 @@ def test_an_archive_that_is_there_is_not_fetched_again(
     shutil.copy(tmp_path / "web" / "cifar-10-binary.tar.gz", folder)
     monkeypatch.setattr(torch.hub, "download_url_to_file", None)
     download.fetch("cifar10", folder)
-    assert len(data.cifar("cifar10", str(folder)).labels) == 180
+    assert len(pools.cifar("cifar10", str(folder)).labels) == 180
 
 
 def test_an_archive_that_was_cut_off_is_fetched_again(
@@ -298,7 +299,7 @@ def test_an_archive_that_was_cut_off_is_fetched_again(
     folder.mkdir()
     (folder / "cifar-10-binary.tar.gz").write_bytes(b"half")
     download.fetch("cifar10", folder)
-    assert len(data.cifar("cifar10", str(folder)).labels) == 180
+    assert len(pools.cifar("cifar10", str(folder)).labels) == 180
     assert "100%" in capsys.readouterr().err, "progress is shown"
 
 
@@ -317,10 +318,10 @@ def test_unpacking_that_was_killed_leaves_nothing_to_be_found(
         patch.setattr(download, "_unpack", killed)
         with pytest.raises(KeyboardInterrupt):
             download.fetch("cifar10", folder)
-    with pytest.raises(data.DataNotFoundError):
-        data.cifar("cifar10", str(folder))
+    with pytest.raises(pools.DataNotFoundError):
+        pools.cifar("cifar10", str(folder))
     download.fetch("cifar10", folder)
-    assert len(data.cifar("cifar10", str(folder)).labels) == 180
+    assert len(pools.cifar("cifar10", str(folder)).labels) == 180
 
 
 @pytest.mark.parametrize("way", ["a path up", "an absolute path", "a link"])
@@ -344,7 +345,7 @@ def test_an_archive_that_leads_out_of_its_folder_is_refused(
 
 def test_every_way_to_unpickle_is_restricted() -> None:
     # Each module that reads pickles, and how: torch.load takes weights only, and pickle.load is not called at all.
-    for file in Path(data.__file__).parent.rglob("*.py"):
+    for file in Path(pools.__file__).parents[1].rglob("*.py"):
         text = file.read_text()
         assert "pickle.load" not in text, file
         assert "allow_pickle=True" not in text, file

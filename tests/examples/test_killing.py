@@ -12,7 +12,7 @@ import pytest
 if sys.platform == "win32":
     pytest.skip("Windows has no signals that a program can be sent", allow_module_level=True)
 
-from examples.noisy_labels import checkpoint, files, interruption
+from examples.noisy_labels.run import checkpoint, files, interruption
 from killing import End, assert_same, log_of, run
 
 pytestmark = pytest.mark.kill

@@ -50,7 +50,7 @@ def test_labels_come_right(fitted: tuple[LabelCorrector, Array, Array, Array]) -
     assert (corrector.labels_[changed] != given[changed]).all()
     assert (changed[150:].any(), len(corrector.check_next_)) == (True, 50)
     names = [one.name for one in corrector.report_.verdict.scores]
-    simple = ["given", "trusted", "classifier", "bayes", "ebomlc"]
+    simple = ["given", "trusted", "classifier", "bayes", "ebomlc", "together"]
     assert [one for one in names if "cleanlab" not in one] == simple
 
 
@@ -110,7 +110,7 @@ def test_ready_probabilities_take_the_place_of_a_classifier() -> None:
     corrector = LabelCorrector().fit(None, given, trusted=trusted, pred_probs=predicted)
     assert (corrector.labels_ == true).mean() > 0.9
     assert [one.name for one in corrector.report_.verdict.scores if "cleanlab" not in one.name] == [
-        "given", "classifier", "bayes",
+        "given", "classifier", "bayes", "together",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="fitted without features"):
         corrector.predict_proba(features)
@@ -190,7 +190,7 @@ def test_arrays_that_do_not_fit_are_refused(change: dict[str, Any], message: str
         ({"folds": 1}, r"folds=1\): must be an integer, at least 2"),
         ({"classifier": "magic"}, "is none of logistic, trees"),
         ({"classifier": LinearSVC()}, "gives no probabilities"),
-        ({"way": "magic"}, "--way magic: must be best, or one of given"),
+        ({"way": "magic"}, "--way magic: must be best, verdict, together, or one of given"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from examples.noisy_labels import recipes
-from examples.noisy_labels.batches import Batch
-from examples.noisy_labels.enhanced_label_correction import EnhancedLabelCorrection, Teacher, adversarial
-from examples.noisy_labels.models import Corrector, Perceptron
-from examples.noisy_labels.recipes import MetaLabelCorrection
-from examples.noisy_labels.settings import Settings
+from examples.noisy_labels.data.batches import Batch
+from examples.noisy_labels.recipes import methods
+from examples.noisy_labels.recipes.enhanced_label_correction import EnhancedLabelCorrection, Teacher, adversarial
+from examples.noisy_labels.recipes.meta_label_correction import MetaLabelCorrection
+from examples.noisy_labels.recipes.models import Corrector, Perceptron
+from examples.noisy_labels.run.settings import Settings
+from fake_images import blank_task
 
 OPTIONS: dict[str, Any] = {"dataset": "digits", "network": "mlp", "noise": "flip", "augment": False}
 CPU = torch.device("cpu")
@@ -22,7 +24,7 @@ CPU = torch.device("cpu")
 
 def classifier() -> Perceptron:
     torch.manual_seed(1)
-    return Perceptron(4, pixels=6, hidden=5, features=3).double()
+    return Perceptron(4, inputs=6, hidden=5, features=3).double()
 
 
 def batch(images: int) -> Batch:
@@ -79,7 +81,7 @@ def test_mlc_previews_the_whole_step_of_sgd_and_trains_with_the_old_labels() -> 
 
 @pytest.mark.parametrize(("options", "steps"), [({}, 1), ({"inner_steps": 3}, 3)])
 def test_mlc_moves_its_corrector_every_k_steps(options: dict[str, Any], steps: int) -> None:
-    recipe = recipes.build(Settings(method="mlc", **options, **OPTIONS), 10, CPU)
+    recipe = methods.build(Settings(method="mlc", **options, **OPTIONS), blank_task())
     moved = []
     for _ in range(6):
         before = [p.detach().clone() for p in recipe.networks["corrector"].parameters()]
@@ -97,8 +99,10 @@ EMLC: dict[str, Any] = {**OPTIONS, "lr": 0.3, "momentum": 0.9, "weight_decay": 0
 
 def emlc(**options: Any) -> EnhancedLabelCorrection:
     student = classifier()
-    teacher = Teacher(Perceptron(4, pixels=6, hidden=5, features=3), 3, 4).double()
-    return EnhancedLabelCorrection(Settings(**EMLC | {"method": "emlc"} | options), student, teacher)
+    second, task = Perceptron(4, inputs=6, hidden=5, features=3), SimpleNamespace(names="abcd")
+    recipe = EnhancedLabelCorrection(Settings(**EMLC | {"method": "emlc"} | options), student, second, task)  # type: ignore[arg-type]
+    recipe.networks["teacher"].double()
+    return recipe
 
 
 def test_emlc_corrects_as_far_as_its_gate_believes() -> None:
@@ -120,13 +124,13 @@ def test_emlc_shows_its_gate_corrupted_labels() -> None:
     labels = torch.arange(4000) % 4
     clean = Batch(torch.zeros(1), labels, labels)
     torch.manual_seed(0)
-    drawn = emlc(corruption="random").shown(clean).shown
+    drawn = emlc(corruption="random").corrupted(clean).given
     assert torch.equal(drawn[::2], labels[::2])
     # 2,000 draws from four classes: a standard deviation of .01 around .25.
     assert torch.bincount(drawn[1::2]).tolist() == pytest.approx([500] * 4, abs=100)
     assert (drawn[1::2] == labels[1::2]).double().mean().item() == pytest.approx(0.25, abs=0.05)
     for other in ("none", "adversarial"):
-        assert emlc(corruption=other).shown(clean) is clean
+        assert emlc(corruption=other).corrupted(clean) is clean
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).repeat(4, 1)
     attacked = adversarial(logits, torch.tensor([1, 1, 0, 0]))
     assert attacked.tolist() == [1, 2, 0, 1]  # the likeliest wrong one, for every second
@@ -153,7 +157,7 @@ def test_emlc_moves_as_its_paper_says(corruption: str, steps: int) -> None:
             p.data.sub_(0.3 * buffer)
     reached = [p.detach().clone() for p in w]
     torch.manual_seed(5)
-    shown = recipe.shown(clean).shown
+    shown = recipe.corrupted(clean).given
     meta = -student(clean.inputs)[0].log_softmax(1)[torch.arange(7), clean.labels].mean()
     of_student = torch.autograd.grad(meta, w)
     logits, features = teacher.network(clean.inputs)

@@ -11,11 +11,13 @@ import torch
 
 import bilevel
 from benchmarks import noisy_labels_table
-from examples.noisy_labels import command_line, recipes
-from examples.noisy_labels.methods import PRINTED, RECIPES
-from examples.noisy_labels.models import Corrector, corrector
-from examples.noisy_labels.recipes import MetaLabelCorrection
-from examples.noisy_labels.settings import Settings
+from examples.noisy_labels.recipes import methods
+from examples.noisy_labels.recipes.meta_label_correction import MetaLabelCorrection
+from examples.noisy_labels.recipes.methods import PRINTED, RECIPES
+from examples.noisy_labels.recipes.models import Corrector, corrector
+from examples.noisy_labels.run import command_line
+from examples.noisy_labels.run.settings import Settings
+from fake_images import blank_task
 
 DIGITS: dict[str, Any] = {"dataset": "digits", "network": "mlp"}
 CPU = torch.device("cpu")
@@ -28,7 +30,7 @@ def test_a_name_decides_what_is_not_said() -> None:
         "lookahead",
         "optimizer",
     )
-    assert (released.mix_clean, released.features, released.corrector) == (0.5, "recomputed", "released")
+    assert (released.mix_clean, released.corrector_features, released.corrector) == (0.5, "recomputed", "released")
     assert released.mixture == "log"
     assert Settings().value_gradient == "value_function"
     assert (Settings(method="mlc-d").rho, Settings(method="mlc-d").delta) == (1.0, 0.5)
@@ -49,17 +51,17 @@ def test_every_recipe_decides_the_same_options() -> None:
 )
 @pytest.mark.parametrize("method", ["ebomlc", "mlc-d"])
 def test_options_reach_the_optimizer(method: str, option: dict[str, Any]) -> None:
-    recipe = recipes.build(Settings(method=method, **option, **DIGITS), 10, CPU)
+    recipe = methods.build(Settings(method=method, **option, **DIGITS), blank_task())
     assert isinstance(recipe, MetaLabelCorrection)
     ((name, value),) = option.items()
     assert getattr(recipe.bilevel, name) == value
 
 
 def test_constants_reach_the_optimizer() -> None:
-    recipe = recipes.build(Settings(delta=0.7, xi=0.3, **DIGITS), 10, CPU)
+    recipe = methods.build(Settings(delta=0.7, xi=0.3, **DIGITS), blank_task())
     assert isinstance(recipe, MetaLabelCorrection)
     assert (recipe.bilevel.barrier, recipe.bilevel.damping) == (bilevel.barrier.Aligned(0.7), 0.3)
-    plain = recipes.build(Settings(method="mlc-d", delta=0.7, inner_steps=3, **DIGITS), 10, CPU)
+    plain = methods.build(Settings(method="mlc-d", delta=0.7, inner_steps=3, **DIGITS), blank_task())
     assert isinstance(plain, MetaLabelCorrection)
     assert (plain.bilevel.barrier, plain.bilevel.inner_steps) == (bilevel.barrier.GradientNorm(0.7), 3)
 
@@ -78,7 +80,7 @@ def test_the_released_corrector_has_dropout_batch_statistics_and_a_wide_embeddin
 def test_the_corrector_may_follow_the_schedule() -> None:
     for decays, expected in ((True, [1e-3, 1e-3, 1e-4, 1e-5]), (False, [1e-3] * 4)):
         settings = Settings(meta_lr=1e-3, meta_decay=decays, epochs=9, milestones=(2, 3), **DIGITS)
-        recipe = recipes.build(settings, 10, CPU)
+        recipe = methods.build(settings, blank_task())
         assert isinstance(recipe, MetaLabelCorrection)
         rates = []
         for _ in range(4):
@@ -87,7 +89,7 @@ def test_the_corrector_may_follow_the_schedule() -> None:
                 optimizer.step()  # without gradients it moves nothing
             recipe.end_epoch()
         assert rates == pytest.approx(expected)
-        other = recipes.build(settings, 10, CPU)
+        other = methods.build(settings, blank_task())
         other.load_state_dict(recipe.state_dict())
         assert other.schedule.last_epoch == 4
 
@@ -124,7 +126,7 @@ def test_the_variants_of_the_measured_tables_are_settings(variant: str) -> None:
     [
         ({"mix_clean": 1.0}, r"--mix-clean 1\.0: must be at least 0 and below 1"),
         ({"method": "magic"}, "must be one of ce, clean"),
-        ({"features": "frozen"}, "must be one of held, recomputed"),
+        ({"corrector_features": "frozen"}, "must be one of held, recomputed"),
         ({"multiplier_max": -1.0}, r"--multiplier-max -1\.0: must be at least 0"),
     ],
 )

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.noisy_labels import archives, cifar, data, noise
-from examples.noisy_labels.randomness import generator
-from examples.noisy_labels.settings import Settings
+from examples.noisy_labels import cifar
+from examples.noisy_labels.data import archives, noise, pools
+from examples.noisy_labels.data.randomness import generator
+from examples.noisy_labels.data.task import Task
+from examples.noisy_labels.run.settings import Settings
 
 GROUPS = torch.arange(100) % 20  # any assignment of 100 classes to 20 superclasses of 5
 
@@ -174,14 +176,14 @@ PROTOCOLS = [
 FACTORS = {(10, "uniform"): 0.9, (100, "uniform"): 0.99, (10, "asymmetric"): 0.5, (100, "asymmetric"): 0.4}
 
 
-def full_task(classes: int, protocol: str, rate: float, **options: object) -> data.Task:
+def full_task(classes: int, protocol: str, rate: float, **options: object) -> Task:
     """Deal and corrupt 60,000 labels without images, through the very code that a run takes."""
     labels = torch.arange(60_000) % classes
     groups = SUPERCLASSES if classes == 100 else None
     names = tuple(map(str, range(classes)))
-    pool = data.Pool(torch.zeros(60_000, 1), labels, torch.arange(50_000, 60_000), names, (0.0,), (1.0,), groups)
+    pool = pools.Pool(torch.zeros(60_000, 1), labels, torch.arange(50_000, 60_000), names, (0.0,), (1.0,), groups)
     settings = Settings(dataset=f"cifar{classes}", noise=protocol, rate=rate, **options)  # type: ignore[arg-type]
-    return data.dealt(pool, settings, torch.device("cpu"))
+    return pools.corrupted(pool, settings, torch.device("cpu"))
 
 
 def test_superclasses_are_those_of_cifar100() -> None:
@@ -196,7 +198,7 @@ REAL = os.environ.get("BILEVEL_DATA")
     reason="BILEVEL_DATA names no folder with CIFAR-100",
 )
 def test_superclasses_are_those_of_the_archive() -> None:
-    pool = data.cifar("cifar100", REAL)
+    pool = pools.cifar("cifar100", REAL)
     assert pool.groups is not None
     assert torch.equal(pool.groups, SUPERCLASSES)
 
@@ -211,12 +213,12 @@ def test_realised_rate_of_a_full_data_set(classes: int, protocol: str) -> None:
     assert wrong(matrix) == pytest.approx(expected, abs=1e-12)
     per_class = 1 - matrix.diagonal()
     sigma = ((per_class * (1 - per_class)).mean().item() / 49_000) ** 0.5
-    assert abs(noise.realised_rate(task.true, task.given) - expected) < 3 * sigma
+    assert abs(noise.realised_rate(task.true_labels, task.noisy_labels) - expected) < 3 * sigma
     # Every class by itself: 100 tests at once, hence four sigma.
-    counts = torch.bincount(task.true, minlength=classes)
-    shares = torch.bincount(task.true[task.given != task.true], minlength=classes) / counts
+    counts = torch.bincount(task.true_labels, minlength=classes)
+    shares = torch.bincount(task.true_labels[task.noisy_labels != task.true_labels], minlength=classes) / counts
     assert ((shares - per_class).abs() <= 4 * (per_class * (1 - per_class) / counts).sqrt()).all()
-    assert (matrix[task.true, task.given] > 0).all()
+    assert (matrix[task.true_labels, task.noisy_labels] > 0).all()
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.4, 0.6, 0.8])
@@ -225,31 +227,34 @@ def test_uniform_rates_of_the_published_tables(classes: int, rate: float) -> Non
     sigma = (0.25 / 49_000) ** 0.5
     included = full_task(classes, "uniform", rate)
     expected = rate * (1 - 1 / classes)
-    assert noise.realised_rate(included.true, included.given) == pytest.approx(expected, abs=3 * sigma)
+    assert noise.realised_rate(included.true_labels, included.noisy_labels) == pytest.approx(expected, abs=3 * sigma)
     excluded = full_task(classes, "uniform", rate, exclude_true=True)
-    assert noise.realised_rate(excluded.true, excluded.given) == pytest.approx(rate, abs=3 * sigma)
+    assert noise.realised_rate(excluded.true_labels, excluded.noisy_labels) == pytest.approx(rate, abs=3 * sigma)
     assert torch.equal(included.noisy, excluded.noisy), "the split has a stream of its own"
 
 
 def test_flip_makes_two_thirds_of_one_class_wrong() -> None:
     task = full_task(10, "flip", 0.4)
-    frogs = task.given == 6
-    assert (task.true[frogs] != 6).double().mean().item() == pytest.approx(2 / 3, abs=0.02)
+    frogs = task.noisy_labels == 6
+    assert (task.true_labels[frogs] != 6).double().mean().item() == pytest.approx(2 / 3, abs=0.02)
 
 
 @pytest.mark.parametrize(("protocol", "touched"), [("asymmetric", 40), ("hierarchical", 100)])
 def test_noise_of_cifar100_stays_in_its_superclass(protocol: str, touched: int) -> None:
     task = full_task(100, protocol, 0.4)
-    assert torch.equal(SUPERCLASSES[task.given], SUPERCLASSES[task.true])
-    assert len(task.true[task.given != task.true].unique()) == touched
-    per_superclass = torch.bincount(SUPERCLASSES[task.true[task.given != task.true].unique()])
+    assert torch.equal(SUPERCLASSES[task.noisy_labels], SUPERCLASSES[task.true_labels])
+    assert len(task.true_labels[task.noisy_labels != task.true_labels].unique()) == touched
+    per_superclass = torch.bincount(SUPERCLASSES[task.true_labels[task.noisy_labels != task.true_labels].unique()])
     assert per_superclass.tolist() == [touched // 20] * 20
 
 
 def test_the_maps_do_not_depend_on_the_seed_of_the_run() -> None:
     for protocol in ("flip", "flip2", "asymmetric"):
         first, second = (full_task(100, protocol, 1.0, seed=seed) for seed in (1, 2))
-        maps = [{(a, b) for a, b in zip(t.true.tolist(), t.given.tolist(), strict=True)} for t in (first, second)]
+        maps = [
+            {(a, b) for a, b in zip(t.true_labels.tolist(), t.noisy_labels.tolist(), strict=True)}
+            for t in (first, second)
+        ]
         assert maps[0] == maps[1]
 
 
@@ -270,7 +275,7 @@ def test_parts_drawn_independently_would_leak() -> None:
 @pytest.mark.parametrize("classes", [10, 100])
 def test_a_run_prints_realised_rate_and_overlap(classes: int) -> None:
     task = full_task(classes, "uniform", 0.4)
-    realised = 100 * noise.realised_rate(task.true, task.given)
+    realised = 100 * noise.realised_rate(task.true_labels, task.noisy_labels)
     assert cifar.describe(task, "the setting") == (
         f"the setting: 49000 noisy images ({realised:.2f} % of the labels are wrong), "
         "1000 trusted, 10000 test; overlap 0"
@@ -284,8 +289,8 @@ def test_a_transition_matrix_of_ones_own_is_followed(tmp_path: Path) -> None:
     file = tmp_path / "my_noise.csv"
     file.write_text("\n".join(",".join(f"{p:.2f}" for p in row) for row in rows.tolist()))
     settings = Settings(dataset="digits", noise="matrix", transition=str(file), network="mlp")
-    task = data.load(settings, torch.device("cpu"))
-    given = {one: task.given[task.true == one] for one in range(10)}
+    task = pools.load(settings, torch.device("cpu"))
+    given = {one: task.noisy_labels[task.true_labels == one] for one in range(10)}
     assert all(bool((given[one] == one).all()) for one in (0, 1, 2, 5, 6, 7, 8, 9))
     assert bool((given[3] == 7).all())
     share = (given[4] == 5).double().mean().item()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from examples.noisy_labels import data, decoding, evaluation
-from examples.noisy_labels.batches import Batch, Batches
-from examples.noisy_labels.ours import Ours, Temper
-from examples.noisy_labels.ours_barrier import OursBarrier
-from examples.noisy_labels.settings import Settings
-from examples.noisy_labels.training import Run
+from examples.noisy_labels.data import pools
+from examples.noisy_labels.data.batches import Batch, Batches
+from examples.noisy_labels.recipes import decoding
+from examples.noisy_labels.recipes.ours import Ours, Temper
+from examples.noisy_labels.recipes.ours_barrier import OursBarrier
+from examples.noisy_labels.run import evaluation
+from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.training import Run
 
 CPU = torch.device("cpu")
 PLAIN: dict[str, Any] = {"method": "ours", "dataset": "digits", "network": "mlp", "lr": 0.3, "momentum": 0.0}
@@ -43,6 +46,11 @@ def problem(classes: int) -> tuple[Linear, Batch, Batch]:
     return Linear(classes).double(), Batch(noisy, given, given), Batch(clean, true, true)
 
 
+def images_of(classes: int, images: int) -> Any:
+    """Stand for a task of which only sizes are asked."""
+    return SimpleNamespace(names=range(classes), noisy=range(images))
+
+
 def posterior(p: Tensor, transition: Tensor, given: Tensor) -> Tensor:
     m = torch.stack([p[i] * transition[:, y] for i, y in enumerate(given.tolist())])
     return m / m.sum(1, keepdim=True)
@@ -52,7 +60,7 @@ def test_two_steps_are_the_equations() -> None:
     classes, images = 3, 1000
     classifier, noisy, clean = problem(classes)
     w, e = copy.deepcopy(classifier), copy.deepcopy(classifier)
-    recipe = Ours(Settings(clean_weight=0.25, **PLAIN), classifier, classes, images)
+    recipe = Ours(Settings(clean_weight=0.25, **PLAIN), classifier, images_of(classes, images))
     first = torch.full((3, 3), 0.55 / 2, dtype=torch.float64).fill_diagonal_(0.45)
     recipe.counts.prior, recipe.counts.counts = first, 300 / classes * first
     counts = 300 / classes * first  # 100 a class
@@ -111,7 +119,7 @@ def test_the_temper_is_the_one_that_calibrates() -> None:
 
 def test_the_barrier_is_the_nearest_direction_on_which_the_trusted_loss_falls() -> None:
     classifier, _, _ = problem(2)
-    recipe = OursBarrier(Settings(**PLAIN), classifier, 2, 100)
+    recipe = OursBarrier(Settings(**PLAIN), classifier, images_of(2, 100))
     weights = torch.cat([p.detach().flatten() for p in classifier.parameters()])
     torch.manual_seed(0)
     g = torch.randn_like(weights)
@@ -131,19 +139,19 @@ def test_the_barrier_is_the_nearest_direction_on_which_the_trusted_loss_falls() 
 
 def test_answers_do_not_depend_on_which_side_is_left() -> None:
     classifier, noisy, _ = problem(3)
-    recipe = Ours(Settings(**PLAIN), classifier, 3, 100)
+    recipe = Ours(Settings(**PLAIN), classifier, images_of(3, 100))
     mirrored = noisy.inputs.flip(3)
     torch.testing.assert_close(recipe.predict(noisy.inputs), recipe.predict(mirrored))
     torch.testing.assert_close(recipe.correct(noisy.inputs, noisy.labels), recipe.correct(mirrored, noisy.labels))
     assert not torch.allclose(recipe.predict_view(noisy.inputs), recipe.predict_view(mirrored))
-    plain = Ours(Settings(**PLAIN | {"augment": False}), classifier, 3, 100)
+    plain = Ours(Settings(**PLAIN | {"augment": False}), classifier, images_of(3, 100))
     assert torch.equal(plain.predict(noisy.inputs), plain.predict_view(noisy.inputs))
 
 
 @pytest.mark.parametrize(("classes", "images"), [(3, 1000), (3, 120)])
 def test_memory_grows_to_one_pass(classes: int, images: int) -> None:
     classifier, noisy, clean = problem(classes)
-    recipe = Ours(Settings(**PLAIN), classifier, classes, images)
+    recipe = Ours(Settings(**PLAIN), classifier, images_of(classes, images))
     held = []
     for _ in range(600):
         recipe.step(noisy, clean)
@@ -157,20 +165,20 @@ def test_memory_grows_to_one_pass(classes: int, images: int) -> None:
 
 def test_views_are_the_same_images_cropped_twice() -> None:
     settings = Settings(**DIGITS)
-    task = data.load(settings, CPU)
+    task = pools.load(settings, CPU)
     options: dict[str, Any] = {"size": 20, "seed": 1, "purpose": "noisy batches"}
-    once = next(Batches(task, task.noisy, task.given, augment=False, **options))
-    twice = next(Batches(task, task.noisy, task.given, augment=False, views=2, **options))
+    once = next(Batches(task, task.noisy, task.noisy_labels, augment=False, **options))
+    twice = next(Batches(task, task.noisy, task.noisy_labels, augment=False, views=2, **options))
     assert torch.equal(twice.inputs, once.inputs.repeat(2, 1, 1, 1))
     assert torch.equal(twice.labels, once.labels.repeat(2))
-    cropped = next(Batches(task, task.noisy, task.given, augment=True, views=2, **options))
+    cropped = next(Batches(task, task.noisy, task.noisy_labels, augment=True, views=2, **options))
     assert torch.equal(cropped.labels, twice.labels)
     assert not torch.equal(cropped.inputs[:20], cropped.inputs[20:])
 
 
 def test_a_run_takes_the_views_that_the_recipe_asks_for() -> None:
     settings = Settings(**DIGITS)
-    task = data.load(settings, CPU)
+    task = pools.load(settings, CPU)
     assert Run(settings, task).noisy.views == 1, "without augmentation a second view says nothing new"
     assert Run(Settings(**DIGITS | {"augment": True}), task).noisy.views == 2
     assert Run(Settings(**DIGITS | {"method": "em", "augment": True}), task).noisy.views == 1
@@ -178,21 +186,21 @@ def test_a_run_takes_the_views_that_the_recipe_asks_for() -> None:
 
 def test_its_rule_is_bayes_rule_with_its_counts() -> None:
     settings = Settings(**DIGITS)
-    run = Run(settings, data.load(settings, CPU))
+    run = Run(settings, pools.load(settings, CPU))
     run.advance()
     probabilities, transition = evaluation.labels_by_bayes(run.recipe, run.task)
     torch.testing.assert_close(probabilities, evaluation.corrected_labels(run.recipe, run.task))
     assert isinstance(run.recipe, Ours)
     assert torch.equal(transition, run.recipe.counts.transition)
-    inputs = run.task.inputs(run.task.pixels[run.task.noisy])
+    inputs = run.task.inputs(run.task.noisy)
     with evaluation.evaluating(run.recipe):
-        expected = decoding.bayes(run.recipe.predict(inputs), transition, run.task.given)
+        expected = decoding.bayes(run.recipe.predict(inputs), transition, run.task.noisy_labels)
     torch.testing.assert_close(probabilities, expected)
 
 
 def test_it_recovers_labels_of_digits() -> None:
     settings = Settings(epochs=10, **DIGITS)
-    run = Run(settings, data.load(settings, CPU))
+    run = Run(settings, pools.load(settings, CPU))
     while run.epoch < run.epochs:
         while run.step < len(run.noisy):
             run.advance()

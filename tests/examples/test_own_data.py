@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from examples.noisy_labels import checkpoint, interruption, own_data
-from examples.noisy_labels.own import drawings, model, options, reading
-from examples.noisy_labels.own.options import Options
-from examples.noisy_labels.own.run import Run
+from examples.noisy_labels import own_data
+from examples.noisy_labels.data import own as reading
+from examples.noisy_labels.report import model
+from examples.noisy_labels.report import pictures as drawings
+from examples.noisy_labels.run import checkpoint, evaluation, interruption, options
+from examples.noisy_labels.run.options import Options
+from examples.noisy_labels.run.training import Run
 from own_worlds import CENTRES, pictures, points, read, write, write_trusted
 
 SHORT = [
@@ -39,7 +42,7 @@ Advance = Callable[[Run], dict[str, torch.Tensor]]
 
 @pytest.fixture
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("curves", "label_heatmap", "suspicious"):  # slow, and drawn in a test of their own
+    for name in ("curves", "label_heatmap", "contact_sheet"):  # slow, and drawn in a test of their own
         monkeypatch.setattr(drawings, name, lambda *_: None)
 
 
@@ -242,7 +245,7 @@ def test_a_run_is_resumed_only_on_its_samples_and_options(
     assert "holds a run already" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         own_data.main(["--resume", "--out", str(folder), "--seed", "2"])
-    assert "the saved run has seed = 1, not 2" in capsys.readouterr().err
+    assert "the saved run has --seed 1, not --seed 2" in capsys.readouterr().err
     rows = points()
     rows[50]["label"] = "cow" if rows[50]["label"] != "cow" else "ape"
     write(Path(files[1]), rows)
@@ -265,17 +268,19 @@ def test_a_loaded_model_predicts_what_it_did_in_memory(tmp_path: Path) -> None:
     table, trusted = write(tmp_path / "points.csv", rows, columns), write_trusted(tmp_path / "trusted.csv", rows)
     chosen = Options(table=str(table), trusted=str(trusted), categorical=("colour",), epochs=2, batch_size=20)
     data = reading.read(chosen)
-    run = Run(chosen.resolved(len(data.samples.noisy)), data.samples)
+    settings = chosen.resolved(len(data.samples.noisy))
+    run = Run(settings, data.samples)
     for _ in range(3):
         run.advance()
-    model.save(tmp_path / "model.pt", run, data.encoding)
+    model.save(tmp_path / "model.pt", run, settings, data.encoding)
     everyone = torch.arange(len(rows))
-    classifier, both = run.probabilities(everyone)
+    predict, opinions = evaluation.predictions, evaluation.opinions
+    classifier, both = (answer(run.recipe, data.samples, everyone) for answer in (predict, opinions))
 
     loaded = model.load(tmp_path / "model.pt")
     inputs = loaded.read_table(write(tmp_path / "new.csv", rows, ["colour", "height", "width"]))
     assert torch.equal(loaded.probabilities(inputs), classifier)
-    assert torch.equal(loaded.correct(inputs, data.samples.shown), both)
+    assert torch.equal(loaded.correct(inputs, data.samples.given), both)
     names = [loaded.names[i] for i in classifier.argmax(1).tolist()]
     assert loaded.predict_table(tmp_path / "new.csv") == names
     write(tmp_path / "lacking.csv", rows, ["colour", "height"])

@@ -14,12 +14,13 @@ from PIL import Image
 from torch.nn.functional import one_hot
 
 from examples.noisy_labels import own_data
-from examples.noisy_labels.models import Corrector
-from examples.noisy_labels.own import features, images, labels, networks, reading, table
-from examples.noisy_labels.own.networks import VoteCorrector
-from examples.noisy_labels.own.options import Options
-from examples.noisy_labels.own.run import Run
-from examples.noisy_labels.own.samples import Samples, hold_out
+from examples.noisy_labels.data import features, images, labels, table
+from examples.noisy_labels.data import own as reading
+from examples.noisy_labels.data.samples import Samples, hold_out
+from examples.noisy_labels.data.task import statistics
+from examples.noisy_labels.recipes.models import Corrector
+from examples.noisy_labels.run.options import Options
+from examples.noisy_labels.run.training import Run
 from own_worlds import NAMES, Rows, pictures, points, write, write_trusted
 
 REPOSITORY = Path(__file__).parents[2]
@@ -37,9 +38,9 @@ def test_soft_labels_are_vote_shares(tmp_path: Path) -> None:
     four = ("ann", "bob", "eve", "ted")
     one = samples(tmp_path, text, annotators=four, trusted_column="truth")
     assert one.names == ("no", "yes")
-    assert one.shares[2:].tolist() == [[0.25, 0.75], [0.5, 0.5], [0.0, 1.0]]
-    assert one.given[one.noisy].tolist() == [1, 0, 1]  # of tied classes the first
-    assert one.labels[one.trusted].tolist() == [0, 1]
+    assert one.given[2:].tolist() == [[0.25, 0.75], [0.5, 0.5], [0.0, 1.0]]
+    assert one.majority[one.noisy].tolist() == [1, 0, 1]  # of tied classes the first
+    assert one.labels[one.clean].tolist() == [0, 1]
     shuffled = samples(tmp_path, text, annotators=("ted", "ann", "eve", "bob"), trusted_column="truth")
     assert torch.equal(one.votes, shuffled.votes)
 
@@ -47,29 +48,29 @@ def test_soft_labels_are_vote_shares(tmp_path: Path) -> None:
 def test_the_corrector_is_told_the_votes_of_trusted_samples(tmp_path: Path) -> None:
     text = "id,x,ann,bob,truth\na,1,no,yes,no\nb,2,no,no,yes\nc,3,no,yes,\nf,3,,,no\n"
     one = samples(tmp_path, text, "a\nb\nf\n", annotators=("ann", "bob"), trusted_column="truth")
-    told = one.shown[one.trusted].tolist()
+    told = one.given[one.clean].tolist()
     assert told == [[0.5, 0.5], [1.0, 0.0], [1.0, 0.0]]  # b's votes are wrong, and that is the lesson; f has none
-    run = Run(Options(table="-", trusted="-", epochs=1, corrupt=0.5, network="mlp"), one)
-    assert run.trusted.corrupt is not None
-    assert run.trusted.corrupt.tolist() == [0.0, 0.0, 0.5]
+    run = Run(Options(table="-", trusted="-", epochs=1, corrupt_clean=0.5, network="mlp"), one)
+    assert run.clean.corrupt is not None
+    assert run.clean.corrupt.tolist() == [0.0, 0.0, 0.5]
 
 
 def test_labels_that_show_no_mistake_are_told_at_random(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("id,x,label\na,1,no\nb,2,yes\nc,3,no\n")
     (tmp_path / "ids.txt").write_text("a\nb\n")
     data = reading.read(Options(table=str(tmp_path / "t.csv"), trusted=str(tmp_path / "ids.txt")))
-    assert not data.samples.voted[data.samples.trusted].any()
+    assert not data.samples.mistakes_known.any()
     assert "the given labels of all trusted samples are right" in data.notes[-1]
-    run = Run(Options(table="-", trusted="-", epochs=1, corrupt=1.0, network="mlp"), data.samples)
-    told = torch.stack([next(run.trusted).shown for _ in range(50)])
-    assert 0.3 < told[..., 0].mean().item() < 0.7  # drawn from both classes, whatever the label
+    run = Run(Options(table="-", trusted="-", epochs=1, corrupt_clean=1.0, network="mlp"), data.samples)
+    told = torch.stack([next(run.clean).given for _ in range(50)])
+    assert 0.3 < told.double().mean().item() < 0.7  # drawn from both classes, whatever the label
 
 
 def test_integer_classes_are_in_the_order_of_numbers_however_written(tmp_path: Path) -> None:
     text = "id,x,ann,bob,truth\na,1,9.0,,9\nb,2,10,,10\nc,3,2,10.0,\nd,4,2,,2.0\n"
     one = samples(tmp_path, text, "a\nb\nd\n", annotators=("ann", "bob"), trusted_column="truth")
     assert one.names == ("2", "9", "10")
-    assert one.shares[2].tolist() == [0.5, 0.0, 0.5]
+    assert one.given[2].tolist() == [0.5, 0.0, 0.5]
     assert labels.canonical(["3.0", "", "10"]) == ["3", "", "10"]
     assert labels.canonical(["3.0", "x"]) == ["3.0", "x"]
     assert labels.class_names({"10", "9", "2"}) == ("2", "9", "10")
@@ -89,23 +90,24 @@ def test_the_ways_spreadsheets_write_are_read_alike(delimiter: str, head: str, d
     file = write(tmp_path / "other.csv", rows, delimiter=delimiter, head=head)
     other = reading.read(Options(table=str(file), trusted=trusted, decimal=decimal))
     assert other.samples.digest() == plain.samples.digest()
-    said = reading.read(Options(table=str(file), trusted=trusted, decimal=decimal, delimiter=delimiter))
-    assert said.samples.digest() == plain.samples.digest()  # the trusted ids keep their commas
+    named = reading.read(Options(table=str(file), trusted=trusted, decimal=decimal, delimiter=delimiter))
+    assert named.samples.digest() == plain.samples.digest()  # the trusted ids keep their commas
 
 
 def test_quoted_cells_may_hold_delimiters_and_lines(tmp_path: Path) -> None:
     file = tmp_path / "t.csv"
     file.write_text('\n"name, full",x,label\n"a ""1"", first",1, "ye\nah"\n\n" b",2,no\n')
     read = table.read(file, delimiter=",")
-    assert read.columns == {"name, full": ['a "1", first', "b"], "x": ["1", "2"], "label": ["ye\nah", "no"]}
-    assert read.lines == [4, 6]
+    columns = {name: read.column(name, "features") for name in read.columns}
+    assert columns == {"name, full": ['a "1", first', "b"], "x": ["1", "2"], "label": ["ye\nah", "no"]}
+    assert [read.where(row) for row in (0, 1)] == ["t.csv, row 3", "t.csv, row 5"]
 
 
 def test_a_column_without_a_name_is_no_feature(tmp_path: Path) -> None:
     text = ",x,label\n0,1,no\n1,2,yes\n2,3,no\n"  # as pandas writes its index
     one = samples(tmp_path, text, "1\n2\n")  # without ids, rows are counted from 1
     assert one.ids == ("1", "2", "3")
-    assert one.inputs.tolist() == [[1], [2], [3]]
+    assert one.samples.tolist() == [[1], [2], [3]]
 
 
 def test_features_are_numbers_categories_and_means(tmp_path: Path) -> None:
@@ -115,8 +117,8 @@ def test_features_are_numbers_categories_and_means(tmp_path: Path) -> None:
         tmp_path, text, categorical=("colour",), missing="mean", test=str(tmp_path / "test.csv"), ignore=("id",)
     )
     # Sorted: x, z, colour = blue, colour = red. What the test row has counts neither as a category nor for the mean.
-    assert one.inputs.tolist() == [[5, 1, 0, 1], [6, 2.5, 1, 0], [7, 4, 0, 0], [8, 100, 0, 0]]
-    assert one.held_out.tolist() == [3]
+    assert one.samples.tolist() == [[5, 1, 0, 1], [6, 2.5, 1, 0], [7, 4, 0, 0], [8, 100, 0, 0]]
+    assert one.test.tolist() == [3]
 
 
 def test_trusted_labels_are_found_where_the_docs_say(tmp_path: Path) -> None:
@@ -140,8 +142,8 @@ def test_trusted_labels_are_found_where_the_docs_say(tmp_path: Path) -> None:
                 row["audit"] = ""
             write(file, rows, ["id", "width", "height", "label", "audit"])
         read = reading.read(chosen).samples
-        assert read.trusted.tolist() == list(range(6))
-        assert read.labels[read.trusted].tolist() == wanted
+        assert read.clean.tolist() == list(range(6))
+        assert read.labels[read.clean].tolist() == wanted
 
 
 def test_what_is_held_out_is_never_trained_on() -> None:
@@ -155,20 +157,19 @@ def test_what_is_held_out_is_never_trained_on() -> None:
 
 def test_standardisation_uses_what_is_trained_on() -> None:
     pixels = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    mean, std = networks.statistics(pixels)
+    mean, std = statistics(pixels)
     flat = pixels.double().movedim(1, 0).flatten(1)
     torch.testing.assert_close(mean.flatten().double(), flat.mean(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(std.flatten().double(), flat.std(1, correction=0), rtol=1e-6, atol=0)
-    mean, std = networks.statistics(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+    mean, std = statistics(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
     assert (mean.tolist(), std.tolist()) == ([2.0, 5.0], [1.0, 1.0])  # a constant feature is left as it is
 
 
 def test_the_corrector_of_votes_is_the_plain_one_if_all_agree() -> None:
     torch.manual_seed(0)
-    votes, plain = VoteCorrector(4, 3), Corrector(4, 3)
-    plain.load_state_dict(votes.state_dict())
+    corrector = Corrector(4, 3)
     seen, given = torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0])
-    torch.testing.assert_close(votes(seen, one_hot(given, 3).float()), plain(seen, given))
+    torch.testing.assert_close(corrector(seen, one_hot(given, 3).float()), corrector(seen, given))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
@@ -195,7 +196,7 @@ def test_images_named_in_a_table(tmp_path: Path) -> None:
         Options(table=str(file), images=str(tmp_path / "shapes"), label="ann", trusted_column="checked", image_size=12)
     )
     assert read.samples.ids == tuple(true)
-    assert read.samples.inputs.shape == (48, 3, 12, 12)
+    assert read.samples.samples.shape == (48, 3, 12, 12)
     assert len(read.samples.noisy) == 28
 
 
@@ -252,10 +253,10 @@ MISTAKES: dict[str, tuple[Damage, list[str], str]] = {
     "unknown trusted id": (
         trusted_line("row999,ape"),
         [],
-        "trusted.csv, line 32): the id 'row999' is not in points.csv",
+        "trusted.csv, row 32): the id 'row999' is not in points.csv",
     ),
-    "trusted twice": (trusted_line("row003,ape"), [], "trusted.csv, line 32): the id 'row003' is there twice"),
-    "trusted without label": (trusted_line("row050,"), [], "line 32): the trusted sample 'row050' has no label"),
+    "trusted twice": (trusted_line("row003,ape"), [], "trusted.csv, row 32): the id 'row003' is there twice"),
+    "trusted without label": (trusted_line("row050,"), [], "row 32): the trusted sample 'row050' has no label"),
     "no trusted file": (nothing, ["--trusted", "nowhere.txt"], "Trusted(nowhere.txt): there is no such file."),
     "trusted names nobody": (nothing, ["--trusted", "empty.txt"], "Trusted(empty.txt): the file names no sample"),
     "trusted and tested": (
@@ -269,15 +270,15 @@ MISTAKES: dict[str, tuple[Damage, list[str], str]] = {
         ["--trusted", "all.txt", "--annotators", "label"],
         "of several annotators' columns none is the trusted one",
     ),
-    "duplicate ids": (cell("id", "row007"), [], "points.csv, line 42, column 'id'): the id 'row007' is that of line 9"),
-    "empty id": (cell("id", ""), [], "points.csv, line 42, column 'id'): has no id"),
-    "empty label": (cell("label", ""), [], "points.csv, line 42): 'row040' has no label in label and is not trusted"),
+    "duplicate ids": (cell("id", "row007"), [], "points.csv, row 42, column 'id'): the id 'row007' is that of row 9"),
+    "empty id": (cell("id", ""), [], "points.csv, row 42, column 'id'): has no id"),
+    "empty label": (cell("label", ""), [], "points.csv, row 42): 'row040' has no label in label and is not trusted"),
     "class without trusted": (misspelt, [], "class 'cwo'): no sample of the class 'cwo' is trusted (1 rows"),
-    "non-numeric cell": (cell("width", "wide"), [], "points.csv, line 42, column 'width'): 'wide' is not a number"),
-    "decimal comma": (cell("width", "1,5"), [], "'1,5' is not a number. Decimal commas are said with --decimal ,"),
-    "infinite cell": (cell("width", "inf"), [], "line 42, column 'width'): inf is too large"),
-    "empty cell": (cell("width", ""), [], "points.csv, line 42, column 'width'): the cell is empty"),
-    "empty category": (cell("width", ""), ["--categorical", "width"], "line 42, column 'width'): the cell is empty"),
+    "non-numeric cell": (cell("width", "wide"), [], "points.csv, row 42, column 'width'): 'wide' is not a number"),
+    "decimal comma": (cell("width", "1,5"), [], "'1,5' is not a number. Decimal commas are read with --decimal ,"),
+    "infinite cell": (cell("width", "inf"), [], "row 42, column 'width'): inf is too large"),
+    "empty cell": (cell("width", ""), [], "points.csv, row 42, column 'width'): the cell is empty"),
+    "empty category": (cell("width", ""), ["--categorical", "width"], "row 42, column 'width'): the cell is empty"),
     "one class": (
         every("label", "ape"),
         ["--trusted", "one.csv"],
@@ -286,11 +287,11 @@ MISTAKES: dict[str, tuple[Damage, list[str], str]] = {
     "empty file": (whole_table(b""), RAW, "Table(raw.csv): the file is empty"),
     "only spaces": (whole_table(b"\n  \n"), RAW, "Table(raw.csv): the file is empty"),
     "only a header": (whole_table(b"id,x,label\n"), RAW, "Table(raw.csv): there is no row after the column names"),
-    "ragged row": (whole_table(b"id,x,label\na,1,y\nb,1,y,7\n"), RAW, "line 3): has 4 cells, and the first line 3"),
+    "ragged row": (whole_table(b"id,x,label\na,1,y\nb,1,y,7\n"), RAW, "row 3): has 4 cells, and the first 3"),
     "column twice": (whole_table(b"id,x,x\na,1,y\n"), RAW, "two columns are called 'x'"),
     "open quote": (whole_table(b'id,x,label\na,"1,y\nb,1,y\n'), RAW, "Most often a quotation mark is not closed"),
     "no text": (whole_table(b"PK\x03\x04\xff\xfe\x00"), RAW, "Table(raw.csv): is not a text in utf-8-sig"),
-    "no label column": (whole_table(b"id,x,y\na,1,y\n"), RAW, "which column holds the labels is not said"),
+    "no label column": (whole_table(b"id,x,y\na,1,y\n"), RAW, "no column is called 'label'"),
     "wrong delimiter": (
         nothing,
         ["--delimiter", ";"],
@@ -344,7 +345,7 @@ def test_an_unreadable_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
     ("arguments", "message"),
     [
         ([], "there is nothing to read"),
-        (["--table", "a.csv"], "which samples are trusted is not said"),
+        (["--table", "a.csv"], "no samples are named as trusted"),
         (["--table", "a.csv", "--trusted", "t", "--label", "x", "--annotators", "y"], "Give one of them"),
         (["--table", "a.csv", "--trusted", "t", "--hold-out", "1"], "must be at least 0 and below 1"),
         (["--table", "a.csv", "--trusted", "t", "--epochs", "0"], "must be at least 1"),
@@ -352,7 +353,7 @@ def test_an_unreadable_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--table", "a.csv", "--trusted", "t", "--delimiter", ";;"], "must be one character"),
         (["--table", "a.csv", "--trusted", "t", "--method", "magic"], "invalid choice"),
         (["--table", "a.csv", "--trusted", "t", "--lr", "0"], "must be above 0"),
-        (["--resume"], "which run is not said"),
+        (["--resume"], "--out is missing"),
         (["--resume", "--out", "nowhere"], "there is no run to resume"),
         (["--config", "nowhere.json"], "No such file"),
     ],

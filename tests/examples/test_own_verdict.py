@@ -11,19 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from examples.noisy_labels import interruption, own_data
-from examples.noisy_labels.own import drawings, judgement, parquet, reading
-from examples.noisy_labels.own.network_way import NetworkWay
-from examples.noisy_labels.own.options import Options
-from examples.noisy_labels.own.problem import UNKNOWN
+from examples.noisy_labels import own_data
+from examples.noisy_labels.data import own as reading
+from examples.noisy_labels.data import table
+from examples.noisy_labels.report import pictures as drawings
+from examples.noisy_labels.run import interruption
+from examples.noisy_labels.run.options import Options
+from examples.noisy_labels.verdict import judgement
+from examples.noisy_labels.verdict.network_way import NetworkWay
+from examples.noisy_labels.verdict.problem import UNKNOWN
 from own_worlds import Rows, pictures, points, read, write, write_trusted
 
+WAYS = ["given", "trusted", "classifier", "bayes", "ebomlc", "together"]
 SHORT = ["--epochs", "4", "--batch-size", "20", "--log-interval", "2"]
 
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("curves", "label_heatmap", "suspicious"):
+    for name in ("curves", "label_heatmap", "contact_sheet"):
         monkeypatch.setattr(drawings, name, lambda *_: None)
 
 
@@ -58,7 +63,14 @@ def test_a_run_leaves_a_verdict_and_what_to_check_next(
     assert "verdict: correct, see verdict.txt" in text.splitlines()[-1]
     values = json.loads((out / "verdict.json").read_text())
     names = [one["name"] for one in values["verdict"]["scores"]]
-    assert [one for one in names if one != "cleanlab"] == ["given", "trusted", "classifier", "bayes", "ebomlc"]
+    assert [one for one in names if one != "cleanlab"] == [
+        "given",
+        "trusted",
+        "classifier",
+        "bayes",
+        "ebomlc",
+        "together",
+    ]
     assert values["verdict"]["judged"] == 120, "all trusted samples judge"
     rows = read(out / "corrected_labels.csv")
     assert list(rows[0]) == ["id", "given", "corrected", "probability", "suspicion", "action"]
@@ -100,7 +112,7 @@ def test_groups_and_suspicious_samples_are_read(files: list[str], tmp_path: Path
     assert (problem.truth != UNKNOWN).sum() == 120
     assert problem.annotations.shape == (300, 1)
     assert "patient" not in data.notes[0]
-    assert len(data.samples.held_out) == 0, "all trusted samples train, because all of them judge in turn"
+    assert len(data.samples.test) == 0, "all trusted samples train, because all of them judge in turn"
     (tmp_path / "looked.txt").write_text("row200\n")
     with pytest.raises(ValueError, match="'row200' is not trusted"):
         reading.read(options)
@@ -154,7 +166,14 @@ def test_images_are_judged_by_networks(tmp_path: Path) -> None:
     assert own_data.main([*command, "--epochs", "1", "--batch-size", "12", "--out", str(tmp_path / "run")]) == 0
     values = json.loads((tmp_path / "run" / "verdict.json").read_text())
     names = [one["name"] for one in values["verdict"]["scores"]]
-    assert [one for one in names if one != "cleanlab"] == ["given", "trusted", "classifier", "bayes", "ebomlc"]
+    assert [one for one in names if one != "cleanlab"] == [
+        "given",
+        "trusted",
+        "classifier",
+        "bayes",
+        "ebomlc",
+        "together",
+    ]
     assert len(read(tmp_path / "run" / "corrected_labels.csv")) == 36
 
 
@@ -181,7 +200,10 @@ def test_given_labels_that_were_corrected_judge_no_correction(
         (["--check", "-1"], "--check -1: must be at least 0"),
         (["--classifier", "magic"], "--classifier magic: is none of logistic, trees"),
         (["--classifier", "sklearn.svm.LinearSVC"], "gives no probabilities"),
-        (["--way", "magic"], "--way magic: must be best, given, trusted, classifier, cleanlab, bayes or the --method"),
+        (
+            ["--way", "magic"],
+            "--way magic: must be best, verdict, together, given, trusted, classifier, cleanlab, bayes",
+        ),
         (["--way", "bayes", "--folds", "0"], "--way bayes: is judged in folds"),
     ],
 )
@@ -225,11 +247,15 @@ def test_parquet_in_and_out(files: list[str], tmp_path: Path) -> None:
 
 def test_missing_cells_of_parquet_are_empty() -> None:
     numpy_nan, nothing = float("nan"), None
-    assert [parquet._text(one) for one in (3.0, 2.5, numpy_nan, nothing, " x ", 7)] == ["3", "2.5", "", "", "x", "7"]
+    assert [table._text(one) for one in (3.0, 2.5, numpy_nan, nothing, " x ", 7)] == ["3", "2.5", "", "", "x", "7"]
 
 
 def test_parquet_without_its_reader_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
-    monkeypatch.setitem(__import__("sys").modules, "pandas", None)
-    with pytest.raises(ValueError, match=r"read and written by pandas and pyarrow, which are not installed"):
+
+    def missing(*_: Any) -> None:
+        raise ImportError
+
+    monkeypatch.setattr("pandas.read_parquet", missing)
+    with pytest.raises(ValueError, match=r"read and written by pyarrow, which is not installed"):
         reading.read(Options(table=str(tmp_path / "t.parquet"), trusted="c.csv"))

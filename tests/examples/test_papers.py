@@ -8,14 +8,15 @@ import pytest
 import torch
 
 import bilevel
-from examples.noisy_labels import command_line, compare, data
-from examples.noisy_labels.enhanced_label_correction import EnhancedLabelCorrection
-from examples.noisy_labels.label_correction import split
-from examples.noisy_labels.learning_to_reweight import LearningToReweight
-from examples.noisy_labels.meta_weight_net import MetaWeightNet
-from examples.noisy_labels.recipes import MetaLabelCorrection
-from examples.noisy_labels.settings import Settings
-from examples.noisy_labels.training import Run
+from examples.noisy_labels.data import pools
+from examples.noisy_labels.recipes.enhanced_label_correction import EnhancedLabelCorrection
+from examples.noisy_labels.recipes.label_correction import split
+from examples.noisy_labels.recipes.learning_to_reweight import LearningToReweight
+from examples.noisy_labels.recipes.meta_label_correction import MetaLabelCorrection
+from examples.noisy_labels.recipes.meta_weight_net import MetaWeightNet
+from examples.noisy_labels.run import command_line, compare
+from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.training import Run
 
 METHODS = ("mlc", "emlc", "emlc-one-step", "l2rw", "mwnet", "pmwnet", "coteaching-plus", "dividemix")
 
@@ -37,7 +38,7 @@ def test_the_library_finds_its_directions_right(method: str) -> None:
     settings = Settings(
         method=method, dataset="digits", network="mlp", noise="flip", augment=False, clean_fraction=0.04, batch_size=20
     )
-    run = Run(settings, data.load(settings, torch.device("cpu")))
+    run = Run(settings, pools.load(settings, torch.device("cpu")))
     for _ in range(3):
         run.advance()
     noisy, clean, recipe = next(run.noisy), next(run.clean), run.recipe
@@ -46,7 +47,7 @@ def test_the_library_finds_its_directions_right(method: str) -> None:
         upper, joining = split(clean, recipe.mix_clean)
         batches = (upper, (noisy, joining))
     elif isinstance(recipe, EnhancedLabelCorrection):
-        batches = (recipe.shown(clean), *recipe.parts(noisy))
+        batches = (recipe.corrupted(clean), *recipe.parts(noisy))
     elif isinstance(recipe, LearningToReweight):
         recipe.weights.data.zero_()  # as every step begins
     assert isinstance(recipe, MetaLabelCorrection | EnhancedLabelCorrection | LearningToReweight | MetaWeightNet)

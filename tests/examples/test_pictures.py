@@ -12,7 +12,9 @@ import torch
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from examples.noisy_labels import data, pictures
+from examples.noisy_labels.data.task import Task
+from examples.noisy_labels.report import pictures, results
+from examples.noisy_labels.run.log import Log
 
 
 @pytest.fixture
@@ -24,14 +26,23 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
     pyplot.close("all")
 
 
-def task(classes: int, images: int = 200) -> data.Task:
-    labels = torch.arange(images) % classes
+def task(classes: int, images: int = 200) -> Task:
+    labels = torch.arange(2 * images) % classes
     given = labels.clone()
     given[:20] = (given[:20] + 1) % classes
-    pixels = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (2 * images, 3, 32, 32), dtype=torch.uint8)
     names = tuple(f"class_{i}" for i in range(classes))
-    none, one = torch.zeros(0, dtype=torch.int64), torch.ones(1)
-    return data.Task(pixels, labels, none, torch.arange(images), none, given, names, one, one)
+    noisy, test = torch.arange(2 * images).split(images)
+    return Task(pixels, labels, given, noisy[:0], noisy, test, names, torch.ones(1), torch.ones(1))
+
+
+def draw(tmp_path: Path, drawn: list[Figure], problem: Task, probabilities: torch.Tensor) -> list[Figure]:
+    """Draw all pictures of a run that has corrected the labels so."""
+    log = Log(tmp_path / "log.jsonl")
+    log.write(**records(bilevel=True)[0])
+    for one in results.draw(Path("unused"), problem, log, "title", probabilities, probabilities):
+        one()
+    return drawn
 
 
 def records(*, bilevel: bool) -> list[dict[str, Any]]:
@@ -42,13 +53,20 @@ def records(*, bilevel: bool) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("bilevel", [True, False])
 def test_curves_show_what_was_recovered_and_broken(bilevel: bool, drawn: list[Figure]) -> None:
-    pictures.curves(Path("unused"), records(bilevel=bilevel), "title", wrong=0.4)
+    numbers = {"test_accuracy": 100, "right": 50, "recovered": 20, "broken": 30}
+    pictures.curves(Path("unused"), records(bilevel=bilevel), "title", numbers, wrong=0.4)
     panels = {panel.get_title(): panel for panel in drawn[0].axes}
     assert ("multiplier" in panels) == bilevel
-    lines = {line.get_label(): list(line.get_ydata()) for line in panels["labels of the noisy images"].lines}
+    lines = {line.get_label(): list(line.get_ydata()) for line in panels["labels of the noisy samples"].lines}
     assert lines["wrong labels: recovered"] == pytest.approx([30, 30, 30])
     assert lines["right labels: broken"] == pytest.approx([10, 10, 10])
     assert lines["right as given"] == pytest.approx([60, 60])
+    # Half of 100 test images: the exact interval is from 39.8 to 60.2 %.
+    (band,) = panels["test samples"].collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((39.83, 60.17), abs=0.01)
+    assert len(panels["labels of the noisy samples"].collections) == 3
+    assert not panels["losses"].collections, "a loss is no share"
     if bilevel:
         assert list(panels["multiplier"].lines[0].get_ydata()) == pytest.approx([0.7] * 3)
         assert panels["multiplier"].get_ylim()[0] == 0
@@ -56,7 +74,7 @@ def test_curves_show_what_was_recovered_and_broken(bilevel: bool, drawn: list[Fi
 
 
 def test_lines_differ_in_more_than_colour(drawn: list[Figure]) -> None:
-    pictures.curves(Path("unused"), records(bilevel=True), "title")
+    pictures.curves(Path("unused"), records(bilevel=True), "title", {})
     lines = drawn[0].axes[1].lines
     assert (
         len({line.get_linestyle() for line in lines}) == len({line.get_marker() for line in lines}) == len(lines) == 3
@@ -64,10 +82,9 @@ def test_lines_differ_in_more_than_colour(drawn: list[Figure]) -> None:
 
 
 @pytest.mark.parametrize("classes", [10, 100])
-def test_the_heatmap_names_its_classes_and_none_overlap(classes: int, drawn: list[Figure]) -> None:
+def test_the_heatmap_names_its_classes_and_none_overlap(classes: int, drawn: list[Figure], tmp_path: Path) -> None:
     problem = task(classes)
-    pictures.label_heatmap(Path("unused"), problem, torch.eye(classes)[problem.labels], "title")
-    figure = drawn[0]
+    _, figure, _ = draw(tmp_path, drawn, problem, torch.eye(classes)[problem.true_labels])
     figure.canvas.draw()
     given, corrected, bar = figure.axes
     assert given.get_title() == "given labels: 90.0 % right"
@@ -86,12 +103,14 @@ def test_the_heatmap_names_its_classes_and_none_overlap(classes: int, drawn: lis
         assert ((0, 0), "90") in numbers
 
 
-def test_the_contact_sheet_counts_what_it_caught(drawn: list[Figure]) -> None:
+def test_the_contact_sheet_counts_what_it_caught(
+    drawn: list[Figure], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     problem = task(10)
-    probabilities = torch.eye(10)[problem.labels]
+    probabilities = torch.eye(10)[problem.true_labels]
+    monkeypatch.setattr(results, "SUSPECTS", 16)
     probabilities[0] = torch.eye(10)[5]  # image 0 is class 0, was given 1, and is corrected to 5
-    pictures.suspicious(Path("unused"), problem, probabilities, "title", rows=2, columns=8)
-    figure = drawn[0]
+    _, _, figure = draw(tmp_path, drawn, problem, probabilities)
     assert "16 of these 16 given labels are wrong" in figure.get_suptitle()
     titles = [panel.get_title() for panel in figure.axes]
     assert titles[0] == "image 0\ngiven: class 1\nnow: class 5 \N{BALLOT X}\ntrue: class 0"

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from examples.noisy_labels import data, evaluation
-from examples.noisy_labels.models import Corrector, ResNet
-from examples.noisy_labels.precision import mixed_precision
-from examples.noisy_labels.settings import METHODS, Settings
-from examples.noisy_labels.training import Run
+from examples.noisy_labels.data import pools
+from examples.noisy_labels.recipes.models import Corrector, ResNet
+from examples.noisy_labels.recipes.precision import mixed_precision
+from examples.noisy_labels.run import evaluation
+from examples.noisy_labels.run.settings import METHODS, Settings
+from examples.noisy_labels.run.training import Run
 
 DIGITS: dict[str, Any] = {"dataset": "digits", "network": "mlp", "noise": "flip", "augment": False}
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ def test_a_step_has_nearly_the_numbers_of_float32(method: str) -> None:
     found = {}
     for amp in ("off", "bf16"):
         settings = Settings(method=method, amp=amp, clean_fraction=0.04, delta=1.0, xi=1.0, **DIGITS)
-        run = Run(settings, data.load(settings, CPU))
+        run = Run(settings, pools.load(settings, CPU))
         found[amp] = run.advance()
         for network in run.recipe.networks.values():
             assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
@@ -60,7 +61,7 @@ def test_training_in_bfloat16_is_about_as_good() -> None:
         settings = Settings(
             amp=amp, clean_fraction=0.04, delta=1.0, xi=1.0, meta_lr=3e-3, epochs=6, batch_size=50, **DIGITS
         )
-        run = Run(settings, data.load(settings, CPU))
+        run = Run(settings, pools.load(settings, CPU))
         while run.epoch < settings.epochs:
             while run.step < len(run.noisy):
                 run.advance()

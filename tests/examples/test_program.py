@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.noisy_labels import cifar, command_line, compare, noise, results
-from examples.noisy_labels.compare import Outcome
-from examples.noisy_labels.evaluation import recovery
-from examples.noisy_labels.settings import Settings
+from examples.noisy_labels import cifar
+from examples.noisy_labels.data import noise
+from examples.noisy_labels.report import results
+from examples.noisy_labels.run import command_line, compare
+from examples.noisy_labels.run.compare import Outcome
+from examples.noisy_labels.run.evaluation import recovery
+from examples.noisy_labels.run.settings import Settings
 
 REPOSITORY = Path(__file__).parents[2]
 SHORT = ["--dataset", "digits", "--epochs", "2", "--log-interval", "5"]
@@ -88,9 +91,11 @@ def test_corrected_labels_are_written_for_every_noisy_image(finished: tuple[Path
 def test_corrected_labels_are_written_by_name(tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    task = SimpleNamespace(noisy=torch.tensor([4, 9]), given=torch.tensor([1, 0]), names=("airplane", "automobile"))
+    task = SimpleNamespace(
+        noisy=torch.tensor([4, 9]), noisy_labels=torch.tensor([1, 0]), names=("airplane", "automobile")
+    )
     probabilities = torch.tensor([[0.9, 0.1], [0.75, 0.25]])
-    results.write_corrected_labels(tmp_path / "labels.csv", task, probabilities)  # type: ignore[arg-type]
+    results.write_corrected_labels(tmp_path / "labels.csv", task, probabilities, probabilities)  # type: ignore[arg-type]
     assert (tmp_path / "labels.csv").read_text().splitlines() == [
         "index,given,corrected,probability,suspicion",
         "4,automobile,airplane,0.9000,1",
@@ -109,7 +114,7 @@ def test_recovery_counts_what_it_says() -> None:
     true, given = torch.tensor([0, 0, 0, 0, 1]), torch.tensor([0, 0, 1, 1, 0])
     corrected = torch.nn.functional.one_hot(torch.tensor([0, 1, 0, 1, 1]), 2).float()
     # 2 given labels were right, of which 1 is broken; 3 were wrong, of which 2 came right; 3 of 5 are right now.
-    answer = recovery(corrected, SimpleNamespace(true=true, given=given))  # type: ignore[arg-type]
+    answer = recovery(corrected, SimpleNamespace(true_labels=true, noisy_labels=given))  # type: ignore[arg-type]
     assert answer == pytest.approx({"right": 3 / 5, "recovered": 2 / 3, "broken": 1 / 2})
 
 
@@ -182,7 +187,7 @@ def test_resuming_with_other_options_is_refused(tmp_path: Path, capsys: pytest.C
     assert (kept.settings.delta, kept.settings.data) == (1.0, "elsewhere")
     with pytest.raises(SystemExit):
         command_line.parse(["--resume", "--delta", "0.5", "--out", str(tmp_path)])
-    assert "the saved run has delta = 1.0, not 0.5" in capsys.readouterr().err
+    assert "the saved run has --delta 1.0, not --delta 0.5" in capsys.readouterr().err
 
 
 def test_a_saved_configuration_can_be_given_again(tmp_path: Path) -> None:
@@ -195,7 +200,7 @@ def test_a_saved_configuration_can_be_given_again(tmp_path: Path) -> None:
 def test_presets_fill_in_what_is_not_said() -> None:
     paper = command_line.parse(["--preset", "paper"]).settings
     assert (paper.network, paper.epochs, paper.batch_size, paper.lr) == ("resnet32", 120, 100, 0.1)
-    assert paper.drops == [80, 100]
+    assert paper.decay_epochs == [80, 100]
     assert (paper.meta_lr, paper.delta, paper.xi, paper.rho) == (3e-4, 0.25, 0.5, 0.2)
     quick = command_line.parse(["--preset", "quick", "--epochs", "3"]).settings
     assert (quick.network, quick.epochs) == ("small", 3)

@@ -9,14 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.noisy_labels import data, recipes
-from examples.noisy_labels.batches import Batch
-from examples.noisy_labels.label_correction import LabelCorrection
-from examples.noisy_labels.label_correction import split as split_batch
-from examples.noisy_labels.models import Corrector, Perceptron
-from examples.noisy_labels.recipes import MetaLabelCorrection, Supervised
-from examples.noisy_labels.settings import METHODS, Settings
-from examples.noisy_labels.training import Run
+from examples.noisy_labels.data import pools
+from examples.noisy_labels.data.batches import Batch
+from examples.noisy_labels.recipes import methods
+from examples.noisy_labels.recipes.label_correction import LabelCorrection
+from examples.noisy_labels.recipes.label_correction import split as split_batch
+from examples.noisy_labels.recipes.meta_label_correction import MetaLabelCorrection
+from examples.noisy_labels.recipes.models import Corrector, Perceptron
+from examples.noisy_labels.recipes.supervised import Supervised
+from examples.noisy_labels.run.settings import METHODS, Settings
+from examples.noisy_labels.run.training import Run
+from fake_images import blank_task
 
 OPTIONS: dict[str, Any] = {"dataset": "digits", "network": "mlp", "noise": "flip", "augment": False}
 
@@ -24,7 +27,7 @@ OPTIONS: dict[str, Any] = {"dataset": "digits", "network": "mlp", "noise": "flip
 def problem() -> tuple[Perceptron, Corrector, Batch, Batch]:
     """A small classifier and corrector in float64, a clean and a noisy batch."""
     torch.manual_seed(1)
-    classifier, corrector = Perceptron(4, pixels=6, hidden=5, features=3).double(), Corrector(3, 4, width=4).double()
+    classifier, corrector = Perceptron(4, inputs=6, hidden=5, features=3).double(), Corrector(3, 4, width=4).double()
     true, given = torch.arange(7) % 4, torch.arange(9) % 4
     clean = Batch(torch.randn(7, 6, dtype=torch.float64), true, true)
     noisy = Batch(torch.randn(9, 6, dtype=torch.float64), given, given)
@@ -50,7 +53,7 @@ def test_upper_loss_may_mix_logarithms_and_show_other_labels() -> None:
     logits, features = classifier(clean.inputs)
     right = (torch.arange(7), clean.labels)
     expected = -(0.2 * logits.log_softmax(1)[right] + 0.8 * corrector(features, shown)[right].log()).mean()
-    torch.testing.assert_close(losses.upper_loss(clean._replace(shown=shown)), expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(losses.upper_loss(clean._replace(given=shown)), expected, rtol=1e-10, atol=0)
 
 
 def test_upper_loss_with_rho_one_is_cross_entropy() -> None:
@@ -159,19 +162,20 @@ def test_ebomlc_moves_as_the_printed_equations(reading: str) -> None:
 @pytest.mark.parametrize(("noisy_part", "clean_part"), [(True, False), (False, True), (True, True)])
 def test_supervised_methods_add_their_cross_entropies(noisy_part: bool, clean_part: bool) -> None:
     classifier, _, clean, noisy = problem()
-    settings = Settings(lr=0.3, momentum=0.0, weight_decay=0.0, **OPTIONS)
+    method = {(True, False): "ce", (False, True): "clean", (True, True): "ce-clean"}[noisy_part, clean_part]
+    settings = Settings(method=method, lr=0.3, momentum=0.0, weight_decay=0.0, **OPTIONS)
     parts = [batch for batch, wanted in ((clean, clean_part), (noisy, noisy_part)) if wanted]
     losses = [-classifier(x)[0].log_softmax(1)[torch.arange(len(y)), y].mean() for x, y, _ in parts]
     gradients = torch.autograd.grad(torch.stack(losses).sum(), list(classifier.parameters()))
     expected = [p.detach() - 0.3 * g for p, g in zip(classifier.parameters(), gradients, strict=True)]
-    Supervised(settings, classifier, noisy=noisy_part, clean=clean_part).step(noisy, clean)
+    Supervised(settings, classifier).step(noisy, clean)
     for p, want in zip(classifier.parameters(), expected, strict=True):
         torch.testing.assert_close(p.detach(), want, rtol=1e-12, atol=0)
 
 
 def test_learning_rate_drops_where_it_was_published() -> None:
-    assert Settings().drops == [80, 100]
-    recipe = recipes.build(Settings(epochs=6, lr=1.0, method="ce", **OPTIONS), 10, torch.device("cpu"))
+    assert Settings().decay_epochs == [80, 100]
+    recipe = methods.build(Settings(epochs=6, lr=1.0, method="ce", **OPTIONS), blank_task())
     assert isinstance(recipe, Supervised)
     rates = []
     for _ in range(6):
@@ -184,7 +188,7 @@ def test_learning_rate_drops_where_it_was_published() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_starts_from_the_same_weights_and_trains(method: str) -> None:
     settings = Settings(method=method, clean_fraction=0.04, **OPTIONS)
-    run = Run(settings, data.load(settings, torch.device("cpu")))
+    run = Run(settings, pools.load(settings, torch.device("cpu")))
     torch.manual_seed(settings.seed)
     expected = Perceptron(10)
     start = {name: copy.deepcopy(network.state_dict()) for name, network in run.recipe.networks.items()}

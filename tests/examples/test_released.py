@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.noisy_labels.batches import Batch
-from examples.noisy_labels.models import Corrector
-from examples.noisy_labels.recipes import MetaLabelCorrection
-from examples.noisy_labels.settings import Settings
+from examples.noisy_labels.data.batches import Batch
+from examples.noisy_labels.recipes.meta_label_correction import MetaLabelCorrection
+from examples.noisy_labels.recipes.models import Corrector
+from examples.noisy_labels.run.settings import Settings
 
 RATE, MOMENTUM, DECAY, META_RATE, DELTA, XI, RHO = 0.3, 0.9, 5e-2, 1e-2, 0.7, 0.5, 0.2
 SETTINGS = Settings(

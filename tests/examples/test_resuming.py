@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.noisy_labels import checkpoint, cifar, files, interruption, pictures
-from examples.noisy_labels.training import Run
+from examples.noisy_labels import cifar
+from examples.noisy_labels.report import pictures
+from examples.noisy_labels.run import checkpoint, files, interruption
+from examples.noisy_labels.run.training import Run
 from killing import assert_same, log_of, weights_of
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,7 +33,7 @@ class KilledError(Exception):
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("curves", "label_heatmap", "suspicious"):  # drawn in test_program.py; slow, and not the point here
+    for name in ("curves", "label_heatmap", "contact_sheet"):  # drawn in test_program.py; slow, and not the point here
         monkeypatch.setattr(pictures, name, lambda *_: None)
 
 

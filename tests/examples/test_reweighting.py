@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from examples.noisy_labels.batches import Batch
-from examples.noisy_labels.learning_to_reweight import LearningToReweight
-from examples.noisy_labels.meta_weight_net import MetaWeightNet
-from examples.noisy_labels.models import Perceptron
-from examples.noisy_labels.probabilistic_weight_net import PosteriorNet, ProbabilisticWeightNet, draw
-from examples.noisy_labels.randomness import generator
-from examples.noisy_labels.settings import Settings
+from examples.noisy_labels.data.batches import Batch
+from examples.noisy_labels.data.randomness import generator
+from examples.noisy_labels.recipes.learning_to_reweight import LearningToReweight
+from examples.noisy_labels.recipes.meta_weight_net import MetaWeightNet
+from examples.noisy_labels.recipes.models import Perceptron
+from examples.noisy_labels.recipes.probabilistic_weight_net import PosteriorNet, ProbabilisticWeightNet, draw
+from examples.noisy_labels.run.settings import Settings
 
 PLAIN: dict[str, Any] = {"dataset": "digits", "network": "mlp", "lr": 0.3, "momentum": 0.0, "weight_decay": 0.0}
 
@@ -93,7 +93,7 @@ def test_l2rw_takes_batches_that_are_smaller_than_the_batch_size() -> None:
 
 def test_mwnet_moves_as_its_paper_says() -> None:
     torch.manual_seed(0)
-    network, noisy, clean = Perceptron(4, pixels=6, hidden=5, features=3).double(), batch(9), batch(5)
+    network, noisy, clean = Perceptron(4, inputs=6, hidden=5, features=3).double(), batch(9), batch(5)
     recipe = MetaWeightNet(Settings(method="mwnet", **PLAIN | {"momentum": 0.9, "weight_decay": 0.01}), network)
     net = recipe.networks["weights"]
     w, a = dict(network.named_parameters()), list(net.parameters())
@@ -149,7 +149,7 @@ def test_draws_are_of_the_beta_distribution_and_so_are_their_derivatives() -> No
 
 def test_pmwnet_moves_as_its_paper_says() -> None:
     torch.manual_seed(0)
-    network = Perceptron(4, pixels=6, hidden=5, features=3).double()
+    network = Perceptron(4, inputs=6, hidden=5, features=3).double()
     settings = Settings(method="pmwnet", **PLAIN | {"momentum": 0.9, "weight_decay": 0.01})
     recipe = ProbabilisticWeightNet(settings, network)
     net = recipe.networks["weights"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import noisy_labels_table
-from examples.noisy_labels import compare, select_demo
-from examples.noisy_labels.settings import DIGITS_BY_METHOD
+from examples.noisy_labels import select_demo
+from examples.noisy_labels.run import compare
+from examples.noisy_labels.run.settings import DIGITS_BY_METHOD
 
 
 def test_the_demo_does_not_report_the_seeds_it_was_set_on() -> None:

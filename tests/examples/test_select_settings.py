@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from examples.noisy_labels import data, select_settings
-from examples.noisy_labels.data import Task
+from examples.noisy_labels import select_settings
+from examples.noisy_labels.data import pools
+from examples.noisy_labels.data.task import Task
+from examples.noisy_labels.run.settings import Settings
 from examples.noisy_labels.select_settings import Trial
-from examples.noisy_labels.settings import Settings
 
 SMALL: dict[str, Any] = {"method": "em", "network": "small", "noise": "flip", "device": "cpu", "epochs": 1, "seed": 7}
 SMALL |= {"clean_fraction": 0.5, "batch_size": 10}
@@ -20,21 +21,24 @@ SMALL |= {"clean_fraction": 0.5, "batch_size": 10}
 
 def test_the_parts_of_a_world(cifar10_folder: Path) -> None:
     settings = Settings(data=str(cifar10_folder), **SMALL)
-    whole, world = data.load(settings, torch.device("cpu")), select_settings.world(settings, 40)
+    whole, world = pools.load(settings, torch.device("cpu")), select_settings.world(settings, 40)
     task = world.task
     planted, noisy = task.noisy[world.planted], task.noisy[: len(task.noisy) - len(world.planted)]
-    trusted, given = set(whole.clean.tolist()), dict(zip(whole.noisy.tolist(), whole.given.tolist(), strict=True))
+    trusted, given = (
+        set(whole.clean.tolist()),
+        dict(zip(whole.noisy.tolist(), whole.noisy_labels.tolist(), strict=True)),
+    )
     parts = [set(part.tolist()) for part in (task.clean, planted, task.test)]
     assert [len(part) for part in parts] == [20, 20, 20]  # two a class
     assert set.union(*parts) == trusted, "and therefore share none"
     assert len(noisy) == 20
-    assert [given[index] for index in noisy.tolist()] == task.given[: len(noisy)].tolist()
+    assert [given[index] for index in noisy.tolist()] == task.noisy_labels[: len(noisy)].tolist()
 
 
 def test_nothing_depends_on_labels_that_nobody_has(cifar10_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(data=str(cifar10_folder), **SMALL)
     expected = select_settings.scores(settings, select_settings.world(settings, 40))
-    load = data.load
+    load = pools.load
 
     def hidden(*arguments: Any) -> Task:
         task = load(*arguments)
@@ -42,7 +46,7 @@ def test_nothing_depends_on_labels_that_nobody_has(cifar10_folder: Path, monkeyp
         labels[task.clean] = task.labels[task.clean]
         return replace(task, labels=labels, test=task.test[:0])
 
-    monkeypatch.setattr(data, "load", hidden)
+    monkeypatch.setattr(pools, "load", hidden)
     assert select_settings.scores(settings, select_settings.world(settings, 40)) == expected
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from examples import ebomlc_cifar
-from examples.noisy_labels import command_line, data
-from examples.noisy_labels.training import Run
+from examples.noisy_labels.data import pools
+from examples.noisy_labels.run import command_line
+from examples.noisy_labels.run.training import Run
 
 SCRIPT = Path(ebomlc_cifar.__file__)
 CPU = torch.device("cpu")
@@ -34,7 +35,11 @@ def test_its_constants_are_those_of_the_paper_preset() -> None:
     settings = command_line.parse(["--preset", "paper", "--method", "ebomlc"]).settings
     ours = ebomlc_cifar
     assert (settings.noise, settings.rate, settings.seed) == (ours.NOISE, ours.RATE, ours.SEED)
-    assert (settings.epochs, tuple(settings.drops), settings.batch_size) == (ours.EPOCHS, ours.MILESTONES, ours.BATCH)
+    assert (settings.epochs, tuple(settings.decay_epochs), settings.batch_size) == (
+        ours.EPOCHS,
+        ours.MILESTONES,
+        ours.BATCH,
+    )
     assert (settings.lr, settings.momentum, settings.weight_decay) == (
         ours.LEARNING_RATE, ours.MOMENTUM, ours.WEIGHT_DECAY,
     )  # fmt: skip
@@ -51,7 +56,7 @@ def test_its_first_steps_are_the_programs(noise: str, cifar10_folder: Path, monk
         monkeypatch.setattr(ebomlc_cifar, name, value)
     command = ["--preset", "paper", "--data", str(cifar10_folder), "--noise", noise, "--clean-fraction", "0.167"]
     settings = command_line.parse([*command, "--batch-size", "15", "--device", "cpu"]).settings
-    task = data.load(settings, CPU)
+    task = pools.load(settings, CPU)
     run = Run(settings, task)
 
     pixels, labels, test_pixels, test_labels = ebomlc_cifar.read(cifar10_folder)
@@ -59,9 +64,9 @@ def test_its_first_steps_are_the_programs(noise: str, cifar10_folder: Path, monk
     given = ebomlc_cifar.corrupt(labels[noisy])
     assert torch.equal(trusted, task.clean)
     assert torch.equal(noisy, task.noisy)
-    assert torch.equal(given, task.given)
+    assert torch.equal(given, task.noisy_labels)
     assert torch.equal(test_labels, task.labels[task.test])
-    assert torch.equal(test_pixels, task.pixels[task.test])
+    assert torch.equal(test_pixels, task.samples[task.test])
 
     problem = ebomlc_cifar.LabelCorrection(CPU)
     trusted_batches = ebomlc_cifar.batches(pixels[trusted], labels[trusted], "clean batches")

@@ -16,12 +16,13 @@ import pytest
 from scipy import stats
 
 from examples.noisy_labels import table
-from examples.noisy_labels.grid import formats, published, statistics, workers
-from examples.noisy_labels.grid.cells import Cell, cells
-from examples.noisy_labels.grid.statistics import Entry
-from examples.noisy_labels.grid.workers import Workers
-from examples.noisy_labels.interruption import EXIT_CODE, Interruption
-from examples.noisy_labels.settings import Settings
+from examples.noisy_labels.report import formats, published, statistics
+from examples.noisy_labels.report.statistics import Entry
+from examples.noisy_labels.run import workers
+from examples.noisy_labels.run.cells import Cell, cells
+from examples.noisy_labels.run.interruption import EXIT_CODE, Interruption
+from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.workers import Workers
 
 METHODS = ("ce", "em", "ebomlc")
 
@@ -122,7 +123,7 @@ def test_failures_are_recorded_and_tried_again(tmp_path: Path) -> None:
         ("digits-flip0.4-ebomlc-seed1", 3),
         ("digits-flip0.4-em-seed1", 1),
     ]
-    assert all((line["code"], line["said"][-1]) == (1, "it broke") for line in lines)
+    assert all((line["code"], line["output"][-1]) == (1, "it broke") for line in lines)
     # The next call tries it once more than it is told to repeat: it now works.
     assert pool.train(found, Interruption()) == []
 

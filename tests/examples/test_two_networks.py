@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from math import log
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,20 +12,24 @@ import torch
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
-from examples.noisy_labels import data, divide_mix
-from examples.noisy_labels.batches import Batch
-from examples.noisy_labels.co_teaching import CoTeachingPlus, choose
-from examples.noisy_labels.divide_mix import DivideMix
-from examples.noisy_labels.loss_mixture import LossMixture
-from examples.noisy_labels.models import Perceptron
-from examples.noisy_labels.settings import Settings
-from examples.noisy_labels.training import Run
+from examples.noisy_labels.data import pools
+from examples.noisy_labels.data.batches import Batch
+from examples.noisy_labels.recipes import divide_mix
+from examples.noisy_labels.recipes.co_teaching import CoTeachingPlus, choose
+from examples.noisy_labels.recipes.divide_mix import DivideMix
+from examples.noisy_labels.recipes.loss_mixture import LossMixture
+from examples.noisy_labels.recipes.models import Perceptron
+from examples.noisy_labels.run.settings import Settings
+from examples.noisy_labels.run.training import Run
 
 PLAIN: dict[str, Any] = {"dataset": "digits", "network": "mlp", "lr": 0.3, "momentum": 0.0, "weight_decay": 0.0}
 
+FOUR: Any = SimpleNamespace(names=range(4))  # tasks of which only the classes are asked
+HUNDRED: Any = SimpleNamespace(names=range(100))
+
 
 def network() -> Perceptron:
-    return Perceptron(4, pixels=6, hidden=5, features=3).double()
+    return Perceptron(4, inputs=6, hidden=5, features=3).double()
 
 
 def batch(images: int) -> Batch:
@@ -61,7 +66,7 @@ def test_small_losses_are_chosen_among_the_candidates(candidates: list[int], kee
 
 
 def test_the_share_that_is_dropped_grows_to_the_share_of_wrong_labels() -> None:
-    recipe = CoTeachingPlus(Settings(method="coteaching-plus", epochs=80, **PLAIN), network(), network(), 0.36)
+    recipe = CoTeachingPlus(Settings(method="coteaching-plus", epochs=80, **PLAIN), network(), network(), 0.36, FOUR)
     rates, late = [], []
     for _ in range(10):
         rates.append(recipe.rate)
@@ -71,7 +76,7 @@ def test_the_share_that_is_dropped_grows_to_the_share_of_wrong_labels() -> None:
     assert rates == pytest.approx([0, 0.09, 0.18, 0.27, 0.36, 0.36, 0.36, 0.36, 0.36, 0.36])  # over 10 of 200 epochs
     assert late == [False] * 8 + [True] * 2  # from 20 of 200 on
     hundred = Settings(method="coteaching-plus", dataset="cifar100")
-    assert CoTeachingPlus(hundred, network(), network(), 0).disagree_from == 3  # 5 / 200 of 120
+    assert CoTeachingPlus(hundred, network(), network(), 0, HUNDRED).disagree_from == 3  # 5 / 200 of 120
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -82,7 +87,7 @@ def test_each_network_learns_what_the_other_finds_easy(late: bool) -> None:
         for one in pair:  # first weights as these predict nearly the same class everywhere
             one.head.weight.mul_(5)
             one.head.bias.zero_()
-    recipe = CoTeachingPlus(Settings(method="coteaching-plus", epochs=20, **PLAIN), *pair, wrong=0.4)
+    recipe = CoTeachingPlus(Settings(method="coteaching-plus", epochs=20, **PLAIN), *pair, wrong=0.4, task=FOUR)
     for _ in range(3 if late else 1):
         recipe.descent.step()
         recipe.end_epoch()
@@ -107,7 +112,7 @@ def test_networks_that_agree_learn_the_whole_batch() -> None:
     torch.manual_seed(3)
     pair, noisy = [network(), network()], batch(12)
     pair[1].load_state_dict(pair[0].state_dict())
-    recipe = CoTeachingPlus(Settings(method="coteaching-plus", epochs=20, **PLAIN), *pair, wrong=0.4)
+    recipe = CoTeachingPlus(Settings(method="coteaching-plus", epochs=20, **PLAIN), *pair, wrong=0.4, task=FOUR)
     for _ in range(3):
         recipe.descent.step()
         recipe.end_epoch()
@@ -125,7 +130,7 @@ DIGITS: dict[str, Any] = {**PLAIN, "noise": "flip", "augment": False, "batch_siz
 
 def dividemix(**options: Any) -> Run:
     settings = Settings(method="dividemix", **DIGITS | options)
-    return Run(settings, data.load(settings, torch.device("cpu")))
+    return Run(settings, pools.load(settings, torch.device("cpu")))
 
 
 def test_the_posterior_is_that_of_the_fitted_mixture() -> None:
@@ -202,8 +207,8 @@ def test_each_network_gets_what_the_others_losses_have_divided() -> None:
     pair = list(recipe.networks.values())
     for k in (0, 1):
         with torch.no_grad():
-            logits = pair[1 - k](run.task.inputs(run.task.pixels[run.task.noisy]))[0]
-        belief = recipe.mixtures[1 - k].right(-logits.log_softmax(1)[torch.arange(len(logits)), run.task.given])
+            logits = pair[1 - k](run.task.inputs(run.task.noisy))[0]
+        belief = recipe.mixtures[1 - k].right(-logits.log_softmax(1)[torch.arange(len(logits)), run.task.noisy_labels])
         labelled, unlabelled = recipe.divided[k]
         expected = run.task.noisy[belief > 0.5]
         assert 100 < len(expected) < 1100, "the case must have both"
@@ -211,7 +216,7 @@ def test_each_network_gets_what_the_others_losses_have_divided() -> None:
         assert set(unlabelled.index.tolist()) == set(run.task.noisy.tolist()) - set(expected.tolist())
         place = {image: i for i, image in enumerate(run.task.noisy.tolist())}
         where = [place[image] for image in labelled.index.tolist()]
-        assert torch.equal(labelled.labels, run.task.given[where])
+        assert torch.equal(labelled.labels, run.task.noisy_labels[where])
         torch.testing.assert_close(labelled.belief, belief[where])
         assert (labelled.size, unlabelled.size) == (20, 20)
 
@@ -262,7 +267,7 @@ def test_dividemix_moves_as_its_paper_says() -> None:
 
 def test_dividemix_corrects_as_far_as_its_mixtures_believe() -> None:
     run, recipe = divided()
-    inputs, given = run.task.inputs(run.task.pixels[run.task.noisy[:6]]), run.task.given[:6]
+    inputs, given = run.task.inputs(run.task.noisy[:6]), run.task.noisy_labels[:6]
     logits = [one(inputs)[0] for one in recipe.networks.values()]
     beliefs = [recipe.mixtures[k].right(-one.log_softmax(1)[torch.arange(6), given]) for k, one in enumerate(logits)]
     belief, p = (beliefs[0] + beliefs[1]) / 2, ((logits[0] + logits[1]) / 2).softmax(1)

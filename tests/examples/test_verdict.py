@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from examples.noisy_labels.own import calibration, folds, intervals, judging, promise, verdict, ways
-from examples.noisy_labels.own.calibration import Temperature
-from examples.noisy_labels.own.intervals import Comparison
-from examples.noisy_labels.own.problem import UNKNOWN, Problem
+from examples.noisy_labels.verdict import calibration, folds, intervals, judging, promise, ways
+from examples.noisy_labels.verdict import decision as verdict
+from examples.noisy_labels.verdict.calibration import Temperature
+from examples.noisy_labels.verdict.intervals import Comparison
+from examples.noisy_labels.verdict.problem import UNKNOWN, Problem
+from examples.noisy_labels.verdict.together import TOGETHER, mean, weights
 
 Array = np.ndarray
 CLASSES = 4
@@ -72,6 +74,8 @@ def test_what_is_promised_holds_over_redraws_of_the_trusted_samples(kind: str, s
         outcome = judging.judge(problem, asked, precision=0.9)
         rest, report = ~problem.trusted, outcome.report
         truly = {name: (way(problem).argmax(1) == world.true)[rest].mean() for name, way in asked.items()}
+        joined = outcome if report.way == TOGETHER else judging.judge(problem, asked, way=TOGETHER)
+        truly[TOGETHER] = (joined.labels == world.true)[rest].mean()
         gains += all(
             one.gain_low <= truly[one.name] - given[rest].mean() <= one.gain_high for one in report.verdict.scores
         )
@@ -344,7 +348,7 @@ def test_a_precision_that_is_just_missed_is_seldom_promised() -> None:
         right = source.random(200) < 0.949
         probabilities = np.eye(2)[np.where(right, 0, 1)]
         judged = verdict.Judged(
-            np.arange(200), np.arange(200) % 5, np.zeros(200, dtype=int), None, {"way": probabilities}, {}, True
+            np.arange(200), np.arange(200) % 5, np.zeros(200, dtype=int), None, {"way": probabilities}, {}, True, {}
         )
         promised += promise.promise(judged, "way", source.random(200), 0.95, 0.95).kept
     assert promised / draws <= 1 - least(0.95, draws)
@@ -366,6 +370,31 @@ def test_labels_to_check_next_are_the_least_sure() -> None:
     assert mistaken[first].mean() > 0.9
 
 
+def test_the_mean_of_all_ways_weighs_them_by_their_loss() -> None:
+    truth, sure, unsure = np.array([0, 1]), np.eye(2) * 0.8 + 0.1, np.full((2, 2), 0.5)
+    shares = weights({"given": sure, "one": sure, "other": unsure}, truth)
+    # Losses are -log .9 and -log .5; the given labels do not count.
+    assert shares["other"] / shares["one"] == pytest.approx((0.5 / 0.9) ** 5)
+    assert sum(shares.values()) == pytest.approx(1)
+    joined = mean({"one": sure, "other": unsure}, {"one": 0.75, "other": 0.25})
+    assert joined[0] == pytest.approx([0.75 * 0.9 + 0.25 * 0.5, 0.75 * 0.1 + 0.25 * 0.5])
+
+
+def test_labels_are_those_of_all_ways_together_where_that_is_no_worse() -> None:
+    for kind in ("flip", "uniform"):
+        world = World(kind)
+        trusted = np.random.default_rng(1).choice(len(world.true), 200, replace=False)
+        problem, rest = world.problem(trusted), np.setdiff1d(np.arange(len(world.true)), trusted)
+        outcome = judging.judge(problem, world.ways())
+        score = next(one for one in outcome.report.verdict.scores if one.name == TOGETHER)
+        assert outcome.report.way == (outcome.report.verdict.way if score.worse else TOGETHER)
+        right = (outcome.labels == world.true)[rest].mean()
+        simplest = judging.judge(problem, world.ways(), way="verdict")
+        assert right >= (simplest.labels == world.true)[rest].mean() - 0.01
+        assert score.worse or "Labels written: together (the mean of" in outcome.report.headline()
+    assert not score.worse, "one of the two worlds must have it"
+
+
 def test_a_way_can_be_named() -> None:
     world = World("flip", 500)
     problem = world.problem(np.arange(100))
@@ -374,5 +403,7 @@ def test_a_way_can_be_named() -> None:
     assert (outcome.labels[rest] == world.predicted.argmax(1)[rest]).all()
     assert (outcome.labels[~rest] == world.true[~rest]).all(), "trusted samples keep their trusted label"
     assert "as you asked" in outcome.report.headline()
-    with pytest.raises(ValueError, match="--way magic: must be best, or one of given, classifier"):
+    simplest = judging.judge(problem, world.ways(), way="verdict").report
+    assert simplest.way == simplest.verdict.way
+    with pytest.raises(ValueError, match="--way magic: must be best, verdict, together, or one of given"):
         judging.judge(problem, world.ways(), way="magic")

@@ -169,6 +169,22 @@ def test_upper_variables_that_the_lower_loss_feels_as_well(way: str) -> None:
 
 
 @every_way
+@pytest.mark.parametrize(
+    "bound", [bilevel.projection.Box(-0.3, 0.3), bilevel.projection.Ball(0.4)], ids=["box", "ball"]
+)
+def test_a_projection_of_the_lower_level_is_part_of_the_step(bound: Any, way: str) -> None:
+    """Each step is projected, and some bounds are active; differences are of steps of ``torch.optim`` and the bound."""
+    world = World(*CASES["sgd"], warm_up=0)
+    project = [lambda x=x: x.data.copy_(bound(x.data)) for x in world.net.parameters()]
+    for each in project:
+        each()
+    found = world.unrolled(inner_steps=3, lower_projection=bound, **WAYS[way]).directions().upper["0"]
+    world.lower_optimizer.register_step_post_hook(lambda *_: [each() for each in project])
+    torch.testing.assert_close(found, world.differences(3), rtol=1e-6, atol=1e-8)
+    assert found[0].abs() > 1e-3
+
+
+@every_way
 def test_the_last_steps_alone(way: str) -> None:
     """``truncate=1``: ``dF/dlr = -<F_w(w_2), g(w_1)>`` of gradient descent; the value of the rate is everywhere."""
     world = World(lambda p: torch.optim.SGD(p, lr=0.1), lambda raw: {"lr": raw[0].exp()}, warm_up=0)

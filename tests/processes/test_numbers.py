@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 
+from bilevel.projection import Ball, Box
 from group_of import GroupOf
-from joined_batches import Shared, steps_apart
+from joined_batches import Shared, part, steps_apart
 from methods_table import CASES
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -27,6 +30,29 @@ def test_two_processes_are_one(two: GroupOf, name: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("name", ["bome", "unrolled", "implicit"])
 def test_two_processes_are_one_in_float32(two: GroupOf, name: str) -> None:
     assert max(apart for apart, _ in two(steps_apart, name, torch.float32, 4)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("way", ["adjoint", "graph", "forward"])
+def test_learned_rates_of_two_processes_are_those_of_one(two: GroupOf, way: str) -> None:
+    assert max(two(learning, way)) < TOLERANCE[torch.float64]
+
+
+def learning(way: str) -> float:
+    alone, shared = Shared(), Shared()
+
+    def build(world: Shared, group: Any) -> Any:
+        bias = world.upper[2].bias
+        options = {"differentiate": way, "lower_hyperparameters": lambda: {"lr": 0.1 * bias[0].exp()}}
+        return world.optimizer(CASES["unrolled"], group, **options)
+
+    one, many = build(alone, False), build(shared, dist.group.WORLD)
+    for _ in range(3):
+        batches = alone.batches(one.lower_batches)
+        one.step(*batches)
+        many.step(*map(part, batches))
+    assert shared.lower_optimizer.param_groups[0]["lr"] != 0.1
+    values = shared.values()
+    return max(float((x - values[n]).abs().max()) for n, x in alone.values().items())
 
 
 @pytest.mark.thorough
@@ -55,3 +81,11 @@ def half() -> float:
         many.step(*((x[mine], y[mine]) for x, y in batches))
     values = shared.values()
     return max(float((x - values[n]).abs().max()) for n, x in alone.values().items())
+
+
+@pytest.mark.parametrize("name", ["bome", "implicit", "unrolled", "unrolled-graph", "emlc-2", "soba", "gpbgd"])
+def test_two_processes_are_one_at_active_bounds(two: GroupOf, name: str) -> None:
+    weight = Shared(torch.float64).lower[2].weight
+    size, largest = float(weight.detach().norm()), float(weight.detach().abs().max())
+    bounds = {"lower_projection": {"2.weight": Ball(1.0001 * size), "2.bias": Box(-largest, largest)}}
+    assert max(apart for apart, _ in two(steps_apart, name, torch.float64, 3, bounds)) < TOLERANCE[torch.float64]

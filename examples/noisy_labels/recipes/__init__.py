@@ -1,0 +1,1 @@
+"""The methods: what each one trains, on which samples, and how it moves."""

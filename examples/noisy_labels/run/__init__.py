@@ -1,0 +1,1 @@
+"""One run: its options, its training, and what is kept of it."""

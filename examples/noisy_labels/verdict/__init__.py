@@ -1,0 +1,1 @@
+"""Ways to correct labels, judged on trusted samples."""
