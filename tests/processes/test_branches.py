@@ -172,6 +172,43 @@ def test_further_options(two: GroupOf, name: str, options: dict[str, Any]) -> No
     assert max(two(with_options, name, options)) < bound
 
 
+def in_micro_batches(name: str) -> float:
+    return steps_apart(name, torch.float64, 3, None, 2)[0]
+
+
+@pytest.mark.parametrize("name", ["bome", "emlc", "implicit", "soba-forward"])
+def test_parts_in_micro_batches(two: GroupOf, name: str) -> None:
+    assert max(two(in_micro_batches, name)) < 1e-12
+
+
+def overflowing() -> list[tuple[bool, float]]:
+    """Steps with a scaler, in the second of which the loss of process 0 overflows at any scale above 4."""
+    shared = Shared(torch.float32)
+    number = [0]
+    plain = shared.lower_loss
+
+    def loss(batch: Any) -> Tensor:
+        value: Tensor = plain(batch)
+        small = value.half() * (2**13 if number[0] == 2 and dist.get_rank() == 0 else 1)
+        return small.float() / (2**13 if number[0] == 2 and dist.get_rank() == 0 else 1)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=100)
+    optimizer = shared.optimizer(CASES["bome"], dist.group.WORLD, lower_loss=loss, scaler=scaler)
+    found = []
+    for number[0] in range(1, 5):
+        stats = optimizer.step(*map(part, shared.batches(1)))
+        found.append((stats.skipped, float(scaler.get_scale())))
+    return found
+
+
+def test_an_overflow_of_one_process_skips_the_step_of_both(two: GroupOf) -> None:
+    mine, theirs = two(overflowing)
+    assert mine == theirs
+    assert any(skipped for skipped, _ in mine)
+    assert not mine[-1][0]
+    assert mine[-1][1] < 2.0**16
+
+
 def uneven(name: str) -> float:
     """A branch of the lower network, and the corrector, that only process 1's part of the batch uses."""
     case = CASES[name]
