@@ -80,7 +80,11 @@ def part(batch: Batch) -> Batch:
 
 
 def steps_apart(
-    name: str, dtype: torch.dtype, steps: int = 3, options: Mapping[str, Any] | None = None, microbatches: int = 1
+    name: str,
+    dtype: torch.dtype,
+    steps: int = 3,
+    options: Mapping[str, Any] | None = None,
+    microbatches: int | None = None,
 ) -> tuple[float, dict[str, Tensor]]:
     """Take the same steps alone on joined batches, and together on parts; return how far the variables are apart, and
     where they are.
