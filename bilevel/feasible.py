@@ -63,6 +63,9 @@ class FeasibleSet:
         self._owner, self._level, self._given = owner, level, projection
         self._argument = f"{level.side}_projection"
         self.parts: list[Part] = []
+        if level.sharded and projection is not None:
+            advice = "needs whole variables, and these are sharded (fully_shard). Write the bounds into the losses."
+            raise TypeError(message(owner, self._argument, "...", advice))
         self.refresh()
 
     @property

@@ -28,7 +28,7 @@ from ..errors import ClosureError
 from ..levels import Level
 from ..microbatches import MicroBatches, Sum, joined, parts_of, weights_of
 from ..processes.joined import Share, agreed, averaged, several
-from ..shards import gradients_by_backward, is_shard, part_of
+from ..shards import gradients_by_backward, part_of
 from ..vectors import Tensors, Vector, place, present
 from .inspection import explained
 from .losses import Loss, sequence_number, stale_variables
@@ -272,6 +272,10 @@ class Evaluations:
         buffers = [buffer for module in modules for buffer in module.buffers()]
         return {part_of(x).untyped_storage().data_ptr() for x in (*self._subject.variables, *buffers)}
 
+    def _needs_backward(self, wrt: Wrt) -> bool:
+        """Whether some of the gradients are of shards."""
+        return (self.upper_level.sharded and wrt != "lower") or (self.lower_level.sharded and wrt != "upper")
+
     @cached_property
     def _differentiable(self) -> list[Tensor]:
         """What else a backward pass may leave a gradient in."""
@@ -376,7 +380,7 @@ class Evaluations:
             with explained(loss.name):
                 # F may well not depend on the upper variables: without the lower ones it then has no graph.
                 gradients: Tensors = [None] * len(upper)
-                if value.requires_grad and any(map(is_shard, upper + lower)):
+                if value.requires_grad and self._needs_backward(wrt):
                     agreed(False, f"{loss.name}: before FSDP's backward pass")  # which waits for all processes
                     gradients = self._sharded_gradients(value, upper + lower)
                 elif value.requires_grad:

@@ -139,6 +139,8 @@ class Method(Settable, ABC, Generic[S]):
         """Find out whether other processes take the steps too, at first or since a group was made."""
         owner = type(self).__name__
         self._processes = processes_of(owner, self.process_group)
+        if self._processes is None and not (self._upper.sharded or self._lower.sharded):
+            return
         named = self._evaluator.subject.named_variables
         refuse_other_shards(owner, self._processes, [(n, x) for n, x in named if is_shard(x)])
         if self._processes is not None:

@@ -174,7 +174,7 @@ class Scene:
 SHORTCUTS = {
     "BOME": (bilevel.BOME, {"barrier": bilevel.barrier.GradientNorm(100.0)}),  # so that grad q counts
     "EBOMLC": (bilevel.EBOMLC, {"delta": 100.0}),
-    "Unrolled": (bilevel.Unrolled, {}),
+    "Unrolled": (bilevel.Unrolled, {"differentiate": "adjoint"}),
     "Unrolled by differences": (bilevel.Unrolled, {"product": "difference"}),
     "EMLC": (bilevel.EMLC, {}),
     "MLC": (bilevel.MLC, {}),
