@@ -63,6 +63,9 @@ class FeasibleSet:
         self._owner, self._level, self._given = owner, level, projection
         self._argument = f"{level.side}_projection"
         self.parts: list[Part] = []
+        if level.sharded and projection is not None:
+            advice = "needs whole variables, and these are sharded (fully_shard). Write the bounds into the losses."
+            raise TypeError(message(owner, self._argument, "...", advice))
         self.refresh()
 
     @property
@@ -281,13 +284,6 @@ class Projected(Rule):
     def step(self, point: Tensors, gradient: Tensors, state: State) -> tuple[list[Tensor], State]:
         moved, after = self.rule.step(point, gradient, state)
         return self.feasible.project(moved, [g is not None for g in gradient]), after
-
-    @property
-    def hyperparameters(self) -> Sequence[Tensor]:
-        return self.rule.hyperparameters
-
-    def at(self, hyperparameters: Sequence[Tensor]) -> Rule:
-        return Projected(self.rule.at(hyperparameters), self.feasible)
 
 
 class FixedPointMap:

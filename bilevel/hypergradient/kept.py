@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -23,7 +23,7 @@ class HessianProducts:
 
     In ``reverse`` mode G is called, and differentiated with its graph, once; a product then is one pass back through
     that graph, and it is freed in the end. The other modes have nothing to keep. What one mode cannot serve is found
-    out, and said, as by :func:`hessian_product`.
+    out, and said, as by :func:`hessian_product`. Of micro-batches, and under a ``GradScaler``, nothing is kept.
 
     Args:
         oracle: Where G is evaluated. It is asked for nothing else meanwhile.
@@ -50,15 +50,15 @@ class HessianProducts:
         self._gradient: Tensors = ()
 
     def __enter__(self) -> Self:
-        if mode_taken(self._oracle, "hessian", self._product) == "reverse":
+        oracle = self._oracle
+        # Of micro-batches all graphs would be kept; and a scale is taken out where a product is asked for anew.
+        keeps = not oracle.in_parts and oracle.scaling is None
+        if keeps and mode_taken(oracle, "hessian", self._product) == "reverse":
             self._oracle.refuse_hooks()
             try:
                 self._keep()
             except Unavailable as problem:
                 self._refuse(problem)
-            except BaseException as error:  # maybe of another process
-                self.__exit__(type(error), error, error.__traceback__)
-                raise
         return self
 
     def __exit__(
@@ -91,49 +91,49 @@ class HessianProducts:
         return mixed_product(self._oracle, direction, batch=self._batch, product=self._product)
 
     def _keep(self) -> None:
-        """Differentiate G once, keeping the graph."""
-        opened = self._open = ExitStack()
+        """Differentiate G once, keeping the graph: of several processes, each its own."""
+        self._open = ExitStack()
+        with self._told():
+            averaged(f"{self._oracle.owner}: a kept gradient", self._differentiated)
 
-        def share() -> Share:
-            value, _ = opened.enter_context(self._oracle.lower_graph(self._batch))
-            opened.enter_context(second_derivatives())
-            self._gradient = torch.autograd.grad(
-                value, self._oracle.lower_level.tensors, create_graph=True, allow_unused=True
-            )
+    def _differentiated(self) -> Share:
+        opened = self._open or ExitStack()
+        value, _ = opened.enter_context(self._oracle.lower_graph(self._batch))
+        opened.enter_context(second_derivatives())
+        variables = self._oracle.lower_level.tensors
+        self._gradient = [None] * len(variables)
+        if value.requires_grad:
+            self._gradient = torch.autograd.grad(value, variables, create_graph=True, allow_unused=True)
             if self._oracle.checking:
                 refuse_wrong_rules([value, *(g for g in self._gradient if g is not None)])
-            return Share()
-
-        averaged(f"{self._oracle.owner}: a graph that is kept", self._through(share))
+        return Share()
 
     def _back(self, direction: Tensors, inputs: Sequence[Tensor]) -> Tensors:
-        """Pull a direction back through the graph of the gradient; of several processes, the mean of theirs."""
+        """Pull a direction back through the graph of the gradient."""
+        with self._told():
+            share = averaged(
+                f"{self._oracle.owner}: a product", lambda: Share((), self._back_here(direction, inputs)), inputs
+            )
+        return share.vector
 
-        def share() -> Share:
-            pairs = [(g, v) for g, v in zip(self._gradient, direction, strict=True) if g is not None and v is not None]
-            pairs = [(g, v) for g, v in pairs if g.requires_grad]
-            if not pairs:  # G is linear in w: no second derivatives at all
-                return Share(vector=[None] * len(inputs))
-            outputs, weights = zip(*pairs, strict=True)
-            found = torch.autograd.grad(outputs, inputs, grad_outputs=weights, allow_unused=True, retain_graph=True)
-            return Share(vector=found)
+    def _back_here(self, direction: Tensors, inputs: Sequence[Tensor]) -> Tensors:
+        pairs = [(g, v) for g, v in zip(self._gradient, direction, strict=True) if g is not None and v is not None]
+        pairs = [(g, v) for g, v in pairs if g.requires_grad]
+        if not pairs:  # G is linear in w: no second derivatives at all
+            return [None] * len(inputs)
+        outputs, weights = zip(*pairs, strict=True)
+        return torch.autograd.grad(outputs, inputs, grad_outputs=weights, allow_unused=True, retain_graph=True)
 
-        return averaged(f"{self._oracle.owner}: a product", self._through(share), inputs).vector
-
-    def _through(self, compute: Callable[[], Share]) -> Callable[[], Share]:
+    @contextmanager
+    def _told(self) -> Iterator[None]:
         """Send what goes wrong through the contexts that are open, which undo, and say what it means."""
-
-        def told() -> Share:
-            try:
-                return compute()
-            except BaseException as error:
-                self.__exit__(type(error), error, error.__traceback__)
-                raise
-
-        return told
+        try:
+            yield
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
 
     def _refuse(self, problem: Unavailable) -> None:
         """Without a kept graph the product goes another way, if one was not insisted on."""
-        self.__exit__(None, None, None)
         if self._product != "auto":
             raise refusal(problem) from problem.__cause__

@@ -3,8 +3,10 @@
 The rule is the same for every class. Candidates are six pairs of torch optimizers: Adam above, at the rates
 :data:`UPPER_RATES`; below it gradient descent at ``1 / L``, or Adam at the rate above. ``L`` is the largest curvature
 of G that differences of its gradient show around the start, and ``1 / L`` is the class's ``inner_lr`` too. All run from
-the same start for a twelfth of the budget each; the better two for another eighth; the best for what is left, at rates
-that fall twice by a factor of ten. Better is whose F is smaller after y has been trained again.
+the same start, the lowest lower minimum that is found there, for a twentieth of the budget each; the better two for a
+tenth more; better is whose F is smaller after y has been trained again. With half of the budget the best goes on, and
+then begins anew twice, from the best of some upper points that are looked at; each time its rates fall twice by a
+factor of ten. Where several lower minima are seen at the start, a class that takes ``starts`` gets four.
 """
 
 from __future__ import annotations
@@ -27,10 +29,13 @@ from .budget import SpentError
 from .landscape import Landscape, tensors_of
 from .reduced import Pair, Reduced
 
-UPPER_RATES = (0.3, 0.1, 0.02)
-FIRST, SECOND = 1 / 12, 1 / 8  # of the budget, for each candidate
+UPPER_RATES = (1.0, 0.2, 0.04)
+FIRST, SECOND = 1 / 20, 1 / 10  # of the budget, for each candidate
+ROUNDS = 3  # of the best: from where the race left it, then from other upper points
+LOOKED_AT = 6  # of these, beside corners
+COPIES = 4  # of a class that takes ``starts``
 INNER_STEPS = 5  # of classes that have them and default to fewer: from the tables of benchmarks/which_method.py
-FALLS = (0.5, 0.8)  # of the last run, where the rates fall
+FALLS = (0.5, 0.8)  # of a round, where the rates fall
 SPARE = 0.06
 
 
@@ -42,6 +47,8 @@ class Candidate:
     optimizer: BilevelOptimizer[Any]
     x: Tensor
     y: Tensor
+    rate: float
+    kind: str
     score: float = math.inf
     lost: bool = False
 
@@ -70,6 +77,8 @@ class Race:
 
     def __post_init__(self) -> None:
         self.reduced = Reduced(self.landscape, torch.Generator().manual_seed(self.seed))
+        self.points: list[tuple[float, Tensor]] = []
+        self.several = False
 
     def run(self) -> tuple[Pair | None, str]:
         """Race until the budget is spent; return the best pair, and why it ended."""
@@ -92,6 +101,7 @@ class Race:
         y = land.lower.project(land.lower.flat())
         self.reduced.explore(x, [y], self.starts)
         tracks = self.reduced.visited[-1].tracks
+        self.several = len(tracks) > 1
         y = tracks[0].y if tracks else y
         self._offer(x, y)
         curvature = self._curvature(x, y)
@@ -106,14 +116,30 @@ class Race:
         if not math.isfinite(best.score):
             return "no step sizes led to finite losses"
         self.note(f"Step sizes of {self.method.__name__}: {best.name}.")
-        left = budget.left
         parts = [b - a for a, b in zip((0.0, *FALLS), (*FALLS, 1.0), strict=True)]
-        for part in parts:
-            self._advance(best, int(part * left))
-            for optimizer in (best.optimizer.upper_optimizer, best.optimizer.lower_optimizer):
-                for group in optimizer.param_groups:
-                    group["lr"] *= 0.1
+        for left in range(ROUNDS, 0, -1):
+            calls = budget.left // left
+            if left < ROUNDS:
+                x, y = self._elsewhere(x)
+                best = self._candidate(x, y, best.rate, best.kind, curvature)
+            for part in parts:
+                self._advance(best, int(part * calls))
+                for optimizer in (best.optimizer.upper_optimizer, best.optimizer.lower_optimizer):
+                    for group in optimizer.param_groups:
+                        group["lr"] *= 0.1
         return "the budget is spent"
+
+    def _elsewhere(self, centre: Tensor) -> tuple[Tensor, Tensor]:
+        """The next of some upper points, by F at their lower solutions, and its lower solution."""
+        space = self.landscape.upper
+        if not self.points:
+            drawn = space.samples(LOOKED_AT, centre, (0.3, 1.0, 3.0), self.reduced.generator)
+            corners = space.corners(4 if space.size <= 2 else 2)
+            self.points = sorted(((self.reduced.value(x), x) for x in [*corners, *drawn]), key=lambda entry: entry[0])
+        _, x = self.points.pop(0)
+        self.reduced.value(x)
+        tracks = self.reduced.visited[-1].tracks
+        return x, tracks[0].y if tracks else self.landscape.lower.flat()
 
     def _candidate(self, x: Tensor, y: Tensor, rate: float, kind: str, curvature: float) -> Candidate:
         common = self.landscape.common
@@ -127,13 +153,16 @@ class Race:
             rule["inner_lr"] = inner
         if "inner_steps" in arguments and arguments["inner_steps"].default in (0, 1):
             rule["inner_steps"] = INNER_STEPS
+        if "starts" in arguments and self.several:
+            rule["starts"] = COPIES
         optimizer = self.method(
             self.landscape.losses[0],
             self.landscape.losses[1],
             **{**common, "upper_optimizer": above, "lower_optimizer": below, "verify": "never", **rule, **self.options},
         )
         below_name = f"SGD at {inner:.3g}" if kind == "SGD" else f"Adam at {rate:g}"
-        return Candidate(f"Adam at {rate:g} above, {below_name} below", optimizer, x, y)
+        name = f"Adam at {rate:g} above, {below_name} below"
+        return Candidate(name, optimizer, x, y, rate, kind)
 
     def _advance(self, candidate: Candidate, calls: int) -> None:
         """Run a candidate on from where it stands, for so many calls; then train y again, and score it."""
@@ -142,10 +171,10 @@ class Race:
             return
         land.upper.put(candidate.x)
         land.lower.put(candidate.y)
-        watch = Watch(window=20)
+        watch, told = Watch(window=20), []
         try:
-            with budget.limited(calls), warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)
+            with budget.limited(calls), warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("default")
                 while True:
                     watch.look(candidate.optimizer.step())
         except SpentError:
@@ -153,7 +182,7 @@ class Race:
                 raise
         except NonFiniteError:
             candidate.lost = True
-        for sentence in watch.said.values():
+        for sentence in dict.fromkeys(str(warning.message) for warning in told):
             self.note(f"{candidate.name}: {sentence}")
         candidate.x, candidate.y = land.upper.flat(), land.lower.flat()
         if not bool(candidate.x.isfinite().all() and candidate.y.isfinite().all()):

@@ -129,7 +129,11 @@ def with_solver(solver: Any) -> float:
 
 @pytest.mark.parametrize(
     "solver",
-    [bilevel.ConjugateGradient(4, tolerance=1e-2), bilevel.Neumann(5, tolerance=0.5), bilevel.FixedPoint(5)],
+    [
+        bilevel.ConjugateGradient(4, tolerance=1e-2, damping=1.0),
+        bilevel.Neumann(5, tolerance=0.5),
+        bilevel.FixedPoint(5),
+    ],
     ids=lambda solver: type(solver).__name__,
 )
 def test_solvers_stop_together(two: GroupOf, solver: Any) -> None:
@@ -154,6 +158,13 @@ def with_options(name: str, options: dict[str, Any]) -> float:
         ("bsg1", {"inner_steps": 1, "verify": "always"}),
         ("bvfsm", {"inner_steps": 2, "value_steps": 3}),
         ("f2sa", {"p": 3, "step_scale": "penalty", "normalise": True}),
+        ("unrolled-forward", {"inner_steps": 3, "truncate": 2}),
+        ("unrolled", {"inner_steps": 4, "checkpoints": "sqrt"}),
+        ("implicit", {"solver": bilevel.ConjugateGradient(3, damping=1.0), "product": "auto", "warm_start": True}),
+        ("implicit", {"solver": bilevel.ConjugateGradient(3, damping=1.0), "product": "forward", "verify": "always"}),
+        ("bome", {"upper_projection": bilevel.projection.Box(-0.6, 0.6)}),
+        ("ebomlc", {"lower_projection": bilevel.projection.Box(-0.5, 0.5)}),
+        ("unrolled", {"lower_projection": bilevel.projection.Box(-0.5, 0.5), "product": "reverse"}),
     ],
 )
 def test_further_options(two: GroupOf, name: str, options: dict[str, Any]) -> None:
