@@ -12,7 +12,7 @@ from pages import PAGES
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 pytest_collect_file = PAGES.pytest()
-collect_ignore_glob = ["docs/*.py"]  # programs: Sphinx's settings, and what draws a picture
+collect_ignore_glob = ["docs/*.py", "docs/_extensions/*.py"]  # programs: what Sphinx loads, and what draws a picture
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,10 @@
 from . import without_numpy as without_numpy  # before anything that imports torch
 
 # isort: split
-from . import barrier, penalty, problems, testing
+from . import barrier, penalty, problems, projection, testing
 from .batches import Batches, Indexed
 from .directions import Directions, Stats
-from .errors import ClosureError, NonFiniteError
+from .errors import ClosureError, NonFiniteError, ProcessError
 from .evaluation.hold import hold
 from .evaluation.oracle import Oracle
 from .hypergradient import ConjugateGradient, FixedPoint, Neumann
@@ -37,9 +37,12 @@ from .methods import (
     SingleLoopStats,
     Unrolled,
 )
+from .microbatches import MicroBatches
 from .optimizer.base import BilevelOptimizer
+from .solver import minimize
 from .testing.check_directions import check_directions
 from .vectors import Vector
+from .watch import Watch
 
 __version__ = "0.1.0"
 
@@ -72,19 +75,24 @@ __all__ = [
     "Implicit",
     "ImplicitStats",
     "Indexed",
+    "MicroBatches",
     "Neumann",
     "NonFiniteError",
     "Oracle",
     "PDBOStats",
     "PenaltyStats",
+    "ProcessError",
     "SingleLoopStats",
     "Stats",
     "Unrolled",
     "Vector",
+    "Watch",
     "barrier",
     "check_directions",
     "hold",
+    "minimize",
     "penalty",
     "problems",
+    "projection",
     "testing",
 ]

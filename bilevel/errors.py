@@ -26,6 +26,16 @@ class NonFiniteError(ArithmeticError):
     """
 
 
+class ProcessError(RuntimeError):
+    """Another process of the group raised, ended, or does something else, so that this one cannot go on alone.
+
+    Example:
+        >>> import bilevel
+        >>> issubclass(bilevel.ProcessError, RuntimeError)
+        True
+    """
+
+
 def message(owner: str, argument: str, value: object, advice: str) -> str:
     """Phrase an error about one argument, shortening what the caller passed to one line."""
     shown = value if isinstance(value, str) else repr(value)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import message
-from .wrappers import is_sharded, refuse_optimizer, wrapper_of
+from .shards import is_shard, part_of
+from .vectors import Vector
+from .wrappers import inside, refuse_optimizer, sharder_of, torch_optimizer
 
 Variable = nn.Module | Tensor | tuple[str, Tensor]
 Variables = Variable | Iterable[Variable]
@@ -33,17 +35,20 @@ class Level:
         optimizer: torch.optim.Optimizer,
         *,
         may_maximize: bool = False,
+        may_shard: bool = False,
     ) -> None:
         self.owner = owner
+        self._may_shard = may_shard
         self._may_maximize = may_maximize
         self.side = side
-        self.optimizer = optimizer
+        self.optimizer, self._wrapper = torch_optimizer(owner, f"{side}_optimizer", optimizer)
         self._sources = self._read(variables)
         self.modules = tuple(module for _, module in self._sources if isinstance(module, nn.Module))
-        _check_optimizer(owner, f"{side}_optimizer", optimizer)
+        _check_optimizer(owner, f"{side}_optimizer", self.optimizer)
         self.has_bare_tensors = any(isinstance(source, Tensor) for _, source in self._sources)
         self.names: tuple[str, ...] = ()
         self.tensors: tuple[Tensor, ...] = ()
+        self.sharded = False
         self.refresh()
 
     def refresh(self) -> bool:
@@ -58,7 +63,13 @@ class Level:
             return False
         self._check(names, tensors, held)
         self.names, self.tensors, self._marks = names, tensors, marks
+        self._shards = tuple(map(is_shard, tensors))
+        self.sharded = any(self._shards)  # whether other processes have the rest of some variables
         return True
+
+    def move(self) -> None:
+        """Step the torch optimizer: through its wrapper, if that must know."""
+        (self._wrapper or self.optimizer).step()
 
     def trainable(self) -> list[str]:
         """Name the variables as they stand now, also if they changed since the last step."""
@@ -69,13 +80,23 @@ class Level:
         of = {id(tensor): group for group in self.optimizer.param_groups for tensor in group["params"]}
         return [of[id(tensor)] for tensor in self.tensors]
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What of each variable is here, in the variable's memory: the variables themselves, if they are whole."""
+        return tuple(map(part_of, self.tensors)) if self.sharded else self.tensors
+
+    def vector(self, tensors: Iterable[Tensor | None]) -> Vector:
+        """Return a vector of this level from one tensor or nothing for the part of each variable."""
+        found = Vector(tensors, self.names)
+        return found.sharded(self._shards) if self.sharded else found
+
     def argument(self, value: object, advice: str) -> str:
         """Phrase an error about this level's argument."""
         return message(self.owner, self.side, value, advice)
 
     def _read(self, variables: Variables) -> list[tuple[str, nn.Module | Tensor]]:
         if isinstance(variables, nn.Module):
-            return [("", variables)]
+            return [("", inside(variables))]
         if isinstance(variables, Tensor):
             return [("0", variables)]
         if isinstance(variables, (str, bytes, dict)) or not isinstance(variables, Iterable):
@@ -90,7 +111,7 @@ class Level:
             if not isinstance(value, (nn.Module, Tensor)):
                 advice = f"item {index} is a {type(value).__name__}, expected an nn.Module or a Parameter."
                 raise TypeError(self.argument("[...]", advice))
-            sources.append((name, value))
+            sources.append((name, inside(value) if isinstance(value, nn.Module) else value))
         if not sources:
             advice = (
                 "holds no variable. A generator such as module.parameters() is empty once it was used; pass the module."
@@ -113,13 +134,13 @@ class Level:
     def _check(self, names: tuple[str, ...], tensors: tuple[Tensor, ...], held: list[Tensor]) -> None:
         for module in self.modules:
             for part in module.modules():
-                wrapper = wrapper_of(part)
-                if wrapper == "DistributedDataParallel":
-                    advice = "must not be wrapped: DDP's reducer never sees these gradients. Pass .module."
-                    raise TypeError(self.argument(wrapper, advice))
-                if wrapper is not None:
-                    advice = "shards its parameters over processes, which are not supported yet. Pass a plain module."
-                    raise TypeError(self.argument(wrapper, advice))
+                sharder = sharder_of(part)
+                if sharder is not None and not (self._may_shard and sharder == "FSDPModule"):
+                    advice = (
+                        "shards its parameters over processes, of which only BOME and EBOMLC know, and of fully_shard "
+                        "alone. Pass a plain module, whole on every process."
+                    )
+                    raise TypeError(self.argument(sharder, advice))
         if not tensors:
             advice = "holds no tensor with requires_grad. Is everything frozen? Unfreeze what this level moves."
             raise ValueError(self.argument(", ".join(name or type(s).__name__ for name, s in self._sources), advice))
@@ -133,8 +154,11 @@ class Level:
                     "is a lazy parameter without a shape. Run the module once on a batch before building the optimizer."
                 )
                 raise ValueError(self.argument(name, advice))
-            if is_sharded(tensor):
-                advice = "is a DTensor, a share of a parameter: not supported yet. Build the level from plain tensors."
+            if is_shard(tensor) and not any(sharder_of(part) for module in self.modules for part in module.modules()):
+                advice = (
+                    "is a DTensor, a share of a parameter, outside of a module of fully_shard. Pass that module, or "
+                    "plain tensors that are whole everywhere."
+                )
                 raise TypeError(self.argument(name, advice))
             if not tensor.is_leaf:
                 advice = (

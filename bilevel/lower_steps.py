@@ -7,7 +7,7 @@ differentiably; the torch optimizer that it follows is only read.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .errors import message
 from .levels import Level
+from .shards import part_of
 from .vectors import Tensors, present
 
 Point = Sequence[Tensor]
@@ -46,6 +47,20 @@ class Rule(ABC):
     def step(self, point: Tensors, gradient: Tensors, state: State) -> tuple[list[Tensor], State]:
         """Return the next point and state; a variable without gradient stays as it is, as in torch."""
 
+    @property
+    def hyperparameters(self) -> Sequence[Tensor]:
+        """What the step depends on beside its arguments, to be differentiated: rates that are upper variables."""
+        return ()
+
+    def at(self, hyperparameters: Sequence[Tensor]) -> Rule:
+        """Return the same step with other values of its hyperparameters."""
+        return self
+
+
+def constant(rule: Rule) -> Rule:
+    """Return the rule with its hyperparameters detached, for walks that keep no graph."""
+    return rule.at([value.detach() for value in rule.hyperparameters])
+
 
 class GradientDescent(Rule):
     """``w <- w - lr_i * grad_i``: no momentum, no weight decay, one rate per variable.
@@ -73,22 +88,30 @@ class GradientDescent(Rule):
 
 
 class OptimizerStep(Rule):
-    """The step that the user's own lower optimizer would take, from its real state, without taking it."""
+    """The step that the user's own lower optimizer would take, from its real state, without taking it.
 
-    def __init__(self, level: Level, rate: float | None = None) -> None:
-        self._groups = level.groups()
-        self._rates = [group["lr"] if rate is None else rate for group in self._groups]
+    Args:
+        level: The lower level.
+        rate: Its rate; None: each group's own.
+        instead: For each variable, what to take instead of the options of its group; tensors are differentiated.
+    """
+
+    def __init__(
+        self, level: Level, rate: float | None = None, *, instead: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
+        own = [{**group, "lr": _held(group["lr"]) if rate is None else rate} for group in level.groups()]
+        self._groups = own if instead is None else [{**a, **b} for a, b in zip(own, instead, strict=True)]
         states = [level.optimizer.state.get(tensor, {}) for tensor in level.tensors]
-        self._start = [{k: v.detach() for k, v in state.items() if isinstance(v, Tensor)} for state in states]
+        self._start = [{k: part_of(v.detach()) for k, v in state.items() if isinstance(v, Tensor)} for state in states]
 
     def start(self) -> State:
         return self._start
 
     def step(self, point: Tensors, gradient: Tensors, state: State) -> tuple[list[Tensor], State]:
         moved, after = [], []
-        for x, g, s, group, rate in zip(present(point), gradient, state, self._groups, self._rates, strict=True):
+        for x, g, s, group in zip(present(point), gradient, state, self._groups, strict=True):
             kind = _momentum_sgd if "momentum" in group else _adam
-            new_x, new_s = (x, s) if g is None else kind(x, g, s, group, _on(rate, x))
+            new_x, new_s = (x, s) if g is None else kind(x, g, s, group)
             moved.append(new_x)
             after.append(new_s)
         return moved, after
@@ -106,7 +129,7 @@ def current_rates(level: Level, rate: float | None) -> list[float | Tensor]:
     """Return ``rate`` for every variable or, if it is None, the current learning rate of each one's group."""
     if rate is not None:
         return [rate] * len(level.tensors)
-    return [group["lr"] for group in level.groups()]
+    return [_held(group["lr"]) for group in level.groups()]
 
 
 def _moved(x: Tensor, g: Tensor, rate: float | Tensor) -> Tensor:
@@ -115,38 +138,51 @@ def _moved(x: Tensor, g: Tensor, rate: float | Tensor) -> Tensor:
     return moved if moved.dtype == x.dtype else moved.to(x.dtype)
 
 
-def _on(rate: float | Tensor, x: Tensor) -> float | Tensor:
-    return rate.detach().to(x.device, non_blocking=True) if isinstance(rate, Tensor) else rate
+def _held(rate: float | Tensor) -> float | Tensor:
+    """Return the rate of a group, which is a constant also where torch keeps it as a tensor."""
+    return rate.detach() if isinstance(rate, Tensor) else rate
+
+
+def _on(value: Any, x: Tensor) -> Any:
+    """Return a hyperparameter where it meets a variable: on its device and, as a number does, in its dtype."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(x.device, x.dtype if x.dim() == 0 else value.dtype, non_blocking=True)
+
+
+def _acts(value: Any) -> bool:
+    """Whether a hyperparameter is to be computed with: one that is differentiated also where it is 0."""
+    return isinstance(value, Tensor) or value != 0
 
 
 def _momentum_sgd(
-    x: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], rate: float | Tensor
+    x: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``torch.optim.SGD``: ``d = g + wd*x; b = m*b + (1-damp)*d; x - lr*b`` (nesterov: ``x - lr*(d + m*b)``)."""
+    rate, momentum, dampening, decay = (_on(group[n], x) for n in ("lr", "momentum", "dampening", "weight_decay"))
     if group.get("maximize"):
         g = -g
-    if group["weight_decay"] != 0:
-        g = g + group["weight_decay"] * x
-    if group["momentum"] != 0:
+    if _acts(decay):
+        g = g + decay * x
+    if _acts(momentum):
         held = state.get("momentum_buffer")
-        buffer = g if held is None else group["momentum"] * held + (1 - group["dampening"]) * g
+        buffer = g if held is None else momentum * held + (1 - dampening) * g
         state = {"momentum_buffer": buffer}
-        g = g + group["momentum"] * buffer if group["nesterov"] else buffer
+        g = g + momentum * buffer if group["nesterov"] else buffer
     return _moved(x, g, rate), state
 
 
-def _adam(
-    x: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any], rate: float | Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _adam(x: Tensor, g: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
     """``torch.optim.Adam`` and ``AdamW``: ``x - lr/c1 * m / (sqrt(v)/sqrt(c2) + eps)``, with bias corrections c."""
-    beta1, beta2 = group["betas"]
+    rate, decay, eps = (_on(group[name], x) for name in ("lr", "weight_decay", "eps"))
+    beta1, beta2 = (_on(beta, x) for beta in group["betas"])
     if group.get("maximize"):
         g = -g
-    if group["weight_decay"] != 0:
+    if _acts(decay):
         if group.get("decoupled_weight_decay"):
-            x = (x - rate * group["weight_decay"] * x).to(x.dtype)
+            x = (x - rate * decay * x).to(x.dtype)
         else:
-            g = g + group["weight_decay"] * x
+            g = g + decay * x
     step = state["step"] + 1 if "step" in state else torch.ones((), dtype=torch.float64)
     m = beta1 * state["exp_avg"] + (1 - beta1) * g if "exp_avg" in state else (1 - beta1) * g
     v = beta2 * state["exp_avg_sq"] + (1 - beta2) * g * g if "exp_avg_sq" in state else (1 - beta2) * g * g
@@ -156,10 +192,18 @@ def _adam(
         v = v if held is None else torch.maximum(held, v)
         after["max_exp_avg_sq"] = v
     count = step.double()  # float32 powers of a long run would lose what the correction corrects
-    correction1, correction2 = _on(1 - beta1**count, x), _on(1 - beta2**count, x)
+    correction1, correction2 = _correction(beta1, count, x), _correction(beta2, count, x)
     # sqrt has no derivative at 0. Where no gradient was ever seen, the update is 0 and its derivative is defined as 0.
     seen = v > 0
     root = torch.where(seen, torch.where(seen, v, 1.0).sqrt(), 0.0)
-    ratio = m / (root / torch.sqrt(torch.as_tensor(correction2)) + group["eps"])
+    ratio = m / (root / torch.sqrt(correction2) + eps)
     ratio = torch.where(seen, ratio, ratio.detach())
     return (x - rate / correction1 * ratio).to(x.dtype), after
+
+
+def _correction(beta: float | Tensor, count: Tensor, x: Tensor) -> Tensor:
+    """Return ``1 - beta^count``, in float64."""
+    if isinstance(beta, Tensor):
+        beta, count = beta.double(), count.to(beta.device)
+    found: Tensor = 1 - beta**count
+    return found.to(x.device, non_blocking=True)

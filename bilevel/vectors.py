@@ -7,11 +7,13 @@ that an unused variable keeps ``.grad`` None all the way to the optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import overload
 
 import torch
 from torch import Tensor
+
+from .processes.joined import summed
 
 Tensors = Sequence[Tensor | None]
 Scalar = float | Tensor
@@ -46,11 +48,12 @@ class Vector(Sequence[Tensor | None]):
         (tensor([1.5000, 1.5000]), 2.0)
     """
 
-    __slots__ = ("_factor", "_tensors", "names")
+    __slots__ = ("_factor", "_shards", "_tensors", "names")
 
     def __init__(self, tensors: Iterable[Tensor | None], names: Sequence[str] | None = None) -> None:
         self._tensors: tuple[Tensor | None, ...] = tuple(tensors)
         self._factor: Scalar | None = None
+        self._shards: Sequence[bool] = ()  # which entries are parts, of which other processes have the rest
         self.names = tuple(map(str, range(len(self._tensors)))) if names is None else tuple(names)
         if len(self.names) != len(self._tensors):
             raise ValueError(f"Vector(names=...): {len(self.names)} names for {len(self._tensors)} tensors.")
@@ -103,15 +106,23 @@ class Vector(Sequence[Tensor | None]):
 
     def dot(self, other: Tensors) -> Tensor:
         """Return ``sum_i <a_i, b_i>``."""
-        return dot(self, other)
+        return self.dots(other)[0]
+
+    def dots(self, *others: Tensors) -> list[Tensor]:
+        """Return ``a.dot(b)`` for each ``b``, with one reading of ``a``: cheaper than one after another."""
+        if not any(self._shards):
+            return dots(self, *others)
+        parts = dots(*([x if s else None for x, s in zip(v, self._shards, strict=True)] for v in (self, *others)))
+        wholes = dots(*([None if s else x for x, s in zip(v, self._shards, strict=True)] for v in (self, *others)))
+        return [summed(part) + whole.to(part.device) for part, whole in zip(parts, wholes, strict=True)]
 
     def squared_norm(self) -> Tensor:
         """Return ``sum_i |a_i|^2``."""
-        return squared_norm(self)
+        return self.dots(self)[0]
 
     def norm(self) -> Tensor:
         """Return ``sqrt(sum_i |a_i|^2)``."""
-        return squared_norm(self).sqrt()
+        return self.squared_norm().sqrt()
 
     def detach(self) -> Vector:
         """Return the same values without a graph."""
@@ -128,7 +139,13 @@ class Vector(Sequence[Tensor | None]):
     def like(self, tensors: Iterable[Tensor | None]) -> Vector:
         """Return other tensors as a vector of the same variables."""
         made = Vector.__new__(Vector)
-        made._tensors, made._factor, made.names = tuple(tensors), None, self.names
+        made._tensors, made._factor, made.names, made._shards = tuple(tensors), None, self.names, self._shards
+        return made
+
+    def sharded(self, shards: Sequence[bool]) -> Vector:
+        """Return it with a mark at each entry that is a part, of which other processes have the rest."""
+        made = self.like(self._taken())
+        made._shards = shards
         return made
 
     def _taken(self) -> tuple[Tensor | None, ...]:
@@ -149,14 +166,25 @@ def dot(a: Tensors, b: Tensors) -> Tensor:
 
     The result stays on the device of the first pair; nothing is synchronised.
     """
-    total: Tensor | None = None
-    for left, right in _chunks([(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]):
-        part = torch.dot(left, right)
-        total = part if total is None else total + part.to(total.device, non_blocking=True)
-    if total is None:
-        device = next((x.device for x in (*a, *b) if x is not None), torch.device("cpu"))
-        return torch.zeros((), dtype=accumulation_dtype(device), device=device)
-    return total
+    return dots(a, b)[0]
+
+
+def dots(a: Tensors, *others: Tensors) -> list[Tensor]:
+    """Return ``sum_i <a_i, b_i>`` for each ``b`` of ``others``, as :func:`dot` does; ``a`` is read and widened once."""
+    gaps = {tuple(x is None or y is None for x, y in zip(a, b, strict=True)) for b in others}
+    if len(gaps) > 1:
+        return [dot(a, b) for b in others]
+    used = [i for i, absent in enumerate(next(iter(gaps))) if not absent]
+    if not used:
+        device = next((x.device for b in (a, *others) for x in b if x is not None), torch.device("cpu"))
+        return [torch.zeros((), dtype=accumulation_dtype(device), device=device) for _ in others]
+    totals: list[Tensor] = []
+    for parts in _chunks(_present(a, used), [_present(b, used) for b in others]):
+        found = [torch.dot(parts[0], part) for part in parts[1:]]
+        totals = (
+            [t + x.to(t.device, non_blocking=True) for t, x in zip(totals, found, strict=True)] if totals else found
+        )
+    return totals
 
 
 def squared_norm(a: Tensors) -> Tensor:
@@ -239,6 +267,21 @@ def exchange(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
         torch._foreach_copy_(right, kept)
 
 
+def place(a: Sequence[Tensor], b: Sequence[Tensor]) -> Callable[[], None]:
+    """Put the values of ``b`` into ``a`` in place; return what puts the old ones back, bit for bit.
+
+    Up to one chunk the old values are kept meanwhile. Beyond it they are exchanged, which takes twice the copies and no
+    memory.
+    """
+    if sum(x.numel() for x in a) > CHUNK:
+        exchange(a, b)
+        return lambda: exchange(a, b)
+    own = [x.data for x in a]  # as in exchange
+    kept = [x.clone() for x in own]
+    torch._foreach_copy_(own, [x.detach() for x in b])
+    return lambda: torch._foreach_copy_(own, kept)
+
+
 def present(a: Tensors) -> list[Tensor]:
     """Return a vector without gaps as a list: a point, where every variable has a value."""
     return [x for x in a if x is not None]
@@ -281,22 +324,25 @@ def _groups(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
         yield run
 
 
-def _chunks(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the pairs flattened in chunks, in the accumulation dtype; for a vector with itself, each chunk once."""
-    for group in _groups([x for x, _ in pairs]):
-        left = _flattened([pairs[i][0] for i in group])
-        if all(pairs[i][0] is pairs[i][1] for i in group):
-            yield from ((chunk, chunk) for chunk in left)
-        else:
-            yield from zip(left, _flattened([pairs[i][1] for i in group]), strict=True)
+def _chunks(a: list[Tensor], others: list[list[Tensor]]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield all flattened in chunks, in the accumulation dtype; ``a`` itself among the others is not read again."""
+    for group in _groups(a):
+        chosen = [[tensors[i] for i in group] for tensors in others]
+        again = [all(a[i] is x for i, x in zip(group, tensors, strict=True)) for tensors in chosen]
+        others_flat = (_flattened(tensors) for tensors, is_a in zip(chosen, again, strict=True) if not is_a)
+        for first, *rest in zip(_flattened([a[i] for i in group]), *others_flat, strict=True):
+            remaining = iter(rest)
+            yield (first, *(first if is_a else next(remaining) for is_a in again))
 
 
 def _flattened(group: list[Tensor]) -> Iterator[Tensor]:
     """Yield one group as one tensor, or a group of a single large tensor in chunks."""
     dtype = accumulation_dtype(group[0].device)
-    flat = [tensor.detach().reshape(-1) for tensor in group]
-    if len(flat) > 1:
-        # Joined first, because one conversion is cheaper than many; cat widens mixed dtypes without loss.
-        yield torch.cat(flat).to(dtype)
+    if len(group) > 1:
+        # Joined first, because one conversion is cheaper than many (mixed dtypes are widened without loss); by the
+        # function that joins in C++, as a view of each from here is a third of the inner product.
+        with torch.no_grad():
+            joined: Tensor = torch._utils._flatten_dense_tensors(group)
+        yield joined.to(dtype)
     else:
-        yield from (part.to(dtype) for part in flat[0].split(CHUNK))
+        yield from (part.to(dtype) for part in group[0].detach().reshape(-1).split(CHUNK))

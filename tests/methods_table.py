@@ -186,6 +186,9 @@ CASES: dict[str, Case] = {
     "unrolled-real": Case(
         bilevel.Unrolled, walk_and_back, {"inner_steps": 2, "virtual": False, "differentiate": "adjoint"}, **TRAIN_FIRST
     ),
+    "unrolled-forward": Case(
+        bilevel.Unrolled, lambda steps: steps * "L" + "U", {"inner_steps": 2, "differentiate": "forward"}, **LOOK_FIRST
+    ),
     "unrolled-real-graph": Case(
         bilevel.Unrolled,
         lambda steps: steps * "L" + "U",
@@ -198,7 +201,7 @@ CASES: dict[str, Case] = {
     "finite-difference": Case(bilevel.FiniteDifference, lambda steps: "LUll", **LOOK_FIRST),
     "implicit": Case(
         bilevel.Implicit,
-        lambda steps: steps * "L" + "U" + 3 * "L",  # the series, its residual, the mixed product
+        lambda steps: steps * "L" + "U" + "L",  # the graph of the series, its residual and the mixed product
         {"solver": bilevel.Neumann(1), "product": "reverse", "warm_start": False},
         **TRAIN_FIRST,
     ),

@@ -154,8 +154,8 @@ MUTATIONS = [
     Mutation(
         "norm over the lower level alone",
         "DynamicBarrier.compute",
-        "_on(f, q_upper.squared_norm()) + _on(f, q_lower.squared_norm())",
-        "_on(f, q_lower.squared_norm())",
+        "_on(f, q_q_upper) + _on(f, q_q_lower)",
+        "_on(f, q_q_lower)",
         step_of("ebomlc"),
     ),
     Mutation(
@@ -175,7 +175,7 @@ MUTATIONS = [
     Mutation(
         "preview without momentum",
         "_momentum_sgd",
-        'group["momentum"] * held',
+        "momentum * held",
         "0 * held",
         step_of("preview of momentum"),
     ),
@@ -203,20 +203,20 @@ MUTATIONS = [
     Mutation(
         "the walk back loses the curvature",
         "adjoint",
-        "through_point + hessian",
-        "through_point",
+        "bars.point + hessian",
+        "bars.point",
         step_of("unrolled"),
     ),
     Mutation(
         "the walk back loses the direct part",
         "adjoint",
-        "through_point + hessian",
+        "bars.point + hessian",
         "hessian",
         step_of("unrolled"),
     ),
     Mutation(
         "the walk back loses the optimizer's state",
-        "pull_back",
+        "transposed",
         "new_state[i][name] = bar",
         "pass",
         step_of("unrolled preview of momentum"),
@@ -287,8 +287,8 @@ MUTATIONS = [
     Mutation(
         "Implicit: sign of the part through w",
         "Implicit.compute",
-        "f.upper - mixed_product(oracle, p, batch=last, product=self.product)",
-        "f.upper + mixed_product(oracle, p, batch=last, product=self.product)",
+        "upper=f.upper - through",
+        "upper=f.upper + through",
         "test_implicit.py::test_ridge_regression_entry_by_entry",
     ),
     Mutation(

@@ -105,8 +105,8 @@ CONSTRUCTION: dict[str, Bad] = {
     "an optimizer that walks uphill": (
         built_of(lambda p: {"upper_optimizer": sgd(*p.corrector.parameters(), maximize=True)}), ValueError,
         "maximize=True"),
-    "a module in DistributedDataParallel": (
-        built_of(lambda p: {"upper": wrapped(p.corrector)}), TypeError, r"DistributedDataParallel.*Pass \.module"),
+    "a process group that is none": (
+        built(process_group="nccl"), TypeError, r"BOME\(process_group=str\): must be a group of torch.distributed"),
     "other= without modules": (
         built_of(lambda p: {"other": [p.teacher, torch.ones(1)]}), TypeError, r"BOME\(other=Tensor\): must be modules"),
     "other=None": (built(other=None), TypeError, r"BOME\(other=NoneType\): must be"),
@@ -150,14 +150,6 @@ CONSTRUCTION: dict[str, Bad] = {
 
 def of_one(variable: Tensor) -> dict[str, Any]:
     return {"upper": variable, "upper_optimizer": sgd(variable)}
-
-
-def wrapped(module: nn.Module) -> nn.Module:
-    """What a wrapped module looks like, without the process group that building one takes."""
-    wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
-    nn.Module.__init__(wrapper)
-    wrapper.module = module
-    return wrapper
 
 
 def reading_only(side: str) -> Callable[[Problem], dict[str, Any]]:

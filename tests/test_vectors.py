@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bilevel import vectors
-from bilevel.vectors import Tensors, add_scaled, all_finite, dot, exchange, squared_norm, subtract, without_aliasing
+from bilevel.vectors import (
+    Tensors,
+    add_scaled,
+    all_finite,
+    dot,
+    dots,
+    exchange,
+    squared_norm,
+    subtract,
+    without_aliasing,
+)
 
 oracle = settings(derandomize=True, database=None, deadline=None, max_examples=80)
 
@@ -391,3 +401,44 @@ def test_exchange_leaves_a_graph_of_the_callers_usable() -> None:
     value.backward()
     assert w.grad is not None
     assert w.grad.tolist() == [4.0, 6.0]
+
+
+@pytest.mark.parametrize("chunk", [3, 1 << 20])
+def test_several_inner_products_are_those_taken_one_by_one(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(vectors, "CHUNK", chunk)
+    a: list[Tensor | None] = [torch.randn(2, 4), None, torch.randn(1), torch.randn(5)]
+    b: list[Tensor | None] = [torch.randn(2, 4), None, torch.randn(1), torch.randn(5)]
+    gap: list[Tensor | None] = [None, torch.randn(3), torch.randn(1), None]
+    nothing: list[Tensor | None] = [None] * 4
+    for others in ([a], [b, a], [a, b, a], [b, gap], [gap, a], [nothing, b], [nothing]):
+        assert [x.item() for x in dots(a, *others)] == [dot(a, other).item() for other in others]
+    assert [x.item() for x in vectors.Vector(a).dots(b, a)] == [dot(a, b).item(), squared_norm(a).item()]
+
+
+def test_a_vector_is_widened_once_for_several_inner_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, read = [torch.randn(4), torch.randn(4)], [torch.randn(4), torch.randn(4)], []
+    flattened = vectors._flattened
+
+    def watched(group: list[Tensor]) -> Any:
+        read.append(len(group))
+        return flattened(group)
+
+    monkeypatch.setattr(vectors, "_flattened", watched)
+    dots(a, b, a)
+    assert read == [2, 2]
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_values_put_into_variables_come_out_again_bit_for_bit(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(vectors, "CHUNK", chunk)
+    variables = [torch.tensor([-0.0, math.nan, 1e-45]).requires_grad_(), torch.randn(2, 3).t().requires_grad_()]
+    values = [torch.randn(3), torch.randn(3, 2)]
+    before, versions = [x.detach().clone() for x in variables], [x._version for x in variables]
+    expected, places = [x.clone() for x in values], [x.data_ptr() for x in variables]
+    take_out = vectors.place(variables, values)
+    assert all(torch.equal(x, y) for x, y in zip(variables, expected, strict=True))
+    take_out()
+    assert all(x.detach().numpy().tobytes() == y.numpy().tobytes() for x, y in zip(variables, before, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(values, expected, strict=True))
+    assert [x._version for x in variables] == versions
+    assert [x.data_ptr() for x in variables] == places

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ClosureError, message
+from ..microbatches import parts_of
+from ..shards import part_of
 from .verification import out_of_memory
 
 CURES = {
@@ -52,7 +54,10 @@ def explained(loss: str) -> Iterator[None]:
 
 def refuse_one_shot(owner: str, side: str, batch: Any) -> None:
     """A loss is called several times on a batch: an iterator would be empty the second time."""
-    for part in (batch, *(batch if isinstance(batch, (tuple, list)) else ())):
+    inside = [
+        part for micro in parts_of(batch) for part in (micro, *(micro if isinstance(micro, (tuple, list)) else ()))
+    ]
+    for part in inside:
         if isinstance(part, Iterator):
             raise TypeError(
                 f"{owner}.step: the {side} batch is or holds a {type(part).__name__}, which is empty after its first "
@@ -155,6 +160,7 @@ class _Watched:
 
     def __init__(self, kind: str, name: str, tensor: Tensor, kept: bool) -> None:
         self.kind, self.name = kind, name
+        tensor = part_of(tensor)
         self._tensor, self._version = tensor, tensor._version
         self._values = tensor.detach().clone() if kept else None
 
@@ -173,6 +179,13 @@ def _differ(a: Tensor, b: Tensor) -> Tensor:
     if a.is_floating_point() or a.is_complex():
         different = different & ~(a.isnan() & b.isnan())
     return different.any()
+
+
+def count_samples(batches: Sequence[Any]) -> int:
+    """Return how many samples some batches seem to hold: the lengths of their first tensors; 0 where there is none."""
+    plain = [getattr(batch, "batch", batch) for batch in batches]  # of one that knows its number
+    firsts = (next((x for x in tensors_of(batch) if x.dim() > 0), None) for batch in plain)
+    return sum(x.shape[0] for x in firsts if x is not None)
 
 
 def tensors_of(batch: Any) -> list[Tensor]:

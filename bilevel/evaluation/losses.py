@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from ..batches import MISSING
 from ..errors import ClosureError
+from ..processes.joined import several
 
 
 class Loss:
@@ -25,7 +26,7 @@ class Loss:
             )
         self.name = name
         self._function = function
-        self._needs_upper = needs_upper
+        self.needs_upper = needs_upper
         self._calls = 0
 
     def __call__(self, batch: Any, devices: Iterable[torch.device], *, frozen: bool = False) -> tuple[Tensor, Any]:
@@ -67,7 +68,7 @@ class Loss:
             advice = f"The variables are on {on}. Move the batch to the device of the model."
             raise ClosureError(expected.format(f"a tensor on {value.device}", advice))
         if not value.requires_grad:
-            if frozen and not self._needs_upper:
+            if (frozen and not self.needs_upper) or several():  # of others' parts of the batch it may well have one
                 return
             if frozen:
                 self.check_use("upper", [])
@@ -76,6 +77,8 @@ class Loss:
 
     def check_use(self, side: str, gradient: Sequence[Tensor | None]) -> None:
         """Refuse a loss that uses none of a level's variables where it must use some."""
+        if side == "upper" and not self.needs_upper:
+            return
         if all(part is None for part in gradient):
             cause = (
                 "Usual causes: what they compute was detached, rounded (argmax), or is never used."
@@ -108,7 +111,7 @@ def refuse_scaled(loss: str, value: Tensor) -> None:
     if any(x.data_ptr() in scales for x in factors):
         raise ClosureError(
             f"{loss} returned GradScaler.scale(loss), whose factor would be in every direction, inner product and "
-            "multiplier: nothing here unscales. Return the loss itself; bf16 autocast needs no scaler."
+            "multiplier. Return the loss itself, and pass the scaler as scaler=, which scales and unscales derivatives."
         )
 
 

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from ..batches import unpacked
 from ..levels import Level
+from ..processes.group import refuse_apart
+from ..processes.joined import several
+from ..shards import is_shard
 from ..vectors import Vector
 from .evaluations import Side, Subject
-from .inspection import refuse_accumulation_hooks, refuse_one_shot, refuse_shared_memory
+from .inspection import count_samples, refuse_accumulation_hooks, refuse_one_shot, refuse_shared_memory
 from .losses import Loss
 from .replay import Policy, Replay
 from .verification import Verification, Verify
@@ -88,6 +91,7 @@ class Evaluator:
         kinds = sorted({device.type for device in devices})
         if verifies:
             self.verification.begin((replay.training, *(torch.is_autocast_enabled(kind) for kind in kinds)))
+        self._begin_together(upper_batches, lower_batches)
         try:
             yield (kind or Oracle)(self, replay, upper_batches, lower_batches, verifies=verifies)
         except BaseException:
@@ -95,6 +99,25 @@ class Evaluator:
             raise
         if verifies:
             self.verification.end()
+
+    def _begin_together(self, upper_batches: Sequence[Any], lower_batches: Sequence[Any]) -> None:
+        """Of several processes, compare what they begin with."""
+        processes, owner = several(), self.subject.owner
+        if processes is None:
+            return
+        if self.verification.due:
+            refuse_apart(owner, processes, [(n, x) for n, x in self.subject.named_variables if not is_shard(x)])
+        sizes = (count_samples(upper_batches), count_samples(lower_batches))
+        heard = processes.agree(f"{owner}: {len(upper_batches)} and {len(lower_batches)} batches", counts=sizes)
+        for side, least, most in zip(("upper", "lower"), heard.lowest, heard.highest, strict=True):
+            if least != most:
+                self.verification.say_of(
+                    f"the {side} batches",
+                    f"{owner}: the {side} batches of the processes hold {least} to {most} samples. Every process "
+                    "counts the same in the mean, so that the samples of a small batch count more. Usual cause: the "
+                    "last batch of an epoch. Give all of them batches of one size (drop_last=True), or multiply each "
+                    "loss by its number of samples times the number of processes over the number of all samples.",
+                )
 
 
 class Oracle(VerifiedEvaluations):
@@ -170,6 +193,16 @@ class Oracle(VerifiedEvaluations):
 
     def _number(self, side: Side, numbers: list[int | None], batch: int) -> int:
         number = numbers[min(batch, len(numbers) - 1)] if numbers else None
+        processes = several()
+        if processes is not None:
+            known = -1 if number is None else number
+            heard = processes.agree(f"{self.owner}: the number of a batch", counts=(known, 0))
+            if heard.lowest != heard.highest:
+                raise ValueError(
+                    f"{self.owner}.step: the processes gave {side} batches of the numbers {heard.lowest[0]} to "
+                    f"{heard.highest[0]}, and a row of the table belongs to one joined batch. Give the parts of one "
+                    "batch the same number on all processes (a sampler that splits each batch, not the data set)."
+                )
         if number is None:
             raise TypeError(
                 f"{self.owner}.step: the {side} batch has no number, and this method keeps a table with a row for "

@@ -15,6 +15,7 @@ A suspicion is decided in float64. Here is when looks are due, what was found, a
 from __future__ import annotations
 
 import ctypes
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..processes.joined import agreed
 from ..vectors import Tensors, dot, squared_norm, subtract
 
 Verify = Literal["auto", "always", "never"]
@@ -53,6 +55,8 @@ class Verification:
         choices: Which right way has replaced which shortcut. Part of a checkpoint, so that a resumed run computes the
             same numbers.
         due: Whether the current step is a look.
+        in_half: The losses that compute in half precision, and in float32 where differences are taken. Part of a
+            checkpoint too.
         unrepeatable: The losses that gave two values for the same call. Nothing can be compared with them.
     """
 
@@ -61,6 +65,7 @@ class Verification:
         self.steps = 0
         self.choices: dict[str, str] = {}
         self.due = True
+        self.in_half: set[str] = set()
         self.unrepeatable: set[str] = set()
         self._forced = False
         self._signature: object = None
@@ -81,7 +86,8 @@ class Verification:
         scheduled = number & (number - 1) == 0 if number <= LONGEST else number % LONGEST == 0
         changed = self._signature is not None and signature != self._signature
         self._signature = signature
-        self.due = self._forced or scheduled or changed or self.mode == "always" or self._heard_of_a_suspicion()
+        due = self._forced or scheduled or changed or self.mode == "always" or self._heard_of_a_suspicion()
+        self.due = agreed(due, "the beginning")
         if self.due:
             self._cleared.clear()
 
@@ -97,19 +103,24 @@ class Verification:
     def forget(self) -> None:
         """The set of variables changed: what was found out about the closures no longer holds."""
         self.choices.clear()
+        self.in_half.clear()
         self._noise.clear()
         self._holds.clear()
         self._said.clear()
         self.unrepeatable.clear()
         self.look_again()
 
-    def held(self, loss: str, count: int) -> None:
-        """A batch's first evaluation of ``loss`` called ``hold`` so many times; another number makes this a look."""
-        if self._holds.setdefault(loss, count) != count:
-            self._holds[loss] = count
-            if not self.due:
-                self.due = True
-                self._cleared.clear()
+    def holds_differ(self, loss: str, count: int) -> bool:
+        """Whether a batch's first evaluation of ``loss`` called ``hold`` another number of times than the last one."""
+        differs = self._holds.setdefault(loss, count) != count
+        self._holds[loss] = count
+        return differs
+
+    def look_now(self) -> None:
+        """Make the rest of this step a look."""
+        if not self.due:
+            self.due = True
+            self._cleared.clear()
 
     def suspects(self, name: str, gap: Tensor, allowed: float) -> bool:
         """Whether ``gap`` is more than is ``allowed``, or than was found to be noise.
@@ -120,16 +131,16 @@ class Verification:
             return False
         limit = max(allowed, 4 * self._noise.get(name, 0.0))
         if gap.device.type == "cpu":
-            return on_host(gap) > limit  # False where the gap is NaN: contract 6 speaks of that
+            return agreed(on_host(gap) > limit)  # False where the gap is NaN: contract 6 speaks of that
         if self.due:
-            return bool(gap > limit)
+            return agreed(bool(gap > limit))
         self._wait_for(gap > limit)
         return False
 
     def clear(self, name: str, gap: float) -> None:
         """A suspicion was unfounded: a gap of this size is noise, and until the next look no other is looked into."""
         self._cleared.add(name)
-        if gap == gap:
+        if gap < math.inf:  # else an overflow, or NaN, which is no measure of noise
             self._noise[name] = max(gap, self._noise.get(name, 0.0))
 
     def say(self, text: str) -> None:
@@ -144,7 +155,8 @@ class Verification:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs in order to go on with the same numbers."""
-        return {"steps": self.steps, "choices": dict(self.choices)}
+        half = {"in_half": sorted(self.in_half)} if self.in_half else {}
+        return {"steps": self.steps, "choices": dict(self.choices), **half}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state`; the next step is a look."""
@@ -152,6 +164,7 @@ class Verification:
         if not isinstance(steps, int) or not all(isinstance(x, str) for x in (*choices, *choices.values())):
             raise ValueError("the verification's state holds something else than a counter and choices")
         self.steps, self.choices = steps, dict(choices)
+        self.in_half = set(state.get("in_half", ()))
         self.look_again()
 
     def _wait_for(self, flag: Tensor) -> None:
@@ -196,7 +209,7 @@ def slopes_agree(slope: Tensor, gradient: Tensors, direction: Tensors, allowed: 
     if slope.device.type != "cpu" or expected.device.type != "cpu":
         return False
     wanted = on_host(expected)
-    return abs(on_host(slope) - wanted) <= allowed * abs(wanted)
+    return not agreed(not abs(on_host(slope) - wanted) <= allowed * abs(wanted))
 
 
 def slope_gap(slope: Tensor, gradient: Tensors, direction: Tensors, value: Tensor) -> Tensor:

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ClosureError
-from .evaluations import Evaluation, Evaluations, Key, Point, Subject, Wrt
+from ..microbatches import Sum
+from ..processes.joined import Share, agreed, averaged
+from ..vectors import present
+from .evaluations import Evaluation, Evaluations, Key, Part, Point, Subject, Wrt
 from .inspection import inspected
-from .losses import sequence_number
-from .precision import float64, widened, widening
+from .losses import Loss, sequence_number
+from .precision import HALF, computes_in_half, float64, widened, widening
 from .replay import Policy, Replay
 from .verification import (
     BLATANT,
@@ -94,6 +97,8 @@ class VerifiedEvaluations(Evaluations):
     @contextmanager
     def in_float64(self) -> Iterator[Self]:
         """Look at the same losses and batches in float64, for a decision; nothing stays changed."""
+        if self.upper_level.sharded or self.lower_level.sharded:
+            raise ClosureError(f"{self.owner}: shards of variables cannot be widened to float64.")
         with float64(self._subject.modules, self._subject.variables), widening():
             replay = Replay(self._devices, self._evaluator.modules, self._subject.variables)
             replay.follow(self.replay)
@@ -103,8 +108,26 @@ class VerifiedEvaluations(Evaluations):
             finally:
                 replay.undo()
 
+    def _note_precision(self, loss: Loss, value: Tensor) -> None:
+        if self._precise:  # float32 by our own doing
+            return
+        half = not any(x.dtype in HALF for x in self._subject.variables) and computes_in_half(value)
+        (self.verification.in_half.add if half else self.verification.in_half.discard)(loss.name)
+
+    def _computes_in_half(self, loss: Loss) -> bool:
+        return loss.name in self.verification.in_half
+
     def refuse_hooks(self) -> None:
-        """A hook on a variable makes of its gradient something that no product is the derivative of."""
+        """A hook on a variable makes of its gradient something that no product is the derivative of.
+
+        Nor has a shard of a variable one.
+        """
+        if self.upper_level.sharded or self.lower_level.sharded:
+            raise ClosureError(
+                f"{self.owner}: takes second derivatives, which fully_shard has none of: its parameters get their "
+                'gradients only from .backward(). Use value_gradient="value_function" or "difference", or a model that '
+                "is whole on every process."
+            )
         if not any(tensor._backward_hooks for tensor in self._subject.variables):
             return
         for name, tensor in self._subject.named_variables:
@@ -116,7 +139,7 @@ class VerifiedEvaluations(Evaluations):
                 )
 
     def _evaluate(self, key: Key, at: Point | None, wrt: Wrt) -> Evaluation:
-        loss, _ = self._called(key)
+        loss = self._loss(key[0])
         shortcut = f"{loss.name}, forward-only"
         if wrt == "upper" and shortcut not in self.verification.choices:
             try:
@@ -128,25 +151,40 @@ class VerifiedEvaluations(Evaluations):
             else:
                 return self._verified(shortcut, found, key, at) if self.comparing else found
         found = self._evaluate_as(key, at, wrt)
-        self.verification.held(loss.name, self.replay.held_count(key))
         if self.comparing and loss.name not in self._repeated:
             self._repeat(found.value, key, at)
         return found
 
+    def _has_news(self, key: Key) -> bool:
+        return self.verification.holds_differ(self._loss(key[0]).name, self.replay.held_count((*key, 0)))
+
+    def _hear(self, news: bool) -> None:
+        if news:
+            self.verification.look_now()
+
     def _repeat(self, value: Tensor, key: Key, at: Point | None) -> None:
         """See that a second call of a loss gives the same."""
-        loss, batch = self._called(key)
+        loss = self._loss(key[0])
         self._repeated.add(loss.name)
         try:
-            with self.replay.silently(), self._prepared(key, at, current=at is None):
-                since = sequence_number()
-                value_again, _ = loss(batch, self._devices)
-                self._refuse_stale(loss, value_again, since)
-                again = loss.number(value_again)
+
+            def share() -> Share:
+                total = Sum()
+                for part, weight in self._parts(key):
+                    _, batch = self._called(part)
+                    with self.replay.silently(), self._prepared(part, at, current=at is None):
+                        since = sequence_number()
+                        value_again, _ = loss(batch, self._devices)
+                        self._refuse_stale(loss, value_again, since)
+                        total.add(weight, [loss.number(value_again)])
+                    del value_again  # and its graph, before the next one is made
+                return Share(present(total.total))
+
+            again = averaged(self._place(key, "once more"), share).numbers[0]
         except (RuntimeError, MemoryError) as error:
             self._unverified(loss.name, error)
             return
-        if bool(value_gap(value, again) > rounding(value.dtype)):
+        if agreed(bool(value_gap(value, again) > rounding(value.dtype))):
             self.verification.unrepeatable.add(loss.name)
             self.verification.say_of(
                 loss.name,
@@ -157,7 +195,7 @@ class VerifiedEvaluations(Evaluations):
             )
 
     @contextmanager
-    def _prepared(self, key: Key, at: Point | None, *, substituted: bool = False, **options: Any) -> Iterator[None]:
+    def _prepared(self, key: Part, at: Point | None, *, substituted: bool = False, **options: Any) -> Iterator[None]:
         """Surround one evaluation; in a look, the first one of a loss must change nothing."""
         prepared = super()._prepared(key, at, substituted=substituted, **options)
         loss, batch = self._called(key)
@@ -180,7 +218,7 @@ class VerifiedEvaluations(Evaluations):
 
     def _verified(self, shortcut: str, found: Evaluation, key: Key, at: Point | None) -> Evaluation:
         """Compare a forward-only evaluation with the one that has every flag on, which replaces it if they differ."""
-        loss, _ = self._called(key)
+        loss = self._loss(key[0])
         try:
             with self.replay.silently():
                 plain = self._evaluate_as(key, at, "upper")
@@ -219,7 +257,7 @@ class VerifiedEvaluations(Evaluations):
         try:
             wide = in_float64()
         except Exception as error:  # whatever a closure may say to float64
-            if gap > BLATANT:  # what replaces a shortcut is right in any case
+            if agreed(gap > BLATANT):  # what replaces a shortcut is right in any case
                 return True
             if out_of_memory(error):
                 self._unverified(name, error)
@@ -231,7 +269,7 @@ class VerifiedEvaluations(Evaluations):
                 )
             self.verification.clear(name, gap)
             return False
-        if wide > limit:
+        if agreed(wide > limit):
             return True
         self.verification.clear(name, gap)
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,10 @@ from ..evaluation.oracle import Oracle
 from ..evaluation.verification import out_of_memory, rounding, value_gap, vector_gap
 from ..levels import Level
 from ..lower_steps import Point, Rule, State
+from ..processes.joined import Share, averaged, several
 from ..vectors import Tensors, Vector, present
 from .adjoint import Unrolling
-from .modes import refuse_wrong_rules, two_derivatives
+from .modes import NoDoubleBackward, refuse_wrong_rules, second_derivatives
 from .trajectory import copied, descend, train
 
 FIRST_ORDER = (
@@ -30,8 +32,12 @@ RECOMPUTED = (
 )
 
 
-class Unreached(ClosureError):
-    """Substitution gives another function than the closure: it cannot be walked by a kept graph."""
+class NoGraph(ClosureError):
+    """A loss cannot be walked by a kept graph: it has no second derivative, or recomputes what it saved."""
+
+
+class Unreached(NoGraph):
+    """Substitution gives another function than the closure."""
 
 
 def unrolled_by_graph(
@@ -42,11 +48,12 @@ def unrolled_by_graph(
     last: int,
     start: list[Tensor] | None = None,
     real: bool = False,
+    kind: type[KeptGraph] | None = None,
 ) -> Unrolling:
     """Walk with the graph of the ``last`` steps kept, and differentiate F once, through all of them.
 
     Arguments as of :func:`unrolled_by_adjoint`. With ``real`` steps values come from the lower optimizer, derivatives
-    from its rule.
+    from its rule. ``kind``: how the graph is kept.
 
     Raises:
         Unreached: A loss is another function of tensors that take the places of the lower variables.
@@ -61,9 +68,9 @@ def unrolled_by_graph(
             plain = descend(oracle, rule(), skipped)
             first, point, state, current = plain.first, plain.end, plain.state, False
         state = copied(rule) if real else state
-        walk = KeptGraph(oracle, rule(), leaves(point), state, chained=False)
+        walk = (kind or KeptGraph)(oracle, rule(), leaves(point), state, chained=False)
     else:
-        walk = KeptGraph(oracle, rule(), start, state, chained=True)
+        walk = (kind or KeptGraph)(oracle, rule(), start, state, chained=True)
     for index in range(skipped, steps):
         g = walk.step(index, current=current)
         first = first or g
@@ -95,14 +102,36 @@ class KeptGraph:
     def step(self, batch: int, *, current: bool = False) -> Evaluation:
         """Take a step on a lower batch; return G before it. ``current`` as in :meth:`Oracle.lower_graph`."""
         w = self._point
+
+        def share() -> Share:
+            value, gradient, aux = self._look(w, batch, current=current)
+            detached = [None if g is None else g.detach() for g in gradient]
+            return Share([Loss.number(value)], detached, rest=(gradient, aux))
+
+        mean = averaged(f"{self._oracle.owner}: a kept step", share, self._oracle.lower_level.tensors)
+        gradient, aux = mean.rest
+        here = Evaluation(mean.numbers[0], Vector([]), Vector(mean.vector, self._oracle.lower_level.names), aux)
+        self._oracle.latest_lower = here.value
+        if self._first and self._oracle.checking:
+            self._oracle.lower_loss.check_use("lower", here.lower)
+        if self._first and self._oracle.comparing:
+            self._compare(here, w, batch, current=current)
+        self._first = False
+        self._advance(batch, gradient, here)
+        return here
+
+    def _look(self, w: list[Tensor], batch: int, *, current: bool) -> tuple[Tensor, Tensors, Any]:
+        """Return G of this process, its gradient with its graph, and its aux."""
         versions = [x._version for x in w]
         with torch.enable_grad(), _hooks_refused():
             with (
                 self._oracle.lower_graph(batch, substitute=w, current=current) as (value, aux),
-                two_derivatives(FIRST_ORDER),
+                twice(),
             ):
                 inputs = [*w, *self._oracle.lower_level.tensors]
-                found = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
+                found: Tensors = [None] * len(inputs)
+                if value.requires_grad:
+                    found = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
             if versions != [x._version for x in w]:
                 name = next(
                     n for n, x, v in zip(self._oracle.lower_level.names, w, versions, strict=True) if x._version != v
@@ -112,14 +141,12 @@ class KeptGraph:
             self._refuse_read(self._oracle.lower_loss, found[len(w) :])
             if self._first and self._oracle.checking:  # where the graph begins; later steps hold the earlier ones
                 self._check(value, gradient)
-            detached = Vector(gradient, self._oracle.lower_level.names).detach()
-            here = Evaluation(Loss.number(value), Vector([]), detached, aux)
-            self._oracle.latest_lower = here.value
-            if self._first and self._oracle.comparing:
-                self._compare(here, w, batch, current=current)
-            self._first = False
-            self._point, self._state = self._rule.step(w, gradient, self._state)
-        return here
+        return value, gradient, aux
+
+    def _advance(self, batch: int, gradient: Tensors, here: Evaluation) -> None:
+        """Take the step along a gradient that has its graph."""
+        with torch.enable_grad():
+            self._point, self._state = self._rule.step(self._point, gradient, self._state)
 
     def follow(self, point: Vector, state: State) -> None:
         """Take over the values of a real step, which hooks may have moved elsewhere; no derivative knows of them."""
@@ -135,29 +162,46 @@ class KeptGraph:
 
         ``real`` says that the end is the current point, so that F may move buffers.
         """
+        size, names = len(self._oracle.upper_level.tensors), self._oracle.upper_level.names
+
+        def share() -> Share:
+            value, found, aux = self._differentiated(real)
+            return Share([Loss.number(value)], found, rest=aux)
+
+        like = [*self._oracle.upper_level.tensors, *self._oracle.lower_level.tensors]
+        mean = averaged(f"{self._oracle.owner}: the end of a kept walk", share, like)
+        total, lower = mean.vector[:size], mean.vector[size:]
+        self._oracle.upper_loss.check_use("lower", lower)
+        nothing = Vector([None] * size, names)  # F's own gradient is in the total
+        here = Evaluation(mean.numbers[0], nothing, Vector(lower, self._oracle.lower_level.names), mean.rest)
+        if self._oracle.comparing:
+            self._compare(here, self._point, None, current=real)
+        return here, self._total(Vector(total, names), here.lower)
+
+    def _differentiated(self, real: bool) -> tuple[Tensor, Tensors, Any]:
+        """Return F at the end, of this process, its gradients in the upper variables and the end, and its aux."""
         loss, upper = self._oracle.upper_loss, self._oracle.upper_level.tensors
         with torch.enable_grad(), _hooks_refused():
             graph = self._oracle.upper_graph(substitute=self._point, current=real)
-            with graph as (value, aux), two_derivatives(FIRST_ORDER):
+            with graph as (value, aux), twice():
                 inputs = [*upper, *self._point, *self._oracle.lower_level.tensors]
-                found = torch.autograd.grad(value, inputs, allow_unused=True)
-        total, lower = found[: len(upper)], found[len(upper) : len(upper) + len(self._point)]
+                found: Tensors = [None] * len(inputs)
+                if value.requires_grad:
+                    found = torch.autograd.grad(value, inputs, allow_unused=True)
         self._refuse_read(loss, found[len(upper) + len(self._point) :])
-        loss.check_use("lower", lower)
-        names = self._oracle.upper_level.names
-        nothing = Vector([None] * len(upper), names)  # F's own gradient is in the total
-        here = Evaluation(Loss.number(value), nothing, Vector(lower, self._oracle.lower_level.names), aux)
-        if self._oracle.comparing:
-            self._compare(here, self._point, None, current=real)
-        return here, Vector(total, names)
+        return value, found[: len(upper) + len(self._point)], aux
+
+    def _total(self, upper: Vector, end: Vector) -> Vector:
+        """Return the derivative through the walk: autograd went back through all of it."""
+        return upper
 
     def _check(self, value: Tensor, gradient: Tensors) -> None:
         """Check what evaluations and products check in adjoint mode."""
         loss = self._oracle.lower_loss
-        loss.check_use("lower", gradient)
-        if not self._chained and not leaves_of(value, _names(self._oracle.upper_level)):
+        used = self._chained or several() is not None or leaves_of(value, _names(self._oracle.upper_level))
+        if not used:
             loss.check_use("upper", [])
-        with two_derivatives(FIRST_ORDER):
+        with twice():
             refuse_wrong_rules([value, *(g for g in gradient if g is not None)])
 
     def _compare(self, here: Evaluation, w: Sequence[Tensor], batch: int | None, *, current: bool) -> None:
@@ -165,16 +209,19 @@ class KeptGraph:
         oracle, name = self._oracle, "lower_loss" if batch is not None else "upper_loss"
         oracle.substitutes = {id(x): n for n, x in zip(oracle.lower_level.names, w, strict=True)}
 
+        def substituted(oracle: Oracle, point: Point) -> Share:
+            with torch.enable_grad():
+                leaf = leaves(point)
+                graph = oracle.upper_graph(leaf) if batch is None else oracle.lower_graph(batch, substitute=leaf)
+                with graph as (value, _):
+                    return Share([value.detach()], torch.autograd.grad(value, leaf, allow_unused=True))
+
         def gap(oracle: Oracle, point: Point, other: Evaluation | None) -> Tensor:
             at = None if current and other is not None else point
             plain = oracle.upper(at, wrt="lower") if batch is None else oracle.lower(at, batch=batch, wrt="lower")
             if other is None:
-                with torch.enable_grad():
-                    leaf = leaves(point)
-                    graph = oracle.upper_graph(leaf) if batch is None else oracle.lower_graph(batch, substitute=leaf)
-                    with graph as (value, _):
-                        gradient = torch.autograd.grad(value, leaf, allow_unused=True)
-                        other = Evaluation(value, Vector([]), Vector(gradient))
+                mean = averaged(f"{oracle.owner}: on substitutes", lambda: substituted(oracle, point), point)
+                other = Evaluation(mean.numbers[0], Vector([]), Vector(mean.vector))
             values = value_gap(plain.value, other.value)
             return torch.maximum(values, vector_gap(plain.lower, other.lower).to(values.device))
 
@@ -237,4 +284,14 @@ def _hooks_refused() -> Iterator[None]:
     except RuntimeError as error:
         if RECOMPUTED not in str(error):
             raise
-        raise ClosureError(RECOMPUTED) from error
+        raise NoGraph(RECOMPUTED) from error
+
+
+@contextmanager
+def twice() -> Iterator[None]:
+    """Say in one line what has no second derivative, and what else serves."""
+    try:
+        with second_derivatives():
+            yield
+    except NoDoubleBackward as problem:
+        raise NoGraph(f"{problem} {FIRST_ORDER}") from problem.__cause__

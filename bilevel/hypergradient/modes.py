@@ -23,6 +23,7 @@ from torch.autograd.graph import Node
 from torch.utils.checkpoint import CheckpointError
 
 from ..errors import ClosureError
+from ..evaluation.substitution import PROCESS_WIDE
 from ..evaluation.verified import NO_GRAPH_INSIDE
 
 ProductMode = Literal["auto", "forward", "reverse", "difference"]
@@ -41,6 +42,8 @@ COMPILED = ("donated buffers", "aot_autograd")
 WRONG_SECOND_RULES = {
     # The gradient's graph ends in an error node beside the path to the variables: the second derivative reads 0.
     "torch::autograd::Error": "it calls a custom function that is marked once_differentiable.",
+    # Its backward talks to the other processes by operations that have no derivative.
+    "SyncBatchNormBackward": "SyncBatchNorm has none: its backward adds over processes. Use BatchNorm or GroupNorm.",
     # The fused kernel's second derivative takes the saved norm for a constant (gradgradcheck fails on torch 2.13).
     "WeightNormInterfaceBackward0": "torch's second derivative of weight_norm is wrong.",
 }
@@ -64,7 +67,7 @@ def refusal(problem: Unavailable) -> ClosureError:
 
 
 @cache
-def _load_forward_rules() -> None:
+def load_forward_rules() -> None:
     """Make one dual tensor quietly: with its first one torch loads scripted rules, and warns about torch.jit itself."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -74,9 +77,9 @@ def _load_forward_rules() -> None:
 @contextmanager
 def dual_numbers() -> Iterator[None]:
     """Enter forward mode, and say in one line what has no rule for it."""
-    _load_forward_rules()
+    load_forward_rules()
     try:
-        with forward_ad.dual_level():
+        with PROCESS_WIDE, forward_ad.dual_level():
             yield
     except RuntimeError as error:
         text = _first_line(error)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import count, number
+from ..processes.joined import agreed
 from ..vectors import Tensors, add_scaled, dot, squared_norm, subtract
 
 Product = Callable[[Tensors], Tensors]
@@ -30,8 +31,9 @@ class Solution:
         iterations: Products with H that changed the iterate.
         residual: ``|b - (H + damping I) x| / |b|`` of this very iterate (0 for ``b = 0``).
         converged: Whether ``residual <= tolerance``.
-        indefinite: Whether the iteration ended because ``H + damping I`` is not positive definite along a direction
-            it met; None: this solver does not look.
+        indefinite: Whether ``H + damping I`` is not positive definite along a direction that the iteration met; None:
+            this solver does not look.
+        damping: The damping that it ended with, and of which the residual speaks; None: the solver's own.
     """
 
     x: Tensors
@@ -39,6 +41,7 @@ class Solution:
     residual: Tensor
     converged: Tensor
     indefinite: Tensor | None = None
+    damping: Tensor | None = None
 
 
 class Solver(ABC):
@@ -59,10 +62,12 @@ class ConjugateGradient(Solver):
     """Conjugate gradients, for a positive definite ``H + damping I``: at most ``n`` iterations for n distinct
     eigenvalues.
 
-    A direction of no or negative curvature ends the iteration, not converged and ``Solution.indefinite``: train the
-    lower level longer, or raise the damping above the size of the negative curvature. No curvature is one below the
-    rounding of the largest seen: along it the step would be noise of any size. A start that is no better than zero is
-    dropped for zero.
+    Where a direction p shows that ``A = H + damping I`` has a negative eigenvalue, the damping is raised by ``2 |A p| /
+    |p|``, with which p has positive curvature, and the iteration begins anew from where it is, without another product.
+    So it goes on until no direction that it meets has negative curvature. The answer is that of the larger damping,
+    ``Solution.damping``, and ``Solution.indefinite`` says so: train the lower level longer, or give the damping
+    yourself. A direction with ``A p = 0``, up to rounding, ends the iteration instead, not converged: what is left of
+    the right-hand side lies where A is flat, and no damping fits. A start that is no better than zero is dropped.
 
     Args:
         iterations: Most products with H, >= 1; default 20.
@@ -88,35 +93,58 @@ class ConjugateGradient(Solver):
         _check(self, self.iterations, self.damping)
         number("ConjugateGradient", "tolerance", self.tolerance, minimum=0.0)
 
-    def solve(self, product: Product, right: Tensors, start: Tensors | None, rates: Rates) -> Solution:
-        """Run the iteration ``x += a p, r -= a (H + d) p`` with ``a = |r|^2 / <p, (H + d) p>``."""
+    def solve(
+        self,
+        product: Product,
+        right: Tensors,
+        start: Tensors | None,
+        rates: Rates,
+        preconditioner: Product | None = None,
+    ) -> Solution:
+        """Run the iteration ``x += a p, r -= a (H + d) p`` with ``a = <r, z> / <p, (H + d) p>``, ``z = M r``.
+
+        ``preconditioner`` is ``r -> M r`` for a symmetric positive definite M, the nearer to the inverse of ``H + d``
+        the better; None: the identity.
+        """
         damped = _damped(product, self.damping)
         scale = squared_norm(right)
         x, r = (_zeros_like(right), list(right)) if start is None else _better_start(damped, right, start, scale)
-        p, rr = r, squared_norm(r)
+        z = r if preconditioner is None else preconditioner(r)
+        p, rr = z, squared_norm(r)
+        rz = rr if preconditioner is None else _positive(dot(r, z), rr)
         goal = self.tolerance**2 * scale
-        taken, steepest = torch.zeros_like(rr), torch.zeros_like(rr)
+        zero, one = torch.zeros_like(rr), torch.ones_like(rr)
+        taken, largest, raised = zero, zero, zero
         unit = max(torch.finfo(part.dtype).eps for part in right if part is not None)
-        curved = torch.ones_like(rr, dtype=torch.bool)
+        flat = torch.zeros_like(rr, dtype=torch.bool)
         for _ in range(self.iterations):
-            active = (rr > goal) & curved
-            if _may_ask(rr) and not active:
+            active = (rr > goal) & ~flat
+            if _may_ask(rr) and not agreed(bool(active)):
                 break
-            hp = damped(p)
+            hp = add_scaled(damped(p), raised, p)
             curvature, length = dot(p, hp), squared_norm(p)
-            steepest = torch.maximum(steepest, curvature / torch.where(active, length, torch.ones_like(rr)))
-            curved = curved & (curvature > unit * steepest * length)
-            active = active & curved
-            zero = torch.zeros_like(rr)
-            a = torch.where(active, rr / torch.where(active, curvature, torch.ones_like(rr)), zero)
+            along = curvature / torch.where(active & (length > 0), length, one)
+            size = (squared_norm(hp) / torch.where(active & (length > 0), length, one)).sqrt()
+            largest = torch.where(active, torch.maximum(largest, size), largest)
+            curved = along > unit * largest
+            # Of a semidefinite matrix size^2 <= largest * along.
+            negative = active & ~curved & (size > 2 * unit**0.5 * largest)
+            flat = flat | (active & ~curved & ~negative)
+            steps = active & ~negative & ~flat
+            a = torch.where(steps, rz / torch.where(steps, curvature, one), zero)
             # A product that is not finite says nothing about curvature: the iterate must not look as if it did.
             a = torch.where(torch.isfinite(curvature), a, torch.full_like(rr, float("nan")))
             x, r = add_scaled(x, a, p), add_scaled(r, -a, hp)
+            more = torch.where(negative, 2 * size, zero)
+            raised, r = raised + more, add_scaled(r, -more, x)
+            z = r if preconditioner is None else preconditioner(r)
             shrunk = squared_norm(r)
-            p = add_scaled(r, torch.where(active, shrunk / torch.where(active, rr, torch.ones_like(rr)), zero), p)
-            rr = torch.where(active, shrunk, rr)
-            taken = taken + active
-        return Solution(x, taken, _relative(rr, scale), rr <= goal, ~curved & (rr > goal))
+            after = shrunk if preconditioner is None else _positive(dot(r, z), shrunk)
+            p = add_scaled(z, torch.where(steps, after / torch.where(steps, rz, one), zero), p)
+            rr, rz = torch.where(active, shrunk, rr), torch.where(active, after, rz)
+            taken = taken + steps
+        indefinite = (raised > 0) | (flat & (rr > goal))
+        return Solution(x, taken, _relative(rr, scale), rr <= goal, indefinite, raised + self.damping)
 
 
 @dataclass(frozen=True)
@@ -230,7 +258,7 @@ def _stationary(
     taken = torch.zeros_like(rr)
     for _ in range(steps):
         active = rr > goal if tolerance is not None else torch.ones_like(rr, dtype=torch.bool)
-        if _may_ask(rr) and not active:
+        if _may_ask(rr) and not agreed(bool(active)):
             break
         v = add_scaled(r, momentum, v)
         x = add_scaled(x, active.to(rr.dtype), _times(rates, v))
@@ -254,6 +282,19 @@ def _damped(product: Product, damping: float) -> Product:
 
 def _times(rates: Rates, vector: Tensors) -> list[Tensor | None]:
     return [None if v is None else (v * rate).to(v.dtype) for rate, v in zip(rates, vector, strict=True)]
+
+
+def _positive(product: Tensor, squared: Tensor) -> Tensor:
+    """Return ``<r, M r>``, which is positive for the r of ``squared`` norm if M is a preconditioner.
+
+    Else it is an error; on an accelerator NaN, as asking would wait.
+    """
+    if _may_ask(product) and bool((product <= 0) & (squared > 0)):
+        raise ValueError(
+            "ConjugateGradient.solve(preconditioner=...): is not positive definite: <r, M r> <= 0 for a residual r. "
+            "It stands for the inverse of the Hessian at a minimum. Add a multiple of the identity."
+        )
+    return torch.where((product > 0) | (squared == 0), product, torch.full_like(product, float("nan")))
 
 
 def _may_ask(value: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""A starting point of the lower variables that is a function of the upper ones, as in MAML."""
+"""A starting point of the lower variables: a function of the upper ones, as in MAML, or the same one for every step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def start_of(owner: str, start: Start, lower: Level) -> list[Tensor]:
     """Call ``start``; return one tensor for each lower variable, in parameter order, with its graph.
 
     Raises:
-        TypeError, ValueError: It returned something else, or nothing that depends on the upper variables.
+        TypeError, ValueError: It returned something else.
     """
     with torch.enable_grad():
         found = start()
@@ -33,8 +33,6 @@ def start_of(owner: str, start: Start, lower: Level) -> list[Tensor]:
             else f"returned {kinds[wrong]} for {lower.names[wrong]}, expected {expected[wrong]}."
         )
         raise ValueError(message(owner, "start", "...", f"{advice} Return one tensor like each lower variable."))
-    if not any(x.requires_grad for x in values):
-        raise ValueError(message(owner, "start", "...", "depends on no upper variable. Was it detached?"))
     # + 0: an upper variable that is itself the start (MAML) must not be taken for the lower variable in its place.
     with torch.enable_grad():
         return [x + 0 if x.requires_grad else x.detach().requires_grad_() for x in values]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..evaluation.evaluations import Evaluation
 from ..evaluation.oracle import Oracle
-from ..lower_steps import Rule, State
+from ..lower_steps import Rule, State, constant
 from ..vectors import Tensors, Vector
 
 
@@ -54,8 +54,10 @@ def descend(
     start: Tensors | None = None,
     first: Evaluation | None = None,
     keep: int = 0,
+    state: State | None = None,
+    batch: int = 0,
 ) -> Trajectory:
-    """Take virtual lower steps on G, moving nothing; step ``t`` uses lower batch ``t``.
+    """Take virtual lower steps on G, moving nothing; step ``t`` uses lower batch ``batch + t``.
 
     Args:
         oracle: Where G is evaluated.
@@ -64,6 +66,8 @@ def descend(
         start: Where to begin; None: at the current values of the lower variables.
         first: G at the first point on the first batch, if it is known.
         keep: How many of the last steps are recorded.
+        state: The state of the rule at the start; None: as the rule starts.
+        batch: The lower batch of the first step.
 
     Cost:
         One gradient of G a step (the first one may be known), and one copy of the lower variables, or one for each step
@@ -81,18 +85,18 @@ def descend(
     """
     point = oracle.point() if start is None else oracle.point().like(start)
     at = None if start is None else point
-    first = first or oracle.lower(at, wrt="lower")
-    state, kept = rule.start(), []
+    first, rule = first or oracle.lower(at, batch=batch, wrt="lower"), constant(rule)
+    state, kept = rule.start() if state is None else state, []
     gradient = first.lower
     for index in range(steps):
         if index > 0:
-            gradient = oracle.lower(point, batch=index, wrt="lower").lower
+            gradient = oracle.lower(point, batch=batch + index, wrt="lower").lower
         if index >= steps - keep:
-            kept.append(Step(index, at if index == 0 else point, gradient, state))
+            kept.append(Step(batch + index, at if index == 0 else point, gradient, state))
         moved, state = rule.step(point, gradient, state)
         point = point.like(moved)
     # A variable that no gradient moved is still the parameter's own memory; the end point must survive an exchange.
-    own = {tensor.data_ptr() for tensor in oracle.lower_level.tensors}
+    own = {tensor.data_ptr() for tensor in oracle.lower_level.parts}
     end = point.like(x if x is None or x.data_ptr() not in own else x.clone() for x in point)
     return Trajectory(first, end, state, kept)
 

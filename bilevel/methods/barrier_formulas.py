@@ -18,6 +18,7 @@ from ..evaluation.evaluations import Evaluation
 from ..hypergradient import ProductMode
 from ..lower_steps import Rule
 from ..vectors import Tensors, Vector, add_scaled, dot
+from .bounded_barrier import Cone
 
 ValueGradient = Literal["value_function", "difference", "unrolled"]
 
@@ -132,6 +133,8 @@ class BarrierMethod(Protocol):
     cutoff: float
     multiplier_max: float | None
 
+    def cone(self, current: Vector, inner_point: Vector) -> Cone | None: ...
+
     @property
     def upper_names(self) -> tuple[str, ...]: ...
 
@@ -162,16 +165,23 @@ def barrier_checks(method: BarrierMethod, checker: Checker, terms: Terms, answer
             loose,
             differentiable=not reason,
         )
+        point = plain.point()
         q = plainly.lower.value - plain.lower_value(plain.walk(method.inner_rule(), method.inner_steps)[0])
     yield Same("Q", [terms.constraint], [q], size=float(plainly.lower.value.abs()))
-    weight, size = _plain_multiplier(method, plain_products(plainly))
+    cone = method.cone(point, plainly.inner_point)
+    if cone is None:
+        weight, size = _plain_multiplier(method, plain_products(plainly))
+    else:
+        weight, size = _multiplier_by_bisection(method, plainly, cone)
     yield Same("multiplier", [answer.stats.multiplier], [weight], size=size, tolerance=loose)
     f = plainly.upper
-    for side, names, gradient, part, found in (
-        ("upper", method.upper_names, f.upper, plainly.upper_gradient, answer.upper),
-        ("lower", method.lower_names, f.lower, plainly.lower_gradient, answer.lower),
+    upper, lower = f.upper + weight * plainly.upper_gradient, f.lower + weight * plainly.lower_gradient
+    upper, lower = (upper, lower) if cone is None else cone.descent(upper, lower)
+    for side, names, gradient, part, found, expected in (
+        ("upper", method.upper_names, f.upper, plainly.upper_gradient, answer.upper, upper),
+        ("lower", method.lower_names, f.lower, plainly.lower_gradient, answer.lower, lower),
     ):
-        direction, expected = gradient.like(found.get(name) for name in names), gradient + weight * part
+        direction = gradient.like(found.get(name) for name in names)
         if reason:
             yield Unknown(f"{side} direction", float(direction.norm()), reason)
         else:
@@ -188,3 +198,34 @@ def _plain_multiplier(method: BarrierMethod, products: Products) -> tuple[Tensor
     found = found if method.multiplier_max is None else min(found, method.multiplier_max)
     weight = torch.tensor(method.damping * found, dtype=torch.float64)
     return weight, method.damping * (abs(phi) + abs(total)) / (squared + max(method.eps, 1e-300))
+
+
+def _multiplier_by_bisection(method: BarrierMethod, terms: Terms, cone: Cone) -> tuple[Tensor, float]:
+    """The smallest multiplier whose direction lowers q by phi, and the size of the terms that may cancel in it."""
+    f, q_upper, q_lower = terms.upper, terms.upper_gradient, terms.lower_gradient
+
+    def falls(x: float) -> tuple[Tensor, Tensor]:
+        """How much both levels lower q."""
+        upper, lower = cone.descent(f.upper + x * q_upper, f.lower + x * q_lower)
+        return q_upper.dot(upper).cpu(), q_lower.dot(lower).cpu()
+
+    upper, lower = cone.descent(q_upper, q_lower)
+    squared = float(upper.squared_norm()) + float(lower.squared_norm())
+    whole = float(q_upper.squared_norm()) + float(q_lower.squared_norm())
+    like = terms.constraint.cpu()
+    products = Products(*falls(0.0), squared_norm=torch.full_like(like, squared), value=like)
+    phi, total = float(method.barrier(products)), float(products.total)
+    size = (abs(phi) + abs(total)) / (whole + max(method.eps, 1e-300))
+
+    def enough(x: float) -> bool:
+        return float(sum(falls(x))) + method.eps * x >= phi - 1e-13 * (abs(phi) + abs(total) + x * whole)
+
+    low, high = 0.0, max(phi - total, 0.0) / (whole + method.eps) if whole > method.cutoff else 0.0
+    limit = 1e12 * high
+    while high > 0 and not enough(high) and high < limit:
+        low, high = high, 2 * high
+    for _ in range(200 if low > 0 else 0):
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    found = high if method.multiplier_max is None else min(high, method.multiplier_max)
+    return torch.tensor(method.damping * found, dtype=torch.float64), method.damping * max(size, found)

@@ -25,7 +25,8 @@ class BSG1(BilevelOptimizer[Stats]):
     \nabla_w G^\top` for :math:`G_{ww}` and :math:`\nabla_\alpha G\, \nabla_w G^\top` for :math:`G_{\alpha w}`, leave
     one ratio (the pseudo-inverse of a matrix of rank one). It is a heuristic: of :math:`\nabla_w F` only the part along
     :math:`\nabla_w G` counts, and the nearer the lower problem is to its solution, the less can be said of it; where
-    :math:`\nabla_w G = 0` it knows nothing. We offer it to compare with.
+    :math:`\nabla_w G = 0` it knows nothing. We offer it to compare with. With a ``lower_projection`` only the part of
+    :math:`-\nabla_w G` along which w can move takes the place of second derivatives.
 
     Differences from the code in BOME's scripts: your torch optimizers take the steps; the last lower batch serves
     :math:`\nabla G`.
@@ -84,7 +85,8 @@ class BSG1(BilevelOptimizer[Stats]):
         f = oracle.upper()
         # At the current point, but as a look: it is no step of training, along which buffers would move again.
         g = oracle.lower(oracle.point().clone(), batch=self.inner_steps - 1)
-        ratio = f.lower.dot(g.lower) / (g.lower.squared_norm() + self.eps)
+        slope = -self.lower_set.tangent(oracle.point(), -g.lower) if self.lower_set.bounded else g.lower
+        ratio = f.lower.dot(slope) / (slope.squared_norm() + self.eps)
         return Directions(
             upper=f.upper - ratio * g.upper,
             stats=Stats.of(f, first),

@@ -14,7 +14,7 @@ from ..checks.check import Check
 from ..checks.checker import Checker
 from ..directions import Directions, Stats
 from ..errors import message
-from ..evaluation.evaluations import Evaluation
+from ..evaluation.evaluations import Evaluation, Wrt
 from ..evaluation.oracle import Oracle
 from ..hypergradient import ProductMode, adjoint, descend, mode_taken
 from ..hypergradient.modes import PRODUCT_MODES
@@ -23,6 +23,7 @@ from ..optimizer.base import BilevelOptimizer, Common
 from ..settings import Setting, chosen, numeric
 from ..vectors import Vector, accumulation_dtype
 from .barrier_formulas import Terms, ValueGradient, barrier_checks
+from .bounded_barrier import Cone, Gradients, cone_multiplier, cone_products
 
 StepFrom = Literal["current", "lookahead"]
 
@@ -35,7 +36,8 @@ class BarrierStats(Stats):
         multiplier: Weight of grad q in the direction (damping xi included); float64.
         active: Whether the multiplier is above 0: the constraint shaped the direction.
         constraint: ``Q = G(w, alpha) - G(w_T, alpha)`` on the first lower batch; float64.
-        gradient_norm: ``|grad q|`` over both levels; float64.
+        gradient_norm: ``|grad q|`` over both levels; float64. With projections that of the part of ``-grad q`` along
+            which the variables can move.
         product: Mode of the products of G, for ``value_gradient="unrolled"``; else None.
 
     Example:
@@ -86,9 +88,12 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
         lambda = relu(phi - <grad f, grad q>) / (|grad q|^2 + eps)
         alpha <- alpha - eta_alpha (grad_alpha f + xi lambda grad_alpha q)
         w     <- w     - eta_w     (grad_w f     + xi lambda grad_w q)
+
+    Where variables have projections, lambda and the directions are those of ``bounded_barrier.py``.
     """
 
     walks_virtually = True
+    knows_shards = True
     barrier = Setting[Barrier](_check_barrier)
     value_gradient = Setting[ValueGradient](chosen("value_function", "difference", "unrolled"))
     step_from = Setting[StepFrom](chosen("current", "lookahead"))
@@ -125,18 +130,26 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
     def compute(self, oracle: Oracle) -> Directions[BarrierStats]:
         at = self.terms(oracle)
         f, q_upper, q_lower = at.upper, at.upper_gradient, at.lower_gradient
+        (f_q_upper, q_q_upper), (f_q_lower, q_q_lower) = q_upper.dots(f.upper, q_upper), q_lower.dots(f.lower, q_lower)
         products = Products(
-            upper=_on(f, f.upper.dot(q_upper)),
-            lower=_on(f, f.lower.dot(q_lower)),
-            squared_norm=_on(f, q_upper.squared_norm()) + _on(f, q_lower.squared_norm()),
+            upper=_on(f, f_q_upper),
+            lower=_on(f, f_q_lower),
+            squared_norm=_on(f, q_q_upper) + _on(f, q_q_lower),
             value=_on(f, at.constraint),
         )
-        weight = self.damping * multiplier(
-            self.barrier, products, eps=self.eps, cutoff=self.cutoff, maximum=self.multiplier_max
-        )
+        numbers: dict[str, Any] = {"eps": self.eps, "cutoff": self.cutoff, "maximum": self.multiplier_max}
+        cone = self.cone(oracle.point(), at.inner_point)
+        if cone is None:
+            weight = self.damping * multiplier(self.barrier, products, **numbers)
+            upper, lower = f.upper + weight * q_upper, f.lower + weight * q_lower
+        else:
+            gradients = Gradients(f.upper, f.lower, q_upper, q_lower)
+            products = cone_products(cone, gradients, products)
+            weight = self.damping * cone_multiplier(self.barrier, products, cone, gradients, **numbers)
+            upper, lower = cone.descent(f.upper + weight * q_upper, f.lower + weight * q_lower)
         return Directions(
-            upper=f.upper + weight * q_upper,
-            lower=f.lower + weight * q_lower,
+            upper=upper,
+            lower=lower,
             start=at.inner_point if self.step_from == "lookahead" else None,
             stats=BarrierStats.of(
                 f,
@@ -157,19 +170,27 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
         walk = descend(oracle, rule, self.inner_steps, first=g, keep=self.inner_steps if unrolled else 0)
         # With w_T constant only alpha's gradient is needed there: the evaluation is forward-only through the lower
         # model.
-        ahead = oracle.lower(walk.end, wrt="upper" if self.value_gradient == "value_function" else "both")
-        q_upper, q_lower = g.upper - ahead.upper, self._lower_gradient(g, ahead)
+        wrt: Wrt = "upper" if self.value_gradient == "value_function" else "both"
+        near = oracle.lower_precisely(g, wrt=wrt)
+        with oracle.precisely():
+            ahead = oracle.lower(walk.end, wrt=wrt)
+        q_upper = near.upper - ahead.upper
+        q_lower = near.lower - ahead.lower if self.value_gradient == "difference" else g.lower
         if unrolled:
             through = adjoint(oracle, rule, walk.steps, ahead.lower, product=self.product, to_start=True)
-            q_upper, q_lower = q_upper - through[0], g.lower - through[1]
+            q_upper, q_lower = q_upper - through[0], near.lower - through[1]
         wide = accumulation_dtype(g.value.device)
-        constraint = g.value.to(wide) - ahead.value.to(wide)
+        constraint = near.value.to(wide) - ahead.value.to(wide)
         f = oracle.upper()
         return Terms(f, g, walk.end, constraint, q_upper, q_lower)
 
-    def _lower_gradient(self, g: Evaluation, ahead: Evaluation) -> Vector:
-        """grad_w q, where it needs no derivative of the walk."""
-        return g.lower - ahead.lower if self.value_gradient == "difference" else g.lower
+    def cone(self, current: Vector, inner_point: Vector) -> Cone | None:
+        """The directions in which the levels can move from where their steps start; None: in all."""
+        if not (self.upper_set.bounded or self.lower_set.bounded):
+            return None
+        at = inner_point if self.step_from == "lookahead" else current
+        upper = Vector((x.detach() for x in self.upper_level.tensors), self.upper_names)
+        return Cone(self.upper_set, self.lower_set, upper, at)
 
     def checks(self, checker: Checker) -> Iterator[Check]:
         """Gradients of F, G and q, Q, the multiplier, the directions: from the equations above by plain autograd."""

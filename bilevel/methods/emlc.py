@@ -4,21 +4,25 @@ upper.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Unpack
 
 from torch import Tensor
 
 from ..checks.plain import Plain
 from ..directions import Directions
+from ..errors import message
 from ..evaluation.oracle import Oracle
-from ..hypergradient import ProductMode, Trajectory, mixed_product, mode_taken, train
+from ..hypergradient import ProductMode, Step, Trajectory, mixed_product, mode_taken, pull_back, train
+from ..lower_steps import GradientDescent
 from ..optimizer.base import Common
 from ..optimizer.hooks import ONLY_REAL
 from ..settings import Setting, chosen, numeric
 from ..vectors import Vector
 from .formulas import Formula, summed
 from .hypergradient_method import HypergradientMethod, HypergradientStats
+
+REPLAYED = 'the walk back through a lower_projection needs the points of all steps. Use memory="store".'
 
 
 class EMLC(HypergradientMethod[HypergradientStats]):
@@ -34,7 +38,9 @@ class EMLC(HypergradientMethod[HypergradientStats]):
     :math:`-G_{\alpha w}\, g` is the Jacobian-vector product of log-probabilities times the targets' Jacobian; here
     they are those of your closure. As in the paper's code, the real steps use momentum and weight decay, the derivative
     is that of plain gradient descent. Differences from that code: each product is paired with its own step (the code
-    pairs the blocks of the last step with the targets of the first), and there is no extra factor 1/k.
+    pairs the blocks of the last step with the targets of the first), and there is no extra factor 1/k. With a
+    ``lower_projection`` P each step begins its way back with :math:`P'`: g is then :math:`P'_\tau \gamma P'_{\tau+1}
+    \cdots P'_{k-1} \nabla_w F`.
 
     Args:
         upper_loss: F, called once per step, after the lower steps; see :class:`bilevel.BilevelOptimizer`.
@@ -100,15 +106,24 @@ class EMLC(HypergradientMethod[HypergradientStats]):
         self.product = product
         self.atomic = atomic
         super().__init__(upper_loss, lower_loss, **common)
+        if memory == "replay" and self.lower_set.bounded:
+            raise ValueError(message("EMLC", "memory", "replay", REPLAYED))
 
     def compute(self, oracle: Oracle) -> Directions[HypergradientStats]:
         stored = self.memory == "store"
         if not stored:
             oracle.keep_beginning()
-        walk = train(oracle, self.inner_steps, keep=self.inner_steps if stored else 0, gradients="last")
+        bounded = self.lower_set.bounded
+        if bounded and not stored:
+            raise ValueError(message("EMLC", "memory", "replay", REPLAYED))
+        keep: Literal["all", "last"] = "all" if bounded else "last"
+        walk = train(oracle, self.inner_steps, keep=self.inner_steps if stored else 0, gradients=keep)
         rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in self.lower_rates()]
         f, g = oracle.upper(), walk.first
-        weighted = [self._weighted(f.lower, rates, age) for age in reversed(range(self.inner_steps))]
+        if bounded:
+            weighted = self._pulled_back(walk.steps, f.lower, rates)
+        else:
+            weighted = [self._weighted(f.lower, rates, age) for age in reversed(range(self.inner_steps))]
         through = self._stored(oracle, walk, weighted) if stored else self._replayed(oracle, weighted)
         taken = mode_taken(oracle, "mixed", self.product)
         return Directions(
@@ -141,16 +156,31 @@ class EMLC(HypergradientMethod[HypergradientStats]):
             for x, rate, discount in zip(g, rates, discounts, strict=True)
         )
 
+    def _pulled_back(self, steps: Sequence[Step], g: Vector, rates: list[float | Tensor]) -> list[Vector]:
+        """The directions of all products, back through the projections: each step cuts off what its bounds held."""
+        rule, weighted = self.projected(GradientDescent(rates)), []
+        for s in reversed(steps):
+            point = s.point if s.point is not None else g
+            held, slope, _ = pull_back(rule, Step(s.batch, point, s.gradient, rule.start()), point, g)
+            weighted.append(-slope)
+            discounts = [1 - rate if self.discount is None else self.discount for rate in rates]
+            g = g.like(None if x is None else (d * x).to(x.dtype) for x, d in zip(held, discounts, strict=True))
+        return weighted[::-1]
+
     def formula(self, plain: Plain, answer: Directions[HypergradientStats]) -> Formula:
         """The equation above: each product at its own point, with its own discount."""
         steps = plain.train(self.inner_steps, self.inner_rule)
         f = plain.upper()
         total = f.upper.like([None] * len(f.upper))
-        for step in steps:
-            direction: list[Tensor | None] = []
-            for group, g in zip(self.lower_groups(), f.lower, strict=True):
-                rate = float(group["lr"])
-                discount = 1 - rate if self.discount is None else self.discount
-                direction.append(None if g is None else rate * discount ** (self.inner_steps - 1 - step.batch) * g)
+        bar = f.lower
+        for step in reversed(steps):
+            rates = [float(group["lr"]) for group in self.lower_groups()]
+            if self.lower_set.bounded and step.point is not None:
+                pairs = zip(step.point, step.gradient, rates, strict=True)
+                reached = [x if g is None or x is None else x - rate * g for x, g, rate in pairs]
+                bar = self.lower_set.derivative(reached)(bar)
+            direction = bar.like(None if b is None else rate * b for b, rate in zip(bar, rates, strict=True))
             total = total + plain.product(direction, batch=step.batch, at=step.point)[0]
+            discounts = [1 - rate if self.discount is None else self.discount for rate in rates]
+            bar = bar.like(None if b is None else d * b for b, d in zip(bar, discounts, strict=True))
         return summed(f.upper, -1.0, total)

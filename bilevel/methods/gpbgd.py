@@ -13,6 +13,7 @@ from ..hypergradient.modes import PRODUCT_MODES
 from ..optimizer.base import Common
 from ..penalty import Scheduled
 from ..settings import Setting, chosen
+from ..vectors import Vector, present
 from .penalty_method import PenaltyMethod, PenaltyStats
 
 
@@ -46,6 +47,10 @@ class GPBGD(PenaltyMethod[GPBGDStats]):
     Polyak-Łojasiewicz inequality. Where it does not, every stationary point of G meets the constraint, saddles and
     maxima included. Differences from the authors' code: as of :class:`VPBGD`. The factor 1/2 is that code's; the
     paper's penalty is without it.
+
+    With a ``lower_projection`` P the gradient of G does not vanish at an active bound. What is penalised then is the
+    residual :math:`r = w - P(z)`, :math:`z = w - \nabla_w G`, which does: the products above are along :math:`P'(z)\,
+    r`, and :math:`\nabla_w` has :math:`r - P'(z)\, r` besides.
 
     Args:
         upper_loss: F, called once per step; see :class:`bilevel.BilevelOptimizer` for the closures and the arguments
@@ -102,18 +107,31 @@ class GPBGD(PenaltyMethod[GPBGDStats]):
         gamma = self.scheduled(self.penalty)
         scale = min(1 / (gamma + 1e-8), 1.0) if self.normalise else 1.0
         g = oracle.lower(wrt="lower")
-        mixed, hessian = hessian_product(oracle, g.lower, product=self.product)
+        residual, free = self._residual(oracle.point(), g.lower)
+        mixed, hessian = hessian_product(oracle, free, product=self.product)
         oracle.check_dependence(mixed)
         f = oracle.upper()
         return Directions(
             upper=scale * (f.upper + gamma * mixed),
-            lower=scale * (f.lower + gamma * hessian),
+            lower=scale * (f.lower + gamma * (hessian if residual is free else hessian + residual - free)),
             state=self.stepped(),
             stats=GPBGDStats.of(
                 f,
                 g,
                 penalty=gamma,
-                constraint=0.5 * g.lower.squared_norm(),
+                constraint=0.5 * residual.squared_norm(),
                 product=mode_taken(oracle, "hessian", self.product),
             ),
         )
+
+    def _residual(self, point: Vector, gradient: Vector) -> tuple[Vector, Vector]:
+        """Return ``r = w - P(z)`` with ``z = w - grad_w G``, and ``P'(z) r``; the gradient twice without a P."""
+        if not self.lower_set.bounded:
+            return gradient, gradient
+        z = point - gradient
+        # From what the projection moves: inside the set r is the gradient to the last bit.
+        residual = gradient.like(
+            None if g is None else g + (x - y)
+            for g, x, y in zip(gradient, present(z), self.lower_set.project(z), strict=True)
+        )
+        return residual, self.lower_set.derivative(z)(residual)

@@ -86,6 +86,6 @@ class MASOBA(SingleLoop):
         return Directions(
             upper=h,
             lower=at.g.lower,
-            state={"v": self.next_v(at.hessian + at.f.lower), "h": h},
+            state={"v": self.next_v(at.system(at.hessian + at.f.lower)), "h": h},
             stats=self.numbers(oracle, at),
         )

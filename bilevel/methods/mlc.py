@@ -14,7 +14,7 @@ from ..directions import Directions
 from ..evaluation.oracle import Oracle
 from ..hypergradient import ProductMode, Step, mixed_product, mode_taken, pull_back
 from ..hypergradient.modes import PRODUCT_MODES
-from ..lower_steps import check_followed
+from ..lower_steps import OptimizerStep, check_followed
 from ..optimizer.base import BilevelOptimizer, Common
 from ..settings import Setting, chosen
 from ..vectors import Vector, squared_norm
@@ -33,7 +33,7 @@ class MLC(BilevelOptimizer[HypergradientStats]):
     :math:`\Phi` is the step of your lower optimizer from its real state; for SGD without dampening, S is the learning
     rate. w takes that step with d, computed with the old upper variables. The upper loss gets a fresh batch at each
     call. The Hessian of G is replaced by the identity in :math:`\gamma`, which projects on one direction; EMLC uses
-    ``1 - lr``.
+    ``1 - lr``. A ``lower_projection`` P is the end of :math:`\Phi`, and I in :math:`\gamma` then is its derivative.
 
     Args:
         upper_loss: F, called once per step (twice with ``inner_steps > 1``); see :class:`bilevel.BilevelOptimizer`.
@@ -107,7 +107,7 @@ class MLC(BilevelOptimizer[HypergradientStats]):
             here = oracle.upper()
             value, aux = here.value, here.aux
             squared = here.lower.squared_norm()
-            projection = (f.lower + minus_s_g1).dot(here.lower)
+            projection = (self._free(w, step, f.lower) + minus_s_g1).dot(here.lower)
             gamma = torch.where(squared > 0, projection / torch.where(squared > 0, squared, 1.0), 0.0)
             m = m + gamma * self._accumulated.value
         calls = self._calls.value + 1
@@ -120,6 +120,13 @@ class MLC(BilevelOptimizer[HypergradientStats]):
             stats=HypergradientStats(value, g.value, upper_aux=aux, lower_aux=g.aux, product=taken),
         )
         return directions, m
+
+    def _free(self, point: Vector, step: Step, upper: Vector) -> Vector:
+        """Return ``P'(z) g_1`` at the point z that the step reaches before it is projected."""
+        if not self.lower_set.bounded:
+            return upper
+        reached = OptimizerStep(self.lower_level).step(point, step.gradient, step.state)[0]
+        return self.lower_set.derivative(reached)(upper)
 
     def checks(self, checker: Checker) -> Iterator[Check]:
         """The estimate m, whether it is due or not; with ``inner_steps=1`` it is the exact derivative."""
@@ -145,6 +152,7 @@ class MLC(BilevelOptimizer[HypergradientStats]):
             return found
         g0 = plain.upper().lower
         squared = float(squared_norm(g0))
-        gamma = float((f.lower + minus_s_g1).dot(g0)) / squared if squared > 0 else 0.0
+        free = self._free(plain.point(), step, f.lower)
+        gamma = float((free + minus_s_g1).dot(g0)) / squared if squared > 0 else 0.0
         total = summed(found.upper, gamma, self._accumulated.value)
         return Formula(total.upper, found.size + total.size)

@@ -9,11 +9,14 @@ from typing import Any, Literal, Unpack
 from torch import Tensor
 
 from ..directions import Directions, Stats
+from ..evaluation.evaluations import Evaluation
 from ..evaluation.oracle import Oracle
 from ..hypergradient import descend
 from ..optimizer.base import BilevelOptimizer, Common
-from ..settings import Setting, chosen, numeric
+from ..settings import Fixed, Setting, chosen, numeric
+from ..vectors import Vector
 from .penalty_method import difference
+from .starts import Starts, check_starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,7 @@ class PDBOStats(Stats):
         multiplier: :math:`\lambda`, after its step; float64. At ``multiplier_max`` the constraint cannot be met: allow
             more, or a larger tolerance.
         constraint: ``G(w, alpha) - G(omega, alpha) - tolerance``; float64. 0 or below: met.
+        chosen: With several ``starts``, which end w moved to; 0: it stayed. Else None.
 
     Example:
         >>> import torch, bilevel
@@ -34,6 +38,7 @@ class PDBOStats(Stats):
 
     multiplier: Tensor
     constraint: Tensor
+    chosen: Tensor | None = None
 
 
 class PDBO(BilevelOptimizer[PDBOStats]):
@@ -66,6 +71,10 @@ class PDBO(BilevelOptimizer[PDBOStats]):
         inner_steps: T >= 1; default 1, as the walk goes on from step to step.
         inner_lr: a > 0. Default: the lower optimizer's current learning rate, per parameter group.
         start: ``"last"`` (default): the walk begins where it ended in the last step, at first at w. ``"current"``: w.
+        starts: Copies of :math:`\omega` that walk from points of their own; default 1. With more, the lowest end takes
+            the place of :math:`\omega_T`, and w moves to the end with the smallest :math:`F + \lambda (G - \min G)`
+            where its own is larger: for lower problems with several minima. Fixed at construction.
+        spread: How far from w the further copies begin, as a standard deviation; default 1.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
             ``upper_buffers``, ``lower_buffers``: see :class:`bilevel.BilevelOptimizer`.
 
@@ -98,6 +107,8 @@ class PDBO(BilevelOptimizer[PDBOStats]):
     multiplier_max = Setting[float](numeric(0.0, exclusive=True))
     extrapolation = Setting[float](numeric(0.0, 1.0))
     start = Setting[Literal["last", "current"]](chosen("last", "current"))
+    starts = Fixed[int]()
+    spread = Setting[float](numeric(0.0, exclusive=True))
 
     def __init__(
         self,
@@ -111,14 +122,19 @@ class PDBO(BilevelOptimizer[PDBOStats]):
         inner_steps: int = 1,
         inner_lr: float | None = None,
         start: Literal["last", "current"] = "last",
+        starts: int = 1,
+        spread: float = 1.0,
         **common: Unpack[Common],
     ) -> None:
         self.tolerance, self.dual_lr, self.multiplier_max = tolerance, dual_lr, multiplier_max
         self.extrapolation, self.start = extrapolation, start
-        self.inner_steps, self.inner_lr = inner_steps, inner_lr
+        self.inner_steps, self.inner_lr, self.spread = inner_steps, inner_lr, spread
+        check_starts(type(self).__name__, starts)
+        self.__dict__.update(starts=starts)
         super().__init__(upper_loss, lower_loss, **common)
         # The mean over tasks is what the mean of their losses would give, but where one is clipped.
         self._omega = self.lower_state("omega", start="variables", reduction="mean")
+        self._starts = Starts(self, starts, lambda: self.spread)
         self._multiplier = self.number_state("multiplier", 0.0, reduction="mean")
         self._constraint = self.number_state("constraint", 0.0, reduction="mean")
 
@@ -126,16 +142,40 @@ class PDBO(BilevelOptimizer[PDBOStats]):
         g = oracle.lower()
         begin: dict[str, Any] = {"start": self._omega.value} if self.start == "last" else {"first": g}
         walk = descend(oracle, self.inner_rule(), self.inner_steps, **begin)
-        ahead = oracle.lower(walk.end, wrt="upper")
+        if self.starts > 1:
+            return self._from_the_best(oracle, g, walk.end)
+        near = oracle.lower_precisely(g)
+        with oracle.precisely():
+            ahead = oracle.lower(walk.end, wrt="upper")
         f = oracle.upper()
-        constraint = difference(g.value, ahead.value) - self.tolerance
-        last = self._constraint.value.to(constraint.device) if self._constraint.known else constraint
-        ascent = (1 + self.extrapolation) * constraint - self.extrapolation * last
-        multiplier = self._multiplier.value.to(constraint.device) + self.dual_lr * ascent
-        multiplier = multiplier.clamp(0.0, self.multiplier_max)
+        constraint, multiplier = self._ascent(near, ahead.value)
         return Directions(
-            upper=f.upper + multiplier * (g.upper - ahead.upper),
+            upper=f.upper + multiplier * (near.upper - ahead.upper),
             lower=f.lower + multiplier * g.lower,
             state={"omega": walk.end, "multiplier": multiplier, "constraint": constraint},
             stats=PDBOStats.of(f, g, multiplier=multiplier, constraint=constraint),
         )
+
+    def _from_the_best(self, oracle: Oracle, g: Evaluation, first: Vector) -> Directions[PDBOStats]:
+        """The same with several copies: the lowest end for omega_T, and w where the Lagrangian is smallest."""
+        rule = self.inner_rule()
+        found = self._starts.walked(oracle, first, lambda y: descend(oracle, rule, self.inner_steps, start=y).end)
+        f = oracle.upper()
+        constraint, multiplier = self._ascent(g, found.lowest)
+        point, chosen = found.better(oracle, f, g, multiplier)
+        f_there, g_there = oracle.upper(point), oracle.lower(point)
+        return Directions(
+            upper=f_there.upper + multiplier * (g_there.upper - found.gradient),
+            lower=f_there.lower + multiplier * g_there.lower,
+            start=point,
+            state={"omega": first, "multiplier": multiplier, "constraint": constraint, **self._starts.state(found)},
+            stats=PDBOStats.of(f, g, multiplier=multiplier, constraint=constraint, chosen=chosen),
+        )
+
+    def _ascent(self, g: Evaluation, lowest: Tensor) -> tuple[Tensor, Tensor]:
+        """The constraint, and the multiplier after its step."""
+        constraint = difference(g.value, lowest) - self.tolerance
+        last = self._constraint.value.to(constraint.device) if self._constraint.known else constraint
+        ascent = (1 + self.extrapolation) * constraint - self.extrapolation * last
+        multiplier = self._multiplier.value.to(constraint.device) + self.dual_lr * ascent
+        return constraint, multiplier.clamp(0.0, self.multiplier_max)

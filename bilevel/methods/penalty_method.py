@@ -25,6 +25,7 @@ class PenaltyStats(Stats):
         constraint: What is penalised, as the method measures it: how far G is above its (estimated) minimum, or
             ``|grad_w G|^2 / 2``; float64. One that does not fall as the penalty grows means that the lower level is not
             solved: take more inner steps, or smaller ones.
+        chosen: With several ``starts``, which end w moved to; 0: it stayed. Else None.
 
     Example:
         >>> import torch, bilevel
@@ -35,6 +36,7 @@ class PenaltyStats(Stats):
 
     penalty: float
     constraint: Tensor
+    chosen: Tensor | None = None
 
 
 if TYPE_CHECKING:

@@ -117,8 +117,9 @@ class SABA(SingleLoop):
     def compute(self, oracle: Oracle) -> Directions[SingleLoopStats]:
         i = 0 if self.lower_rows == 1 else oracle.lower_index()
         j = 0 if self.upper_rows == 1 else oracle.upper_index()
-        at = self.sample(oracle)
-        lower, first = self._g_lower.reduced(at.g.lower, i)
+        g = oracle.lower(wrt="lower")
+        lower, first = self._g_lower.reduced(g.lower, i)
+        at = self.sample(oracle, g, lower)
         hessian, second = self._hessian.reduced(at.hessian, i)
         mixed, third = self._mixed.reduced(at.mixed, i)
         f_lower, fourth = self._f_lower.reduced(at.f.lower, j)
@@ -126,7 +127,7 @@ class SABA(SingleLoop):
         return Directions(
             upper=f_upper + mixed,
             lower=lower,
-            state={"v": self.next_v(hessian + f_lower), **first, **second, **third, **fourth, **fifth},
+            state={"v": self.next_v(at.system(hessian + f_lower)), **first, **second, **third, **fourth, **fifth},
             stats=self.numbers(oracle, at),
         )
 

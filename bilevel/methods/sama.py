@@ -96,7 +96,7 @@ class SAMA(HypergradientMethod[HypergradientStats]):
     def compute(self, oracle: Oracle) -> Directions[HypergradientStats]:
         walk = train(oracle, self.inner_steps, rule=self._real_step, keep=1)
         f, g = oracle.upper(), walk.first
-        u = self._adapted(walk.steps[-1], f.lower)
+        u = self._adapted(walk.steps[-1], self._free(walk.steps[-1], f.lower))
         last = self.lower_batches - 1
         product = mixed_product(oracle, u, batch=last, product="difference", radius=self.radius)
         taken = mode_taken(oracle, "mixed", "difference")
@@ -125,6 +125,12 @@ class SAMA(HypergradientMethod[HypergradientStats]):
     def _real_step(self) -> OptimizerStep:
         return OptimizerStep(self.lower_level)
 
+    def _free(self, last: Step, upper: Vector) -> Vector:
+        """Return ``P'(z) grad_w F`` at the point z that the last step reached before it was projected."""
+        if not self.lower_set.bounded or last.point is None:
+            return upper
+        return self.lower_set.derivative(self._real_step().step(last.point, last.gradient, last.state)[0])(upper)
+
     def _adapted(self, last: Step, upper: Vector) -> Vector:
         """Return ``u = D grad_w F``."""
         if isinstance(self.lower_optimizer, torch.optim.SGD):
@@ -142,8 +148,9 @@ class SAMA(HypergradientMethod[HypergradientStats]):
         last = plain.train(self.inner_steps, self._real_step)[-1]
         f = plain.upper()
         if isinstance(self.lower_optimizer, torch.optim.SGD):
-            return f, f.lower
-        terms = zip(self.lower_groups(), last.point or [], last.gradient, last.state, f.lower, strict=True)
+            return f, self._free(last, f.lower)
+        upper = self._free(last, f.lower)
+        terms = zip(self.lower_groups(), last.point or [], last.gradient, last.state, upper, strict=True)
         return f, f.lower.like(
             None if u is None or g is None or x is None else _slope_after(group, x, g, before) * u
             for group, x, g, before, u in terms

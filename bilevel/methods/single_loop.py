@@ -11,6 +11,7 @@ from torch import Tensor
 from ..directions import Stats
 from ..evaluation.evaluations import Evaluation
 from ..evaluation.oracle import Oracle
+from ..feasible import FixedPointMap
 from ..hypergradient import ProductMode, hessian_product, mode_taken
 from ..hypergradient.modes import PRODUCT_MODES
 from ..lower_steps import GradientDescent
@@ -47,10 +48,20 @@ class Sample:
     g: Evaluation
     mixed: Vector
     hessian: Vector
+    bounds: FixedPointMap | None = None
+    v: Vector | None = None
+
+    def system(self, curved: Vector) -> Vector:
+        """Return the direction of v from ``G_ww v + grad_w F``: that, or where there are bounds its free part."""
+        return curved if self.bounds is None or self.v is None else self.bounds.system(self.v, curved)
 
 
 class SingleLoop(BilevelOptimizer[SingleLoopStats], ABC):
-    """The directions of Dagréou et al.: ``D_w = G_w``, ``D_v = G_ww v + F_w``, ``D_alpha = G_aw v + F_a``."""
+    """The directions of Dagréou et al.: ``D_w = G_w``, ``D_v = G_ww v + F_w``, ``D_alpha = G_aw v + F_a``.
+
+    With a ``lower_projection`` v is the y of :class:`bilevel.feasible.FixedPointMap`: D y takes the place of v in the
+    products, and its system that of the linear system.
+    """
 
     product = Setting[ProductMode](chosen(*PRODUCT_MODES))
     system_lr = Setting[float | None](numeric(0.0, exclusive=True, optional=True))
@@ -66,12 +77,18 @@ class SingleLoop(BilevelOptimizer[SingleLoopStats], ABC):
         super().__init__(*losses, **common)
         self.v = self.lower_state("v", start="zeros", reduction="mean")  # its step is linear in what tasks average
 
-    def sample(self, oracle: Oracle) -> Sample:
-        """Look at both losses on the batches of this step."""
-        g = oracle.lower(wrt="lower")
-        mixed, hessian = hessian_product(oracle, self.v.value, product=self.product)
+    def sample(self, oracle: Oracle, g: Evaluation | None = None, gradient: Vector | None = None) -> Sample:
+        """Look at both losses on the batches of this step; ``g``: G where it is known already, ``gradient``: the better
+        estimate of its gradient, which says what bounds are active.
+        """
+        g = g or oracle.lower(wrt="lower")
+        bounds, v = None, self.v.value
+        if self.lower_set.bounded:
+            slope = g.lower if gradient is None else gradient
+            bounds = FixedPointMap(self.lower_set, oracle.point(), slope, self.lower_rates())
+        mixed, hessian = hessian_product(oracle, v if bounds is None else bounds.free(v), product=self.product)
         oracle.check_dependence(mixed)
-        return Sample(oracle.upper(), g, mixed, hessian)
+        return Sample(oracle.upper(), g, mixed, hessian, bounds, v)
 
     def next_v(self, direction: Vector) -> Vector:
         """Return v after its step: gradient descent."""
@@ -83,6 +100,6 @@ class SingleLoop(BilevelOptimizer[SingleLoopStats], ABC):
         return SingleLoopStats.of(
             at.f,
             at.g,
-            residual=(at.hessian + at.f.lower).norm() / at.f.lower.norm(),
+            residual=at.system(at.hessian + at.f.lower).norm() / at.f.lower.norm(),
             product=mode_taken(oracle, "hessian", self.product),
         )

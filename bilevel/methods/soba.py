@@ -81,6 +81,6 @@ class SOBA(SingleLoop):
         return Directions(
             upper=at.f.upper + at.mixed,
             lower=at.g.lower,
-            state={"v": self.next_v(at.hessian + at.f.lower)},
+            state={"v": self.next_v(at.system(at.hessian + at.f.lower))},
             stats=self.numbers(oracle, at),
         )

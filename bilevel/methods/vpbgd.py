@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any, Literal, Unpack
 
 from ..directions import Directions
+from ..evaluation.evaluations import Evaluation
 from ..evaluation.oracle import Oracle
 from ..hypergradient import descend
 from ..optimizer.base import Common
 from ..penalty import Scheduled
-from ..settings import Setting, chosen
+from ..settings import Fixed, Setting, chosen, numeric
+from ..vectors import Vector
 from .penalty_method import PenaltyMethod, PenaltyStats, difference
+from .starts import Starts, check_starts
 
 
 class VPBGD(PenaltyMethod[PenaltyStats]):
@@ -28,8 +31,8 @@ class VPBGD(PenaltyMethod[PenaltyStats]):
     it. Both levels move at once. Its minimiser is :math:`O(1/\gamma)` from that of the bilevel problem; where F is
     smallest, over both levels, at a pair that solves the lower problem, any :math:`\gamma > 0` is exact.
 
-    Differences from the authors' code: your torch optimizers take the step; projections are hooks of theirs; s and the
-    order of updates are that code's, the paper folds s into its step size.
+    Differences from the authors' code: your torch optimizers take the step, projections are ``upper_projection`` and
+    ``lower_projection``; s and the order of updates are that code's, the paper folds s into its step size.
 
     Args:
         upper_loss: F, called once per step; see :class:`bilevel.BilevelOptimizer` for the closures and the arguments
@@ -42,6 +45,10 @@ class VPBGD(PenaltyMethod[PenaltyStats]):
         inner_lr: a > 0. Default: the lower optimizer's current learning rate, per parameter group.
         start: Where the walk begins. ``"last"`` (default, that code): where it ended in the last step, at first at w.
             ``"current"``: at w, as in BOME; for other data in each step, or w set by hand.
+        starts: Copies of :math:`\omega` that walk from points of their own; default 1. With more, the lowest end takes
+            the place of :math:`\omega_T`, and w moves to the end with the smallest :math:`F + \gamma (G - \min G)`
+            where its own is larger: for lower problems with several minima. Fixed at construction.
+        spread: How far from w the further copies begin, as a standard deviation; default 1.
         normalise: Whether directions are scaled by s (default True, that code), so that one learning rate serves every
             penalty. That code divides by :math:`\gamma + 10^{-8}`, and so do we.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
@@ -53,7 +60,8 @@ class VPBGD(PenaltyMethod[PenaltyStats]):
     Cost:
         ``inner_steps + 1`` gradients of G, one more evaluation that is forward-only through the lower module, and one
         gradient of F; ``start="current"`` saves one gradient of G. Memory: two copies of the lower variables beside the
-        gradients, one of them from step to step.
+        gradients, one of them from step to step. With n ``starts``: n walks and n evaluations of both losses at their
+        ends, n copies, and one more gradient of each loss.
 
     Example:
         >>> import torch, bilevel
@@ -76,6 +84,8 @@ class VPBGD(PenaltyMethod[PenaltyStats]):
     walks_virtually = True
     start = Setting[Literal["last", "current"]](chosen("last", "current"))
     normalise = Setting[bool](chosen(True, False))
+    starts = Fixed[int]()
+    spread = Setting[float](numeric(0.0, exclusive=True))
 
     def __init__(
         self,
@@ -87,13 +97,18 @@ class VPBGD(PenaltyMethod[PenaltyStats]):
         inner_lr: float | None = None,
         start: Literal["last", "current"] = "last",
         normalise: bool = True,
+        starts: int = 1,
+        spread: float = 1.0,
         **common: Unpack[Common],
     ) -> None:
         self.inner_steps, self.inner_lr = inner_steps, inner_lr
-        self.start, self.normalise = start, normalise
+        self.start, self.normalise, self.spread = start, normalise, spread
+        check_starts(type(self).__name__, starts)
+        self.__dict__.update(starts=starts)
         super().__init__(upper_loss, lower_loss, penalty=penalty, **common)
         # Of several tasks the mean is where one step on the mean of their losses would end.
         self._omega = self.lower_state("omega", start="variables", reduction="mean")
+        self._starts = Starts(self, starts, lambda: self.spread)
 
     def compute(self, oracle: Oracle) -> Directions[PenaltyStats]:
         gamma = self.scheduled(self.penalty)
@@ -101,11 +116,32 @@ class VPBGD(PenaltyMethod[PenaltyStats]):
         g = oracle.lower()
         begin = {"start": self._omega.value} if self.start == "last" else {"first": g}
         walk = descend(oracle, self.inner_rule(), self.inner_steps, **begin)
-        ahead = oracle.lower(walk.end, wrt="upper")
+        if self.starts > 1:
+            return self._from_the_best(oracle, g, walk.end, gamma, scale)
+        near = oracle.lower_precisely(g)
+        with oracle.precisely():
+            ahead = oracle.lower(walk.end, wrt="upper")
         f = oracle.upper()
         return Directions(
-            upper=scale * (f.upper + gamma * (g.upper - ahead.upper)),
+            upper=scale * (f.upper + gamma * (near.upper - ahead.upper)),
             lower=scale * (f.lower + gamma * g.lower),
             state={**self.stepped(), "omega": walk.end},
-            stats=PenaltyStats.of(f, g, penalty=gamma, constraint=difference(g.value, ahead.value)),
+            stats=PenaltyStats.of(f, g, penalty=gamma, constraint=difference(near.value, ahead.value)),
+        )
+
+    def _from_the_best(
+        self, oracle: Oracle, g: Evaluation, first: Vector, gamma: float, scale: float
+    ) -> Directions[PenaltyStats]:
+        """The same with several copies: the lowest end for omega_T, and w where the penalised value is smallest."""
+        rule = self.inner_rule()
+        found = self._starts.walked(oracle, first, lambda y: descend(oracle, rule, self.inner_steps, start=y).end)
+        f = oracle.upper()
+        point, chosen = found.better(oracle, f, g, gamma)
+        f_there, g_there = oracle.upper(point), oracle.lower(point)
+        return Directions(
+            upper=scale * (f_there.upper + gamma * (g_there.upper - found.gradient)),
+            lower=scale * (f_there.lower + gamma * g_there.lower),
+            start=point,
+            state={**self.stepped(), "omega": first, **self._starts.state(found)},
+            stats=PenaltyStats.of(f, g, penalty=gamma, constraint=difference(g.value, found.lowest), chosen=chosen),
         )

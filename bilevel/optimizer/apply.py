@@ -12,18 +12,21 @@ from torch.utils._pytree import tree_leaves
 from ..directions import Directions
 from ..errors import NonFiniteError, message
 from ..levels import Level
+from ..processes.joined import agreed
+from ..shards import like_whole
 from ..vectors import Tensors, all_finite, without_aliasing
 
 
 def match(owner: str, level: Level, named: Mapping[str, Tensor]) -> Tensors:
     """Return the named directions as a vector of ``level``, or refuse names, shapes and dtypes that do not fit."""
-    unknown = [name for name in named if name not in level.names]
+    known = set(level.names)  # a search through the tuple for each name would be quadratic
+    unknown = [name for name in named if name not in known]
     if unknown:
         advice = (
             f"names no {level.side} variable. Directions fit the optimizer, and the set of variables, that made them."
         )
         raise ValueError(message(f"{owner}.apply", "directions", unknown[0], advice))
-    for name, tensor in zip(level.names, level.tensors, strict=True):
+    for name, tensor in zip(level.names, level.parts, strict=True):
         direction = named.get(name)
         if direction is not None and (direction.shape != tensor.shape or direction.dtype != tensor.dtype):
             got, expected = (tuple(direction.shape), direction.dtype), (tuple(tensor.shape), tensor.dtype)
@@ -54,7 +57,7 @@ def are_finite(owner: str, checks: Mapping[str, Tensors], must_be: bool, moved: 
     what was ``moved``.
     """
     together = all_finite([tensor for vector in checks.values() for tensor in vector])
-    if together is None or bool(together):
+    if not agreed(together is not None and not bool(together), "whether all is finite"):
         return True
     if must_be:
         verdicts = {name: all_finite(vector) for name, vector in checks.items()}
@@ -99,7 +102,7 @@ def check_groups(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> 
 
 def set_values(level: Level, values: Mapping[str, Tensor]) -> None:
     """Put ``values`` into the variables, for a step that starts from another point."""
-    torch._foreach_copy_([tensor.data for tensor in level.tensors], [values[name] for name in level.names])
+    torch._foreach_copy_([tensor.data for tensor in level.parts], [values[name] for name in level.names])
 
 
 def step_along(level: Level, direction: Tensors) -> None:
@@ -111,5 +114,5 @@ def step_along(level: Level, direction: Tensors) -> None:
         for tensor in group["params"]:
             tensor.grad = None
     for tensor, part in zip(level.tensors, without_aliasing(direction), strict=True):
-        tensor.grad = part
-    level.optimizer.step()
+        tensor.grad = part if part is None else like_whole(part, tensor)
+    level.move()

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ..evaluation.verification import on_host
 from ..levels import Level
+from ..shards import part_of
 from ..vectors import Tensors
 
 PROJECTED = (
     "a post-step hook of the lower optimizer moved the lower variables (clamping?). Such a projection is unknown to "
-    "the derivative, which is that of the problem without it: right only while no bound is active. Write the bound "
-    "into the loss (w = sigmoid of a free variable)."
+    "the derivative, which is that of the problem without it: right only while no bound is active. Pass it as "
+    "lower_projection= instead (bilevel.projection)."
 )
 CLIPPED = "a pre-step hook of the lower optimizer changed the gradient (clipping?), which {} Clip inside the loss, {}."
 VIRTUAL = CLIPPED.format(
@@ -57,10 +58,10 @@ class HookWatch:
         stepped: list[Tensor] = []
 
         def compare(*_: Any) -> None:
-            self._note("clipped", given, [x.grad for x in self._level.tensors])
+            self._note("clipped", given, [x.grad if x.grad is None else part_of(x.grad) for x in self._level.tensors])
 
         def snapshot(*_: Any) -> None:
-            stepped[:] = [x.detach().clone() for x in self._level.tensors]
+            stepped[:] = [x.detach().clone() for x in self._level.parts]
 
         try:
             if before:
@@ -74,7 +75,7 @@ class HookWatch:
             for handle in handles:
                 handle.remove()
         if after and stepped:
-            self._note("projected", stepped, self._level.tensors)
+            self._note("projected", stepped, self._level.parts)
         self._report({"clipped": clipped or "", "projected": PROJECTED})
 
     def _note(self, kind: str, old: Tensors, new: Tensors) -> None:

@@ -15,10 +15,17 @@ from ..directions import Directions, Reduction, S, Stats
 from ..errors import choice, message
 from ..evaluation.oracle import Evaluator, Oracle
 from ..evaluation.replay import Policy
+from ..evaluation.scaling import Scaling
 from ..evaluation.verification import Verify
+from ..feasible import FeasibleSet, Projected
 from ..levels import Level, Variables, check_disjoint
+from ..lower_hyperparameters import LowerHyperparameters
 from ..lower_steps import GradientDescent, InnerStep, OptimizerStep, Rule, check_followed, current_rates
+from ..processes.group import Group, processes_of, refuse_apart, refuse_other_shards
+from ..processes.joined import Processes, acting
+from ..projection import Projections
 from ..settings import Fixed, Settable, Setting, chosen, counted, numeric
+from ..shards import is_shard
 from . import orders
 from .hooks import VIRTUAL, HookWatch
 from .method_state import LevelState, MethodState, NumberState, Remembered, ScalarState, StateStart
@@ -41,6 +48,10 @@ class Common(TypedDict, total=False):
     upper_buffers: Policy
     lower_buffers: Policy
     verify: Verify
+    scaler: torch.amp.GradScaler | None
+    process_group: Group
+    upper_projection: Projections | None
+    lower_projection: Projections | None
 
 
 class Method(Settable, ABC, Generic[S]):
@@ -48,6 +59,7 @@ class Method(Settable, ABC, Generic[S]):
 
     order: orders.Order = orders.AT_ONCE  # in which order the two levels move
     walks_virtually: ClassVar[bool] = False  # whether lower steps are taken that move nothing
+    knows_shards: ClassVar[bool] = False  # whether variables may be sharded: first derivatives alone, all at once
     follows_maximize: ClassVar[bool] = False  # whether a lower optimizer may walk uphill
     stats_class: ClassVar[type[Stats]] = Stats  # what compute returns, from the type argument of the class
 
@@ -60,7 +72,10 @@ class Method(Settable, ABC, Generic[S]):
     on_nonfinite = Setting[OnNonFinite](chosen("raise", "skip", "ignore"))
     upper_loss, lower_loss, upper, lower, other = Fixed[Any](), Fixed[Any](), Fixed[Any](), Fixed[Any](), Fixed[Any]()
     upper_buffers, lower_buffers = Fixed[Any](), Fixed[Any]()
+    scaler = Fixed[torch.amp.GradScaler | None]()
+    upper_projection, lower_projection = Fixed[Projections | None](), Fixed[Projections | None]()
     verify = Setting[Verify](chosen("auto", "always", "never"))
+    process_group = Fixed[Group]()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -83,15 +98,25 @@ class Method(Settable, ABC, Generic[S]):
         upper_buffers: Policy = "once",
         lower_buffers: Policy = "once",
         verify: Verify = "auto",
+        scaler: torch.amp.GradScaler | None = None,
+        process_group: Group = None,
+        upper_projection: Projections | None = None,
+        lower_projection: Projections | None = None,
     ) -> None:
         owner = type(self).__name__
         self.on_nonfinite = on_nonfinite
         self.verify = verify
         for argument, policy in (("upper_buffers", upper_buffers), ("lower_buffers", lower_buffers)):
             choice(owner, argument, policy, ("once", "every", "never"))
-        self._upper = Level(owner, "upper", upper, upper_optimizer)
-        self._lower = Level(owner, "lower", lower, lower_optimizer, may_maximize=self.follows_maximize)
+        shards = self.knows_shards
+        self._upper = Level(owner, "upper", upper, upper_optimizer, may_shard=shards)
+        self._lower = Level(
+            owner, "lower", lower, lower_optimizer, may_maximize=self.follows_maximize, may_shard=shards
+        )
         check_disjoint(self._upper, self._lower)
+        self.__dict__.update(upper_projection=upper_projection, lower_projection=lower_projection)
+        self._upper_set = FeasibleSet(owner, self._upper, upper_projection)
+        self._lower_set = FeasibleSet(owner, self._lower, lower_projection)
         extra = [other] if isinstance(other, nn.Module) or not isinstance(other, Iterable) else list(other)
         for item in extra:
             if not isinstance(item, nn.Module):
@@ -102,18 +127,40 @@ class Method(Settable, ABC, Generic[S]):
         modules += [(module, "once") for module in extra]
         self._evaluator = Evaluator(owner, upper_loss, lower_loss, self._upper, self._lower, modules, verify)
         self._state = MethodState()
-        self._warned_of_processes = False
+        self.__dict__["scaler"] = scaler
+        self._scaling = None if scaler is None else Scaling(owner, scaler)
         self._hooks = HookWatch(owner, self._lower)
+        self._learned: LowerHyperparameters | None = None  # what the lower groups hold, if upper variables say so
+        self.__dict__["process_group"] = process_group
+        self._processes: Processes | None = None
+        self._join_processes()
+
+    def _join_processes(self) -> None:
+        """Find out whether other processes take the steps too, at first or since a group was made."""
+        owner = type(self).__name__
+        self._processes = processes_of(owner, self.process_group)
+        if self._processes is None and not (self._upper.sharded or self._lower.sharded):
+            return
+        named = self._evaluator.subject.named_variables
+        refuse_other_shards(owner, self._processes, [(n, x) for n, x in named if is_shard(x)])
+        if self._processes is not None:
+            with acting(self._processes, owner):
+                refuse_apart(owner, self._processes, [(n, x) for n, x in named if not is_shard(x)])
 
     @property
     def upper_optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimizer of the upper level, as it was passed."""
+        """The torch optimizer of the upper level, as it was passed, without a wrapper."""
         return self._upper.optimizer
 
     @property
     def lower_optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimizer of the lower level, as it was passed."""
+        """The torch optimizer of the lower level, as it was passed, without a wrapper."""
         return self._lower.optimizer
+
+    @property
+    def processes(self) -> Processes | None:
+        """The processes that take every step together, and what this one has sent; None: this one steps alone."""
+        return self._processes
 
     @property
     def lower_batches(self) -> int:
@@ -147,12 +194,17 @@ class Method(Settable, ABC, Generic[S]):
     def inner_rule(self) -> Rule:
         """Return the virtual lower step: gradient descent at ``inner_lr``, or at the lower optimizer's current rates.
 
-        With ``inner_step="optimizer"`` it is the step that the lower optimizer would take from its real state.
+        With ``inner_step="optimizer"`` it is the step that the lower optimizer would take from its real state. The
+        projection of the lower level, if there is one, is part of it.
         """
         if self.inner_step == "optimizer":
             check_followed(type(self).__name__, self.lower_optimizer, 'inner_step="gradient" for gradient descent')
-            return OptimizerStep(self._lower, self.inner_lr)
-        return GradientDescent(self.lower_rates(self.inner_lr))
+            return self.projected(OptimizerStep(self._lower, self.inner_lr))
+        return self.projected(GradientDescent(self.lower_rates(self.inner_lr)))
+
+    def projected(self, rule: Rule) -> Rule:
+        """Return the lower step that is followed by the projection of the lower level, if there is one."""
+        return Projected(rule, self._lower_set) if self._lower_set.bounded else rule
 
     def lower_rates(self, rate: float | None = None) -> list[float | Tensor]:
         """Return the current learning rate of each lower variable, or ``rate`` for all if it is given."""
@@ -171,6 +223,16 @@ class Method(Settable, ABC, Generic[S]):
     def lower_level(self) -> Level:
         """The same of the lower variables."""
         return self._lower
+
+    @property
+    def upper_set(self) -> FeasibleSet:
+        """The set that the upper variables stay in."""
+        return self._upper_set
+
+    @property
+    def lower_set(self) -> FeasibleSet:
+        """The set that the lower variables stay in."""
+        return self._lower_set
 
     @property
     def upper_names(self) -> tuple[str, ...]:

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from ..directions import Directions, T
 from ..evaluation.replay import Replay
+from ..evaluation.scaling import Scaling
+from ..feasible import FeasibleSet
 from ..levels import Level
+from ..lower_hyperparameters import LowerHyperparameters, tensors_of
 from ..vectors import Tensors, Vector
 from .apply import are_finite, checked, match, set_values, step_along
 from .hooks import HookWatch
@@ -33,6 +36,11 @@ class Moved:
         on_nonfinite: What a number that is not finite does.
         atomic: Whether moves are taken back if something fails after the first one.
         ignores_clipping: What a clip by a hook makes wrong, or None.
+        scaling: The loss scale, which decides about overflows; or None.
+        upper_set: What the upper variables stay in.
+        lower_set: What the lower variables stay in.
+        hyperparameters: What the lower optimizer's groups are to hold in each real step, computed from the upper
+            variables, or None.
     """
 
     owner: str
@@ -43,6 +51,10 @@ class Moved:
     on_nonfinite: OnNonFinite
     atomic: bool
     ignores_clipping: str | None
+    upper_set: FeasibleSet
+    lower_set: FeasibleSet
+    hyperparameters: LowerHyperparameters | None = None
+    scaling: Scaling | None = None
 
 
 class SkippedStep(Exception):
@@ -75,9 +87,15 @@ class Moves:
     def train(self, direction: Vector, loss: Tensor | None = None) -> None:
         """Take a real lower step, if it is finite; ``loss`` is what it comes from."""
         seen: dict[str, Tensors] = {"the direction of a lower step": direction}
+        learned = self._moved.hyperparameters
+        groups = [] if learned is None else learned.groups()
+        if groups:
+            seen["lower_hyperparameters"] = tensors_of(groups)
         if not self._looking and not self._are_finite({"lower_loss": [loss]} | seen):
             raise SkippedStep(_loss_of(loss, direction))
         self._save(self._moved.lower)
+        if learned is not None:
+            learned.write(groups)
         if self._beginning is not None:
             self._groups.append(GroupsCopy(self._moved.lower))
         self._train_along(direction.clone() if self._is_rewritten() else direction)
@@ -100,6 +118,7 @@ class Moves:
         self._began = True
         if directions.upper:
             step_along(moved.upper, upper)
+            moved.upper_set.settle()
         if directions.lower:
             self._train_along(lower)
         self._remembered = moved.state.commit(state)
@@ -137,6 +156,7 @@ class Moves:
             raise SkippedStep(_loss_of(None, direction))
         self._groups[self._retraced].restore()
         step_along(self._moved.lower, direction)
+        self._moved.lower_set.settle()
         self._retraced += 1
 
     def end_retracing(self) -> None:
@@ -149,6 +169,11 @@ class Moves:
         self._began = True
 
     def _train_along(self, direction: Tensors) -> None:
+        """Step and project."""
+        self._step_along(direction)
+        self._moved.lower_set.settle()
+
+    def _step_along(self, direction: Tensors) -> None:
         """Step, and say once if hooks make it another step than the method thinks."""
         lower = self._moved.lower
         if self._moved.on_nonfinite == "ignore" and any(x.device.type != "cpu" for x in lower.tensors):
@@ -167,7 +192,13 @@ class Moves:
 
     def _are_finite(self, checks: Mapping[str, Tensors]) -> bool:
         """Apply ``on_nonfinite`` to the named vectors; False means that the step is to be skipped."""
-        policy = self._moved.on_nonfinite
+        policy, scaling = self._moved.on_nonfinite, self._moved.scaling
+        if scaling is not None:
+            if scaling.fits([tensor for vector in checks.values() for tensor in vector]):
+                return True
+            if scaling.may_be_lowered:
+                scaling.overflowed = True
+                return False
         if policy == "ignore":
             return True
         kept = self._moved.atomic or not self._began

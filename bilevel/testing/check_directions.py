@@ -18,6 +18,7 @@ from ..evaluation.oracle import Oracle
 from ..evaluation.precision import float64, widened, widening
 from ..levels import Level
 from ..optimizer.base import BilevelOptimizer
+from ..processes.joined import settled
 
 # A central difference in float64 with a step of about 1e-5 is good to some 1e-10 where third derivatives are of order
 # one.
@@ -86,11 +87,16 @@ def check_directions(
     count("check_directions", "samples", samples, minimum=1)
     number("check_directions", "tolerance", tolerance, minimum=0.0)
     upper, lower = optimizer._upper, optimizer._lower
+    if upper.sharded or lower.sharded:
+        raise TypeError(
+            "check_directions: variables are sharded (fully_shard), and shards cannot be widened to float64. Check the "
+            "same losses on a model that is whole."
+        )
     # The state of the optimizers and of the method as well: real lower steps are taken here, and torch mixes no dtypes.
     variables = [*upper.tensors, *lower.tensors, *_state(upper), *_state(lower), *optimizer._state.tensors()]
     modules = [module for module, _ in optimizer._evaluator.modules]
     lines: tuple[Comparison, ...] = ()
-    with float64(modules, variables):
+    with optimizer._acting("check_directions"), float64(modules, variables):
         look = partial(_look, optimizer, [widened(batch) for batch in batches])
         checker = Checker(look, optimizer._evaluator, samples)
         mixed: RuntimeError | None = None
@@ -109,6 +115,7 @@ def check_directions(
             except Exception:
                 if mixed is not None:
                     raise mixed from None
+        settled("check_directions: its end")
     return Report(type(optimizer).__name__, lines)
 
 

@@ -8,6 +8,7 @@ import random
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -351,7 +352,7 @@ PRODUCTS: dict[Any, tuple[str, str]] = {
     bilevel.Unrolled: ("unrolled", "unrolled_by_adjoint"),
     bilevel.EMLC: ("emlc", "mixed_product"),
     bilevel.MLC: ("mlc", "mixed_product"),
-    bilevel.Implicit: ("implicit", "mixed_product"),
+    bilevel.Implicit: ("implicit.HessianProducts", "mixed"),
     bilevel.FiniteDifference: ("finite_difference", "mixed_product"),
     bilevel.SAMA: ("sama", "mixed_product"),
 }
@@ -368,9 +369,9 @@ WITH_PRODUCTS = {
 def test_a_wrong_product_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = WITH_PRODUCTS[name]
     module, function = PRODUCTS[case.method]
-    target = getattr(methods, module)
-    if case.options.get("differentiate") == "graph":
-        function = "unrolled_by_graph"
+    target = attrgetter(module)(methods)
+    if (way := case.options.get("differentiate")) in ("graph", "forward"):
+        function = f"unrolled_by_{way}"
     original = getattr(target, function)
 
     def damaged(*arguments: Any, **options: Any) -> Any:
@@ -388,10 +389,9 @@ def test_a_wrong_product_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_wrong_hessian_product_fails_by_the_residual(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = methods.implicit.hessian_product
-    monkeypatch.setattr(
-        methods.implicit, "hessian_product", lambda *given, **more: [*map(scaled, original(*given, **more))]
-    )
+    products = methods.implicit.HessianProducts
+    original = products.__call__
+    monkeypatch.setattr(products, "__call__", lambda self, v: scaled(original(self, v)))
     problem = Problem()
     solver = bilevel.ConjugateGradient(3, damping=1.0)
     optimizer = problem.optimizer(CASES["implicit"], solver=solver, product="reverse")

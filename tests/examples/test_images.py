@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import pickle
@@ -148,7 +149,8 @@ def test_augmentation_keeps_the_kind_of_pixels() -> None:
 
 def batches(size: int = 100, augment: bool = True, corrupt: float = 0.0) -> Batches:
     task = pools.load(settings(dataset="digits"), CPU)
-    options = {"size": size, "augment": augment, "corrupt": torch.full((len(task.noisy),), corrupt) if corrupt else None}
+    random = torch.full((len(task.noisy),), corrupt) if corrupt else None
+    options = {"size": size, "augment": augment, "corrupt": random}
     return Batches(task, task.noisy, task.noisy_labels, seed=1, purpose="noisy batches", **options)  # type: ignore[arg-type]
 
 
@@ -237,6 +239,18 @@ def test_human_labels_that_are_not_there(cifar10_folder: Path) -> None:
     human_file(cifar10_folder, clean_label=true, aggre_label=true)
     with pytest.raises(ValueError, match="has no column worse_label, but clean_label, aggre_label"):
         pools.load(options, CPU)
+
+
+def test_human_labels_are_read_from_an_npz_too(cifar10_folder: Path) -> None:
+    true = pools.cifar("cifar10", str(cifar10_folder)).labels[:120].numpy()
+    aggre = np.random.default_rng(0).integers(0, 10, 120).astype(np.uint8)
+    (cifar10_folder / "cifar-n").mkdir()
+    np.savez(cifar10_folder / "cifar-n" / "cifar10n.npz", clean=true.astype(np.uint8), aggre=aggre)
+    options = settings(cifar10_folder, noise="human", human_column="aggre", clean_fraction=0.2)
+    task = pools.load(options, CPU)
+    assert task.noisy_labels.tolist() == aggre[task.noisy.numpy()].tolist()
+    with pytest.raises(ValueError, match="has no column worse_label, but clean_label, aggre_label"):
+        pools.load(dataclasses.replace(options, human_column="worse"), CPU)
 
 
 def served(cifar10_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sha256: str | None = None) -> Path:

@@ -140,6 +140,25 @@ def test_impossible_noise_is_refused(protocol: str, classes: int, exclude_true: 
         noise.matrix(protocol, 0.4, classes, exclude_true=exclude_true)
 
 
+def test_instance_dependent_noise_follows_the_image_and_the_rate() -> None:
+    classes, each = 10, 400
+    source = generator(3, "pixels")
+    labels = torch.arange(classes).repeat_interleave(each)
+    pixels = torch.rand(classes * each, 3, 4, 4, generator=source)
+    given = noise.instance_dependent(pixels, labels, 0.4, classes, generator(1, "noise"))
+    # Wrong with probability q_i, q_i around 0.4: standard error sqrt(.4 * .6 / 4000) = 0.008.
+    assert noise.realised_rate(labels, given) == pytest.approx(0.4, abs=0.03)
+    again = noise.instance_dependent(pixels, labels, 0.4, classes, generator(1, "noise"))
+    assert torch.equal(given, again)
+    # The same image 400 times: its class's projection names one mistake nearly always (scores of deviation 7), where
+    # noise that depends on the class alone would spread as the class does.
+    same = pixels[:1].expand(each, -1, -1, -1)
+    of_one = noise.instance_dependent(same, labels[:each], 0.4, classes, generator(1, "noise"))
+    mistakes = of_one[of_one != 0].bincount(minlength=classes).double()
+    of_all = given[:each][given[:each] != 0].bincount(minlength=classes).double()
+    assert mistakes.max() / mistakes.sum() > 0.6 > of_all.max() / of_all.sum()
+
+
 # --- full-size label vectors: 50,000 training labels, 2 % of them trusted, as the published protocol has it ----------
 
 # CIFAR-100's superclass of each class, in alphabetical order of the classes: aquatic mammals 0, fish 1, flowers 2, ...

@@ -309,14 +309,51 @@ def test_too_few_iterations_are_told() -> None:
     assert float(found.residual) > 1e-3
 
 
-@pytest.mark.parametrize(
-    "eigenvalues", [(-1.0, -2.0), (0.0, 0.0), (3.0, -1e-3, 2.0), (1.0, 2.0, -5.0), (4.0, 0.0, 1.0)]
-)
-def test_a_direction_without_positive_curvature_ends_conjugate_gradients(eigenvalues: tuple[float, ...]) -> None:
-    """Not converged, finite, and no worse than where it stopped: never along the bad direction."""
+INDEFINITE = [(-1.0, -2.0), (3.0, -1e-3, 2.0), (1.0, 2.0, -5.0), (-4.0, 1.0, 1.0), (1.0, -1.0, 0.5, -0.5)]
+
+
+@pytest.mark.parametrize("eigenvalues", INDEFINITE)
+def test_negative_curvature_raises_the_damping(eigenvalues: tuple[float, ...]) -> None:
+    """What is solved is ``(H + d I) x = b``, with a d that makes it positive definite, and is told."""
+    system = drawn(*eigenvalues)
+    found = system.solve(ConjugateGradient(30, tolerance=1e-11))
+    assert found.damping is not None
+    assert found.indefinite
+    assert found.converged
+    damping = float(found.damping)
+    assert -min(eigenvalues) < damping <= 4 * max(map(abs, eigenvalues))  # of one raise, or of two
+    torch.testing.assert_close(system.join(found.x), system.answer(damping), rtol=1e-8, atol=1e-10)
+    assert float(found.residual) == pytest.approx(system.residual(found, damping), abs=1e-12)
+    again = drawn(*eigenvalues).solve(ConjugateGradient(30, tolerance=1e-11, damping=6.0))  # enough from the first on
+    assert not again.indefinite
+    assert again.damping == 6.0
+
+
+def test_the_damping_of_an_eigenvector() -> None:
+    """``-x = b``: |A p|/|p| = 1, so that the damping is 2 and x is b, after one product that raised and one more."""
+    right = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    system = System(-torch.eye(2, dtype=torch.float64), right)
+    found = system.solve(ConjugateGradient())
+    assert system.join(found.x).tolist() == right.tolist()
+    assert (found.damping, found.iterations, system.products) == (2.0, 1.0, 2)
+
+
+def test_no_curvature_along_the_first_direction_of_a_saddle() -> None:
+    """``diag(1, -1) x = (1, 1)``: <b, A b> = 0 though A b is not. |A b|/|b| = 1: x = (1/3, 1)."""
+    system = System(torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64)), torch.ones(2, dtype=torch.float64))
+    found = system.solve(ConjugateGradient(tolerance=1e-12))
+    assert found.damping == pytest.approx(2.0)
+    torch.testing.assert_close(system.join(found.x), torch.tensor([1 / 3, 1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("eigenvalues", [(0.0, 0.0), (4.0, 0.0, 1.0), (2.0, 0.0, 0.0, 1.0)])
+def test_a_flat_direction_ends_conjugate_gradients(eigenvalues: tuple[float, ...]) -> None:
+    """Not converged, finite, and no worse than where it stopped: never along the flat direction."""
     system = drawn(*eigenvalues)
     found = system.solve(ConjugateGradient(20, tolerance=1e-9))
     assert not found.converged
+    assert found.indefinite
+    assert found.damping == 0
     x = system.join(found.x)
     assert x.isfinite().all()
     assert float(found.residual) == pytest.approx(system.residual(found), rel=1e-6)
@@ -327,11 +364,59 @@ def test_a_direction_without_positive_curvature_ends_conjugate_gradients(eigenva
     assert damped.converged  # what the class advises
 
 
-def test_negative_definite_from_the_first_direction() -> None:
-    system = drawn(-1, -2)
-    found = system.solve(ConjugateGradient())
-    assert system.join(found.x).tolist() == [0.0, 0.0]
-    assert (found.iterations.item(), found.residual.item(), found.converged.item()) == (0.0, 1.0, False)
+def test_a_flat_direction_that_the_right_hand_side_does_not_need() -> None:
+    """A singular, consistent system is solved as if it were not."""
+    diagonal = torch.tensor([1.0, 4.0, 0.0], dtype=torch.float64)
+    system = System(torch.diag(diagonal), torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64))
+    found = system.solve(ConjugateGradient(tolerance=1e-12))
+    assert found.converged
+    assert not found.indefinite
+    torch.testing.assert_close(system.join(found.x), torch.tensor([1.0, 0.25, 0.0], dtype=torch.float64))
+
+
+# --- preconditioned -----------------------------------------------------------------------------------------------
+
+
+def test_an_exact_preconditioner_solves_at_once() -> None:
+    system = drawn(1.0, 10.0, 1000.0)
+    inverse = torch.linalg.inv(system.matrix)
+    found = ConjugateGradient(tolerance=1e-10).solve(
+        system.product, system.split(system.right), None, (RATE, RATE),
+        preconditioner=lambda r: system.split(inverse @ system.join(r)),
+    )  # fmt: skip
+    assert found.iterations == 1
+    torch.testing.assert_close(system.join(found.x), system.answer(), rtol=1e-9, atol=0)
+
+
+def test_a_diagonal_preconditioner_against_the_scaled_system() -> None:
+    """Preconditioned by M, the iterates are ``S y`` with y those of plain CG on ``S A S y = S b``, S S = M."""
+    draw = torch.Generator().manual_seed(3)
+    factor = torch.randn(6, 6, generator=draw, dtype=torch.float64)
+    scales = torch.logspace(-2, 2, 6, dtype=torch.float64)
+    matrix = scales[:, None] * (factor @ factor.T + torch.eye(6)) * scales
+    right = torch.randn(6, generator=draw, dtype=torch.float64)
+    diagonal = matrix.diagonal()
+    for n in (1, 3, 5):
+        system, plain = System(matrix, right), System(matrix / (diagonal.outer(diagonal)) ** 0.5, right / diagonal**0.5)
+        found = ConjugateGradient(n, tolerance=0.0).solve(
+            system.product, system.split(right), None, (RATE, RATE),
+            preconditioner=lambda r: system.split(system.join(r) / diagonal),  # noqa: B023
+        )  # fmt: skip
+        expected = plain.join(plain.solve(ConjugateGradient(n, tolerance=0.0)).x) / diagonal**0.5
+        torch.testing.assert_close(system.join(found.x), expected, rtol=1e-6, atol=1e-12)
+        assert float(found.residual) == pytest.approx(system.residual(found), rel=1e-9)
+
+
+def test_a_preconditioner_that_is_not_positive_is_refused() -> None:
+    system = drawn(1.0, 2.0, 3.0)
+    with pytest.raises(ValueError, match="is not positive definite"):
+        ConjugateGradient().solve(
+            system.product,
+            system.split(system.right),
+            None,
+            (RATE, RATE),
+            preconditioner=lambda r: [None if x is None else -x for x in r],
+        )
 
 
 @pytest.mark.parametrize("name", ["neumann", "fixed point", "heavy ball"])
@@ -493,7 +578,7 @@ def test_an_indefinite_system_says_so() -> None:
         )
         assert found.indefinite is not None
         assert bool(found.indefinite) is indefinite
-        assert bool(found.converged) is not indefinite
+        assert found.converged
     assert System(torch.eye(2).double(), right).solve(Neumann(1)).indefinite is None
 
 

@@ -134,6 +134,7 @@ def test_isotropic_problems(size: int, scale: float) -> None:
         "residual": 0,
         "converged": 1,
         "indefinite": 0,
+        "damping": 0,
     }
 
 
@@ -292,32 +293,117 @@ def test_a_solver_that_has_not_converged_is_told_and_used() -> None:
     assert stats.residual.item() == pytest.approx(((system.b - p - system.h @ p).norm() / system.b.norm()).item())
 
 
-def test_an_indefinite_hessian_ends_the_solver_with_a_finite_answer() -> None:
-    """A saddle: ``G = w' diag(1, -1) w / 2 - a' w``."""
-    a, w = normal(2, seed=1).requires_grad_(), normal(2, seed=2).requires_grad_()
+def saddle(curvature: Tensor, **options: Any) -> bilevel.Implicit:
+    """``G = sum(c w^2) / 2 - a' w`` and ``F = sum(w)``: G_aw = -I, so that the hypergradient is +p."""
+    a, w = (normal(len(curvature), seed=n).requires_grad_() for n in (1, 2))
+    return bilevel.Implicit(
+        lambda: w.sum(),
+        lambda: (curvature * w**2).sum() / 2 - a @ w,
+        upper=a,
+        lower=w,
+        upper_optimizer=torch.optim.SGD([a], lr=0.1),
+        lower_optimizer=torch.optim.SGD([w], lr=0.1),
+        inner_steps=0,
+        **options,
+    )
+
+
+def test_a_saddle_raises_the_damping_and_says_so_once() -> None:
+    """``diag(1, -1) p = (1, 1)``: |A b|/|b| = 1 raises the damping by 2, and p = 1 / (c + 2) = (1/3, 1)."""
     curvature = torch.tensor([1.0, -1.0], dtype=torch.float64)
-
-    def solved(solver: Solver) -> bilevel.Directions:
-        optimizer = bilevel.Implicit(
-            lambda: w.sum(),
-            lambda: (curvature * w**2).sum() / 2 - a @ w,
-            upper=a,
-            lower=w,
-            upper_optimizer=torch.optim.SGD([a], lr=0.1),
-            lower_optimizer=torch.optim.SGD([w], lr=0.1),
-            inner_steps=0,
-            solver=solver,
-        )
-        directions: bilevel.Directions = optimizer.directions()
-        return directions
-
-    ended = solved(ConjugateGradient())
-    assert not ended.stats.converged
-    assert ended.upper["0"].isfinite().all()
-    damped = solved(ConjugateGradient(damping=2.0, tolerance=1e-12))
-    assert damped.stats.converged
-    # p = 1 / (curvature + 2), and the hypergradient is +p, because G_aw = -I.
+    raised = saddle(curvature, solver=ConjugateGradient(tolerance=1e-12))
+    with pytest.warns(UserWarning, match=r"no strict minimum.*stats\.indefinite, stats\.damping"):
+        directions = raised.directions()
+    torch.testing.assert_close(directions.upper["0"], 1 / (curvature + 2), rtol=1e-12, atol=0)
+    numbers = directions.stats.as_dict()
+    assert (numbers["indefinite"], numbers["damping"], numbers["converged"]) == (1.0, pytest.approx(2.0), 1.0)
+    raised.directions()  # and is silent
+    damped = saddle(curvature, solver=ConjugateGradient(damping=2.0, tolerance=1e-12)).directions()
+    assert not damped.stats.indefinite
     torch.testing.assert_close(damped.upper["0"], 1 / (curvature + 2), rtol=1e-12, atol=0)
+
+
+def test_the_check_knows_of_the_raised_damping() -> None:
+    with pytest.warns(UserWarning, match="no strict minimum"):
+        report = bilevel.check_directions(saddle(torch.tensor([1.0, -3.0], dtype=torch.float64)))
+    assert report.passed, report
+
+
+def test_a_flat_direction_ends_the_solver_with_a_finite_answer() -> None:
+    flat = saddle(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    with pytest.warns(UserWarning, match="or ended there"):
+        directions = flat.directions()
+    assert not directions.stats.converged
+    assert directions.stats.damping == 0
+    assert directions.upper["0"].isfinite().all()
+
+
+# --- a preconditioner ---------------------------------------------------------------------------------------------
+
+CURVATURE = torch.logspace(0, 6, 12, dtype=torch.float64)
+DIAGONALS: dict[str, Any] = {
+    "a tensor": CURVATURE,
+    "one for each": [CURVATURE],
+    "by name": {"0": CURVATURE},
+    "a function": lambda v: v.like([v[0] / CURVATURE]),
+}
+
+
+@pytest.mark.parametrize("kind", DIAGONALS)
+def test_the_diagonal_of_a_diagonal_hessian_solves_at_once(kind: str) -> None:
+    plain = saddle(CURVATURE, solver=ConjugateGradient(5)).directions().stats
+    assert not plain.converged
+    directions = saddle(CURVATURE, preconditioner=DIAGONALS[kind]).directions()
+    assert directions.stats.iterations == 1
+    torch.testing.assert_close(directions.upper["0"], 1 / CURVATURE, rtol=1e-12, atol=0)
+
+
+WRONG: dict[str, tuple[Any, type[Exception], str]] = {
+    "text": ("jacobi", TypeError, "must be a tensor or several"),
+    "no tensors": ([1.0, 2.0], TypeError, "must be a tensor or several"),
+    "zero": (torch.tensor([1.0, 0.0]), ValueError, r"holds 0; the diagonal must be positive"),
+    "negative": (torch.tensor([1.0, -2.0]), ValueError, "holds -2; the diagonal must be positive"),
+    "nan": (torch.tensor([1.0, float("nan")]), ValueError, "must be positive and finite"),
+    "shape": (torch.ones(3), ValueError, r"has the shapes \[\(3,\)\], expected \[\(2,\)\]"),
+    "too many": ([torch.ones(2), torch.ones(2)], ValueError, "expected"),
+    "another name": ({"w": torch.ones(2)}, ValueError, "entry for each lower variable"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_preconditioner_that_does_not_fit_is_refused(case: str) -> None:
+    value, kind, text = WRONG[case]
+    with pytest.raises(kind, match=text) as error:
+        saddle(torch.ones(2, dtype=torch.float64), preconditioner=value)
+    assert str(error.value).startswith("Implicit(preconditioner=")
+    later = saddle(torch.ones(2, dtype=torch.float64))
+
+    def set_later() -> None:
+        later.preconditioner = value
+        later.directions()
+
+    with pytest.raises(kind, match=text):
+        set_later()
+
+
+@pytest.mark.parametrize("returned", [lambda v: [v[0]], lambda v: v.like([v[0][:1]]), lambda v: None])
+def test_what_a_preconditioner_returns_is_checked(returned: Any) -> None:
+    with pytest.raises(ValueError, match=r"Implicit\(preconditioner=.*expected a Vector like the lower variables"):
+        saddle(torch.ones(2, dtype=torch.float64), preconditioner=returned).directions()
+
+
+def test_a_preconditioner_that_is_not_positive_moves_nothing() -> None:
+    with pytest.raises(ValueError, match="is not positive definite"):
+        saddle(torch.tensor([1.0, 2.0], dtype=torch.float64), preconditioner=lambda v: -1.0 * v).step()
+
+
+def test_only_conjugate_gradients_are_preconditioned() -> None:
+    with pytest.raises(ValueError, match="is used by ConjugateGradient alone"):
+        saddle(torch.ones(2), preconditioner=torch.ones(2), solver=Neumann(3))
+    later = saddle(torch.ones(2), preconditioner=torch.ones(2))
+    later.solver = Neumann(3)
+    with pytest.raises(ValueError, match="is used by ConjugateGradient alone"):
+        later.directions()
 
 
 def test_f_of_a_part_of_the_lower_variables() -> None:
@@ -376,7 +462,7 @@ def test_without_inner_steps_the_lower_level_is_left_alone() -> None:
     other.lower_loss(setup.data[1])
     setup.calls = ""
     stats = setup.optimizer(bilevel.Implicit, inner_steps=0, solver=Neumann(2), verify="never").step(*setup.data[:2])
-    assert setup.calls == "LU" + "L" * 3 + "L"  # G once, F, three products with the Hessian, one mixed product
+    assert setup.calls == "LU" + "L" + "L"  # G once, F, the graph of all products with the Hessian, one mixed product
     assert stats.upper_moved
     assert all(map(torch.equal, kept, setup.student.parameters()))
     assert all(p.grad is None for p in setup.student.parameters())
@@ -390,16 +476,22 @@ def test_without_inner_steps_the_lower_level_is_left_alone() -> None:
     ids=["cg", "neumann", "fixed point"],
 )
 @pytest.mark.parametrize("steps", [1, 3])
-def test_calls_of_the_losses(steps: int, solver: Solver, products: int) -> None:
-    """Of G k gradients, of F one, one product per iteration (Neumann: one more), one mixed product."""
-    # Dropout masks: with a damping of 5 one in ten made the Hessian indefinite, which ends conjugate gradients early.
+@pytest.mark.parametrize(
+    ("mode", "each", "mixed"), [("auto", 0, 1), ("reverse", 0, 0), ("forward", 1, 1), ("difference", 2, 2)]
+)
+def test_calls_of_the_losses(steps: int, solver: Solver, products: int, mode: str, each: int, mixed: int) -> None:
+    """Of G k gradients, of F one; the graph of all products, or calls for each (Neumann: one more); the mixed product,
+    which goes through that graph as well where its mode is reverse.
+    """
+    # Dropout masks: with a damping of 5 one in ten made the Hessian indefinite, which raises the damping.
     torch.manual_seed(SEED)
     setup = Setup("sgd")
-    optimizer = setup.optimizer(bilevel.Implicit, inner_steps=steps, solver=solver, warm_start=False, verify="never")
+    options = {"inner_steps": steps, "solver": solver, "warm_start": False, "verify": "never", "product": mode}
+    optimizer = setup.optimizer(bilevel.Implicit, **options)
     for _ in range(2):
         setup.calls = ""
         optimizer.step(*setup.data[: steps + 1])
-        assert setup.calls == "L" * steps + "U" + "L" * (products + 1)
+        assert setup.calls == "L" * steps + "U" + "L" * (each * products if each else 1) + "L" * mixed
 
 
 def test_a_warm_start_of_other_variables_is_dropped() -> None:
@@ -513,7 +605,11 @@ def test_a_skipped_step_keeps_the_warm_start_and_reports_like_any_other() -> Non
     factor = 1.0
     lower_loss = setup.lower_loss
     optimizer = setup.optimizer(
-        bilevel.Implicit, lower_loss=lambda batch: factor * lower_loss(batch), inner_steps=2, on_nonfinite="skip"
+        bilevel.Implicit,
+        lower_loss=lambda batch: factor * lower_loss(batch),
+        inner_steps=2,
+        on_nonfinite="skip",
+        solver=ConjugateGradient(damping=20.0),
     )
     optimizer.step(*setup.data[:3])
     kept = optimizer.state_dict()["state"]["last"]
@@ -529,7 +625,8 @@ def test_a_skipped_step_keeps_the_warm_start_and_reports_like_any_other() -> Non
 def test_an_optimizer_that_nothing_can_follow_is_no_obstacle() -> None:
     setup = Setup("sgd")
     lower_optimizer = torch.optim.RMSprop(setup.student.parameters(), lr=0.01)
-    optimizer = setup.optimizer(bilevel.Implicit, inner_steps=2, lower_optimizer=lower_optimizer)
+    solver = ConjugateGradient(damping=20.0)
+    optimizer = setup.optimizer(bilevel.Implicit, inner_steps=2, lower_optimizer=lower_optimizer, solver=solver)
     assert optimizer.step(*setup.data[:3]).upper_moved
 
 

@@ -72,21 +72,20 @@ MORE: dict[str, Case] = {
     "mlc-3": Case(bilevel.MLC, lambda k: "LUlU", {"inner_steps": 3}, upper_at="current"),
     "implicit-cg": Case(
         bilevel.Implicit,
-        lambda k: k * "L" + "U" + 2 * "L" + "l",
-        {"inner_steps": 3, "solver": ConjugateGradient(2, tolerance=0.0, damping=10.0), "warm_start": False},
+        lambda k: k * "L" + "U" + "L" + "l",
+        {"inner_steps": 3, "solver": ConjugateGradient(2, tolerance=0.0, damping=30.0), "warm_start": False},
         **TRAIN_FIRST,
     ),
     "implicit-solved": Case(
         bilevel.Implicit,
-        lambda k: "LU" + 3 * "L" + "l",
+        lambda k: "LU" + "L" + "l",
         {"inner_steps": 0, "solver": Neumann(2)},
         gives_lower=False,
         upper_at="current",
     ),
-    # From a warm start each solver but Neumann's takes one product more, so that a first step has fewer calls.
     "implicit-fixed-point": Case(
         bilevel.Implicit,
-        lambda k: "LU" + 2 * "L" + "l",
+        lambda k: "LU" + "L" + "l",
         {"solver": FixedPoint(2, momentum=0.5), "warm_start": False},
         **TRAIN_FIRST,
     ),

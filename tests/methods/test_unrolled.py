@@ -6,6 +6,7 @@ mask for each batch, the lower ones first.
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -39,10 +40,11 @@ from reference import Mover, State, Tensors
 LOSSES = (plain_upper, plain_lower)
 SEED = 3
 every_kind = pytest.mark.parametrize("kind", MOVERS)
-ADJOINT, GRAPH = {"differentiate": "adjoint"}, {"differentiate": "graph"}
-WAYS: list[dict[str, Any]] = [ADJOINT, GRAPH, {"virtual": False, **ADJOINT}, {"virtual": False, **GRAPH}]
+ADJOINT, GRAPH, FORWARD = ({"differentiate": way} for way in ("adjoint", "graph", "forward"))
+VIRTUAL_WAYS = [ADJOINT, GRAPH, FORWARD]
+WAYS: list[dict[str, Any]] = [*VIRTUAL_WAYS, *({"virtual": False, **way} for way in VIRTUAL_WAYS)]
 UPPER = torch.full((1,), 0.3, dtype=torch.float64, requires_grad=True)
-WAY_NAMES = ["adjoint", "graph", "real", "real graph"]
+WAY_NAMES = ["adjoint", "graph", "forward", "real", "real graph", "real forward"]
 
 
 def found(setup: Setup, batches: Sequence[Any], seed: int = SEED, **options: Any) -> Tensors:
@@ -100,7 +102,7 @@ def momentum_sgd(mover: Mover) -> Callable[..., torch.optim.Optimizer]:
     return lambda parameters: torch.optim.SGD(parameters, **settings(mover))
 
 
-@pytest.mark.parametrize("mode", ["adjoint", "graph"])
+@pytest.mark.parametrize("mode", ["adjoint", "graph", "forward"])
 @pytest.mark.parametrize("steps", [1, 3, 10])
 def test_the_closed_form_of_a_quadratic(steps: int, mode: str) -> None:
     """``w_k = w* + M^k (w - w*)`` with ``M = I - a H``, so ``dw_k/dalpha = (I - M^k) H^-1 B``."""
@@ -220,7 +222,7 @@ def test_truncation(kind: str, truncate: int, options: dict[str, Any]) -> None:
         assert relative(total, expected(setup, setup.data[:4], 3)) > 1e-3
 
 
-@pytest.mark.parametrize("options", [ADJOINT, GRAPH], ids=["adjoint", "graph"])
+@pytest.mark.parametrize("options", VIRTUAL_WAYS, ids=["adjoint", "graph", "forward"])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("kind", ["momentum", "adam"])
 def test_a_given_rate_is_plain_gradient_descent(kind: str, steps: int, options: dict[str, Any]) -> None:
@@ -231,7 +233,7 @@ def test_a_given_rate_is_plain_gradient_descent(kind: str, steps: int, options: 
     assert relative(found(setup, batches, inner_steps=steps, inner_lr=0.3, **options), total) < 1e-12
 
 
-@pytest.mark.parametrize("options", [ADJOINT, GRAPH], ids=["adjoint", "graph"])
+@pytest.mark.parametrize("options", VIRTUAL_WAYS, ids=["adjoint", "graph", "forward"])
 @pytest.mark.parametrize("kind", ["momentum", "adam"])
 def test_plain_steps_go_with_the_current_rates_of_the_lower_optimizer(kind: str, options: dict[str, Any]) -> None:
     """``inner_step="gradient"``: one rate for each group, read when the step is taken, so that schedules count."""
@@ -246,7 +248,7 @@ def test_plain_steps_go_with_the_current_rates_of_the_lower_optimizer(kind: str,
     assert relative(list(optimizer.directions(*setup.data[:3]).upper.values()), total) < 1e-12
 
 
-@pytest.mark.parametrize("options", [ADJOINT, GRAPH], ids=["adjoint", "graph"])
+@pytest.mark.parametrize("options", VIRTUAL_WAYS, ids=["adjoint", "graph", "forward"])
 def test_a_preview_may_have_a_rate_of_its_own(options: dict[str, Any]) -> None:
     setup = Setup("momentum")
     movers = [replace(mover, lr=0.02) for mover in setup.movers]
@@ -263,15 +265,15 @@ def test_every_route_of_the_products(kind: str, route: str, tolerance: float) ->
     assert relative(found(setup, setup.data[:4], inner_steps=3, product=route), total) < tolerance
 
 
-def test_graph_and_adjoint_are_the_same_to_1e_12() -> None:
+def test_all_ways_are_the_same_to_1e_12() -> None:
     for kind in MOVERS:
         setup = Setup(kind)
         for steps in (1, 2, 5):
-            one, other = (
+            one, *others = (
                 found(setup, setup.data[: steps + 1], inner_steps=steps, differentiate=mode)
-                for mode in ("adjoint", "graph")
+                for mode in ("adjoint", "graph", "forward")
             )
-            assert relative(one, other) < 1e-12
+            assert all(relative(one, other) < 1e-12 for other in others)
 
 
 def test_the_rates_of_a_scheduler_are_the_current_ones() -> None:
@@ -286,7 +288,7 @@ def test_the_rates_of_a_scheduler_are_the_current_ones() -> None:
     assert relative(list(optimizer.directions(*setup.data[3:6]).upper.values()), total) < 1e-12
 
 
-@pytest.mark.parametrize("mode", ["adjoint", "graph"])
+@pytest.mark.parametrize("mode", ["adjoint", "graph", "forward"])
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_rates_that_are_tensors(kind: str, mode: str) -> None:
     setup, same = Setup(kind), Setup(kind)
@@ -296,7 +298,7 @@ def test_rates_that_are_tensors(kind: str, mode: str) -> None:
     assert relative(found(setup, setup.data[:2], **options), found(same, setup.data[:2], **options)) < 1e-14
 
 
-@pytest.mark.parametrize("mode", ["adjoint", "graph"])
+@pytest.mark.parametrize("mode", ["adjoint", "graph", "forward"])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
 def test_a_lower_optimizer_that_walks_uphill(kind: type[torch.optim.Optimizer], mode: str) -> None:
     """``maximize=True`` on G is the ordinary step on -G."""
@@ -376,7 +378,7 @@ def upper_step(setup: Setup, directions: bilevel.Directions) -> None:
     setup.upper_optimizer.step()
 
 
-@pytest.mark.parametrize("mode", ["adjoint", "graph"])
+@pytest.mark.parametrize("mode", ["adjoint", "graph", "forward"])
 @pytest.mark.parametrize("truncate", [None, 1])
 @pytest.mark.parametrize("steps", [1, 3])
 @every_kind
@@ -436,7 +438,7 @@ def test_with_restore_w_takes_its_ordinary_step_with_the_new_upper_variables(
 def test_hooks_on_real_steps_are_followed_and_not_differentiated(kind: str) -> None:
     """A projection after each step: both modes go on from where it led, with the derivative of the step alone."""
     answers = {}
-    for mode in ("adjoint", "graph"):
+    for mode in ("adjoint", "graph", "forward"):
         setup = Setup(kind)
 
         def project(*_: Any, setup: Setup = setup) -> None:
@@ -483,7 +485,7 @@ def test_several_steps_in_a_row(options: dict[str, Any]) -> None:
 # --- a starting point that depends on the upper variables ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["adjoint", "graph"])
+@pytest.mark.parametrize("mode", ["adjoint", "graph", "forward"])
 @pytest.mark.parametrize("steps", [1, 3, 10])
 def test_maml_on_a_quadratic(steps: int, mode: str) -> None:
     """The upper variable is the start: ``d/dalpha F(w_k(alpha)) = (I - a H)^k P (w_k - t)``, without coupling."""
@@ -540,7 +542,7 @@ def adapted(kind: str, name: str, **options: Any) -> tuple[Setup, nn.ParameterLi
     return setup, meta, optimizer
 
 
-@pytest.mark.parametrize("mode", ["adjoint", "graph"])
+@pytest.mark.parametrize("mode", ["adjoint", "graph", "forward"])
 @pytest.mark.parametrize("name", STARTS)
 @pytest.mark.parametrize(("kind", "steps"), [("sgd", 1), ("sgd", 3), ("momentum", 2), ("adam", 2)])
 def test_maml_on_a_network(kind: str, steps: int, name: str, mode: str) -> None:
@@ -564,7 +566,7 @@ def test_maml_on_a_network(kind: str, steps: int, name: str, mode: str) -> None:
     assert_same_bits(before, after)
 
 
-@pytest.mark.parametrize("mode", ["adjoint", "graph"])
+@pytest.mark.parametrize("mode", ["adjoint", "graph", "forward"])
 def test_a_start_by_name(mode: str) -> None:
     setup, meta, by_order = adapted("sgd", "a function of them", inner_steps=2, differentiate=mode)
     names = [name for name, _ in setup.student.named_parameters()]
@@ -590,6 +592,34 @@ def test_a_start_and_the_check_of_directions() -> None:
     setup, _, optimizer = adapted("momentum", "a function of them", inner_steps=2)
     report = bilevel.check_directions(optimizer, *setup.data[:2])
     assert report.passed, report
+
+
+@pytest.mark.parametrize("mode", ["adjoint", "graph", "auto"])
+def test_a_start_that_is_the_same_for_every_step(mode: Any) -> None:
+    """Ridge regression from zeros, as HPO tutorials do it: the derivative goes through the five steps alone."""
+    torch.manual_seed(SEED)
+    x, y = torch.randn(20, 3, dtype=torch.float64), torch.randn(20, dtype=torch.float64)
+    model, strength = nn.Linear(3, 1, bias=False).double(), torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer = bilevel.Unrolled(
+        lambda: (model(x[10:])[:, 0] - y[10:]).square().mean(),
+        lambda: (model(x[:10])[:, 0] - y[:10]).square().mean() + (strength.exp() * model.weight[0].square()).sum(),
+        upper=strength,
+        lower=model,
+        upper_optimizer=torch.optim.SGD([strength], lr=1.0),
+        lower_optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        inner_steps=5,
+        differentiate=mode,
+        start=lambda: [torch.zeros_like(model.weight)],
+    )
+    w = torch.zeros(3, dtype=torch.float64)
+    for _ in range(5):
+        w = w - 0.1 * (2 / 10 * x[:10].T @ (x[:10] @ w - y[:10]) + 2 * strength.exp() * w)
+    (expected,) = torch.autograd.grad((x[10:] @ w - y[10:]).square().mean(), strength)
+    assert relative([optimizer.directions().upper["0"]], [expected]) < 1e-12
+    assert bilevel.check_directions(optimizer).passed
+    before = model.weight.clone()
+    optimizer.step()
+    assert torch.equal(before, model.weight)
 
 
 @pytest.mark.parametrize(
@@ -682,7 +712,7 @@ def test_any_architecture_and_number_of_steps(
     empty: list[State] = [{} for _ in w]
     total = unrolled((plain, plain), alpha, w, empty, [mover] * len(w), batches[0], batches[1:], steps)[1]
     maker: Any = torch.optim.SGD if mover.betas is None else torch.optim.AdamW if mover.decoupled else torch.optim.Adam
-    for mode in ("adjoint", "graph"):
+    for mode in ("adjoint", "graph", "forward"):
         optimizer = bilevel.Unrolled(
             lambda batch: loss(lower, upper.weight, upper.bias, batch),
             lambda batch: loss(lower, upper.weight, upper.bias, batch),
@@ -807,9 +837,11 @@ def test_float32_agrees_with_float64() -> None:
 @pytest.mark.parametrize(
     ("options", "taken"),
     [
-        ({"inner_steps": 1}, "forward"),
+        ({"inner_steps": 1}, "graph"),
+        ({"inner_steps": 1, "product": "forward"}, "forward"),
+        ({"inner_steps": 1, "product": "reverse"}, "reverse"),
         ({"inner_steps": 2}, "graph"),
-        ({"inner_steps": 3, "truncate": 1}, "forward"),
+        ({"inner_steps": 3, "truncate": 1}, "graph"),
         ({"inner_steps": 3, "truncate": 2}, "graph"),
         ({"inner_steps": 1, "virtual": False}, "forward"),
         ({"inner_steps": 2, "virtual": False}, "graph"),
@@ -820,7 +852,7 @@ def test_float32_agrees_with_float64() -> None:
     ],
 )
 def test_the_faster_mode_is_taken_and_named(options: dict[str, Any], taken: str) -> None:
-    """Adjoint for one differentiated step, the graph for more; all give the same numbers."""
+    """The graph, without convolutions also for one step unless it is real; all give the same numbers."""
     lower, x = nn.Linear(3, 1, bias=False).double(), normal(4, 3)
     levels = {
         "upper": UPPER,
@@ -836,7 +868,7 @@ def test_the_faster_mode_is_taken_and_named(options: dict[str, Any], taken: str)
     assert relative(list(answer.upper.values()), list(expected.upper.values())) < 1e-12
 
 
-@pytest.mark.parametrize("mode", ["adjoint", "graph"])
+@pytest.mark.parametrize("mode", ["adjoint", "graph", "forward"])
 def test_with_a_start_no_buffer_moves_but_those_of_the_upper_modules(mode: str) -> None:
     """The lower modules are only borrowed: nothing is evaluated at their own values."""
     setup = Setup("sgd")
@@ -864,3 +896,216 @@ def test_where_lower_variables_are_in_no_module_the_adjoint_serves() -> None:
     losses = (lambda: (w - 1).exp().sum(), lambda: (w - UPPER).exp().sum())
     stats = bilevel.Unrolled(*losses, upper=UPPER, lower=w, inner_steps=2, **levels).directions().stats
     assert stats.product == "reverse"
+
+
+def layers(convolutions: int, linear: int) -> nn.Sequential:
+    """A network with these layers, which shrink nothing."""
+    body = [nn.Conv1d(1, 1, 3, padding=1) for _ in range(convolutions)] + [nn.Linear(4, 4) for _ in range(linear)]
+    return nn.Sequential(*body).double()
+
+
+@pytest.mark.parametrize(
+    ("convolutions", "linear", "taken"), [(0, 3, "graph"), (1, 0, "forward"), (1, 2, "forward"), (1, 3, "graph")]
+)
+def test_one_step_takes_the_graph_unless_a_third_of_the_layers_are_convolutions(
+    convolutions: int, linear: int, taken: str
+) -> None:
+    lower, x = layers(convolutions, linear), normal(5, 1, 4)
+    levels = {
+        "upper": UPPER,
+        "lower": lower,
+        "upper_optimizer": torch.optim.SGD([UPPER], lr=0.1),
+        "lower_optimizer": torch.optim.SGD(lower.parameters(), lr=0.1),
+    }
+    losses = (lambda: (lower(x) - 1).tanh().square().mean(), lambda: (lower(x) - UPPER).tanh().square().mean())
+    for steps in (1, 2):
+        answer = bilevel.Unrolled(*losses, **levels, inner_steps=steps).directions()
+        assert answer.stats.product == (taken if steps == 1 else "graph")
+
+
+class Once(torch.autograd.Function):
+    """The square, with a forward-mode rule and no second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * g
+
+    @staticmethod
+    def jvp(ctx: Any, v: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * v
+
+
+def test_the_default_falls_back_to_the_adjoint_without_second_derivatives() -> None:
+    point = nn.ParameterDict({"w": nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))})
+    optimizer = bilevel.Unrolled(
+        lambda: point["w"].sum(),
+        lambda: (Once.apply(point["w"]) * UPPER).sum(),
+        upper=UPPER,
+        lower=point,
+        upper_optimizer=torch.optim.SGD([UPPER], lr=0.1),
+        lower_optimizer=torch.optim.SGD(point.parameters(), lr=0.1),
+    )
+    with pytest.warns(UserWarning, match="has no double backward.*Falling back to the adjoint"):
+        answer = optimizer.directions()
+    assert answer.stats.product == "forward"
+    # w_1 = w - 0.1 * 2 w a, so dF/da = -0.2 (1 + 2).
+    assert answer.upper["0"].item() == pytest.approx(-0.6)
+    assert optimizer.directions().upper["0"].item() == pytest.approx(-0.6)
+
+
+# --- forward mode -------------------------------------------------------------------------------------------------
+
+
+def of_many(count: int) -> bilevel.Unrolled:
+    alpha = torch.full((count,), 0.5, dtype=torch.float64, requires_grad=True)
+    point = nn.ParameterDict({"w": nn.Parameter(torch.ones(2, dtype=torch.float64))})
+    return bilevel.Unrolled(
+        lambda: point["w"].square().sum(),
+        lambda: (point["w"] - alpha.sum()).square().sum(),
+        upper=alpha,
+        lower=point,
+        upper_optimizer=torch.optim.SGD([alpha], lr=0.1),
+        lower_optimizer=torch.optim.SGD(point.parameters(), lr=0.1),
+        differentiate="forward",
+    )
+
+
+def test_forward_mode_warns_of_many_upper_numbers_once_and_refuses_more() -> None:
+    of_many(100).directions()
+    many = of_many(101)
+    with pytest.warns(UserWarning, match="carries a copy of all 2 lower numbers.* for each of 101 upper numbers"):
+        many.directions()
+    many.directions()
+    with pytest.raises(ValueError, match="At most 1000 are allowed"):
+        of_many(1001).directions()
+
+
+def test_forward_mode_keeps_nothing_of_a_step() -> None:
+    """What is alive after 20 steps is what is after 2: tensors are counted when F is called, at the end of the walk."""
+    at = {
+        (way, k): alive_at_the_end(inner_steps=k, differentiate=way) for way in ("forward", "adjoint") for k in (2, 20)
+    }
+    assert at["forward", 20] == at["forward", 2]
+    assert at["adjoint", 20] >= at["adjoint", 2] + 18 * 3 * 6
+
+
+def test_forward_mode_finds_what_is_captured_and_refuses_a_missing_second_derivative() -> None:
+    alpha = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    point = nn.ParameterDict({"w": nn.Parameter(torch.ones(2, dtype=torch.float64))})
+    captured = point["w"] * 2
+
+    def build(lower_loss: Callable[[], Tensor]) -> bilevel.Unrolled:
+        return bilevel.Unrolled(
+            lambda: point["w"].square().sum(),
+            lower_loss,
+            upper=alpha,
+            lower=point,
+            upper_optimizer=torch.optim.SGD([alpha], lr=0.1),
+            lower_optimizer=torch.optim.SGD(point.parameters(), lr=0.1),
+            inner_steps=2,
+            differentiate="forward",
+        )
+
+    with pytest.raises(bilevel.ClosureError, match="computed outside the call"):
+        build(lambda: (captured - alpha).square().sum()).directions()
+    with pytest.raises(bilevel.ClosureError, match="does not depend on any upper variable"):
+        build(lambda: point["w"].square().sum()).directions()
+
+
+# --- checkpoints of the adjoint -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"truncate": 5}, {"inner_step": "gradient"}], ids=["all", "last", "plain"])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("kind", ["momentum", "amsgrad"])
+def test_checkpoints_change_no_bit(kind: str, steps: int, options: dict[str, Any]) -> None:
+    """BatchNorm, dropout, a batch for each step; also more points than steps."""
+    setup = Setup(kind)
+    if options.get("truncate", 0) > steps:
+        return
+    every = found(setup, setup.data[: steps + 1], inner_steps=steps, **ADJOINT, **options)
+    for points in (2, 20, "sqrt"):
+        some = found(setup, setup.data[: steps + 1], inner_steps=steps, checkpoints=points, **options)
+        assert all(torch.equal(a, b) for a, b in zip(every, some, strict=True)), points
+
+
+def test_checkpoints_of_a_walk_from_a_start() -> None:
+    setup = Setup("momentum")
+    scale = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+    fixed = [p.detach().clone() for p in setup.student.parameters()]
+    options = {
+        "upper": [setup.corrector, scale],
+        "upper_optimizer": torch.optim.SGD([*setup.corrector.parameters(), scale], lr=0.1),
+        "start": lambda: [scale * p for p in fixed],
+        "inner_steps": 6,
+    }
+    every = found(setup, setup.data[:2], **ADJOINT, **options)
+    some = found(setup, setup.data[:2], checkpoints="sqrt", **options)
+    assert all(torch.equal(a, b) for a, b in zip(every, some, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("points", "calls"),
+    # 9 steps: 3 + 3 + 3, of which the first two threes are walked again; 5 + 4; 9; each; and F, G for the real step.
+    [("sqrt", 9 + 6), (2, 9 + 5), (1, 9), (9, 9 + 8)],
+)
+def test_what_checkpoints_cost(points: Any, calls: int) -> None:
+    """Gradients of G on the way there and back; products are calls as well, one for each step."""
+    setup, counted = Setup("sgd"), []
+
+    def lower_loss(batch: Any) -> Tensor:
+        counted.append(1)
+        return setup.lower_loss(batch)
+
+    found(setup, setup.data[:2], inner_steps=9, checkpoints=points, lower_loss=lower_loss, verify="never")
+    assert len(counted) == calls + 9
+
+
+def alive_at_the_end(**options: Any) -> int:
+    """How many tensors there are when F is called, at the end of the walk."""
+    setup, counted = Setup("momentum"), []
+
+    def upper_loss(batch: Any) -> Tensor:
+        gc.collect()
+        counted.append(sum(issubclass(type(x), Tensor) for x in gc.get_objects()))
+        return setup.upper_loss(batch)
+
+    optimizer = setup.optimizer(bilevel.Unrolled, verify="never", upper_loss=upper_loss, **options)
+    optimizer.directions(*setup.data[:2])
+    return counted[0]
+
+
+def test_checkpoints_keep_about_two_roots_of_the_steps() -> None:
+    """Of 36 steps: 6 points and states, and the last 6 steps, with gradients; a step has 6 tensors of each kind."""
+    few = alive_at_the_end(inner_steps=1, **ADJOINT)
+    every, some = (alive_at_the_end(inner_steps=36, **ADJOINT, **more) for more in ({}, {"checkpoints": "sqrt"}))
+    assert every - few > 34 * 3 * 6
+    assert some - few < (every - few) / 2.5
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"checkpoints": 0}, "must be at least 1"),
+        ({"checkpoints": 2, "virtual": False}, "needs virtual=True: real steps are not taken twice"),
+        ({"checkpoints": 2, "differentiate": "graph"}, 'are points of the adjoint, and differentiate="graph"'),
+        ({"checkpoints": "sqrt", "differentiate": "forward"}, 'and differentiate="forward"'),
+    ],
+)
+def test_checkpoints_that_mean_nothing_are_refused(options: dict[str, Any], told: str) -> None:
+    setup = Setup("sgd")
+    with pytest.raises(ValueError, match=told):
+        setup.optimizer(bilevel.Unrolled, inner_steps=3, **options)
+    optimizer = setup.optimizer(bilevel.Unrolled, inner_steps=3, checkpoints="sqrt")
+    with pytest.raises(TypeError, match="must be an integer"):
+        optimizer.checkpoints = "root"
+    optimizer.differentiate = "graph"
+    with pytest.raises(ValueError, match="are points of the adjoint"):
+        optimizer.step(*setup.data[:2])

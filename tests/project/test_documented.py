@@ -17,6 +17,7 @@ import pytest
 import bilevel
 import bilevel.barrier
 import bilevel.problems
+import bilevel.solver
 from bilevel.settings import Setting
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +40,7 @@ def public(module: ModuleType) -> dict[str, Any]:
 
 NAMES = [
     (f"{module.__name__}.{name}", value)
-    for module in (bilevel, bilevel.barrier, bilevel.problems, bilevel.testing)
+    for module in (bilevel, bilevel.barrier, bilevel.problems, bilevel.solver, bilevel.testing)
     for name, value in public(module).items()
 ]
 # An abstract class is for authors of methods; its subclasses' examples show it at work.

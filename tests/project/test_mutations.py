@@ -67,12 +67,13 @@ def test_a_verdict_is_not_given_lightly(tmp_path: Path) -> None:
     """What changes nothing survives, and outdated code or a test that is not there is no kill."""
     workshop = Workshop(tmp_path)
     fine = "test_problems.py::test_quadratic_draws_are_reproducible_and_leave_the_random_state_alone"
+    changed = "bilevel/problems/quadratic.py"
     where, code = "Quadratic.hypergradient", "torch.linalg.solve(self.hessian, upper)"
     assert workshop.verdict(Mutation("", where, code, f"1 * {code}", fine)) == "SURVIVED"
     assert workshop.verdict(Mutation("", where, code, "1 *", fine)).startswith("NOT RUN")
     assert workshop.verdict(Mutation("", where, code, f"{code} * 1", f"{fine}_")).startswith("NOT RUN")
     assert workshop.verdict(Mutation("", where, "no_such_code", "0", fine)).startswith("OUT OF DATE")
-    assert (tmp_path / "bilevel" / "problems.py").read_text() == (ROOT / "bilevel" / "problems.py").read_text()
+    assert (tmp_path / changed).read_text() == (ROOT / changed).read_text()
 
 
 def test_every_mutation_is_killed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,11 +105,15 @@ def test_the_metadata_is_what_was_decided(wheel: zipfile.ZipFile) -> None:
     assert fields["License-Expression"] == "Apache-2.0"
     assert [line for line in fields.get_all("Requires-Dist", []) if "extra ==" not in line] == ["torch>=2.11"]
     assert set(fields.get_all("Provides-Extra", [])) == {
+        "browser",
         "comparison",
         "dev",
         "docs",
         "examples",
+        "jupyter",
+        "loops",
         "parquet",
+        "progress",
         "tensorboard",
     }
     assert any(name.endswith("/licenses/LICENSE") for name in wheel.namelist())
@@ -122,6 +126,7 @@ def test_the_source_archive_holds_no_data(built: Path) -> None:
     assert {"README.md", "LICENSE", "pyproject.toml", "tests/methods_table.py", "bilevel/py.typed"} <= set(members)
     # Sources, texts, and the pictures and tables that the docs show.
     kinds = {"", ".py", ".typed", ".md", ".toml", ".txt", ".cff", ".png", ".svg", ".json"}
+    kinds |= {".css", ".js", ".woff2", ".ipynb", ".yaml"}  # the documentation's own, its notebooks; hydra's, conda's
     assert {name for name in members if Path(name).suffix not in kinds} == set()
     assert {name for name, member in members.items() if member.size > 500_000} == set()
 

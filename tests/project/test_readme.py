@@ -66,6 +66,8 @@ def named(link: str) -> Path | None:
     """The file here that a link into the repository or the documentation names, or None for a link elsewhere."""
     if into := re.fullmatch(rf"{REPOSITORY}/(?:blob|tree)/main/([^#]*)(?:#.*)?", link):
         return ROOT / into[1]
+    if run := re.fullmatch(rf"{REPOSITORY}/actions/workflows/([^/]+)(?:/badge\.svg)?", link):
+        return ROOT / ".github" / "workflows" / run[1]
     if page := re.fullmatch(rf"{DOCUMENTATION}/(?:en/latest/)?([^#]*)(?:#.*)?", link):
         return ROOT / "docs" / ((page[1] or "index.html").removesuffix(".html") + ".md")
     return None

@@ -3,6 +3,10 @@
 The files hold several columns of labels and one of true labels, in the order of the Python archives. The official
 binary archives are said to be in another order, which would silently turn human noise into random noise. So a column is
 used only if the true labels equal those of the images, one by one.
+
+Beside the released ``.pt`` files, ``.npz`` files with the same columns are read (``cifar10n.npz``: arrays ``clean``,
+``aggre``, ``worse``, ``random1``, ...; ``cifar100n.npz``: ``clean``, ``noisy``), in the folder of the data or in its
+folder ``cifar-n``.
 """
 
 from __future__ import annotations
@@ -14,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FILES = {"cifar10": "CIFAR-10_human.pt", "cifar100": "CIFAR-100_human.pt"}
+FILES = {"cifar10": ("CIFAR-10_human.pt", "cifar10n.npz"), "cifar100": ("CIFAR-100_human.pt", "cifar100n.npz")}
+SUBFOLDER = "cifar-n"
 COLUMNS = {
     "aggre": "aggre_label",
     "worse": "worse_label",
@@ -23,6 +28,7 @@ COLUMNS = {
     "random3": "random_label3",
     "noisy": "noisy_label",  # the one column of CIFAR-100N
 }
+_RELEASED = {"clean": "clean_label", **COLUMNS}  # the short names of the .npz files
 TERMS = (
     "CIFAR-N labels: http://noisylabels.com, licence CC BY-NC 4.0: not for commercial use. "
     "Cite Wei et al., Learning with Noisy Labels Revisited, ICLR 2022."
@@ -34,11 +40,13 @@ def read(dataset: str, folders: list[Path], column: str, true: Tensor) -> Tensor
 
     ``true`` may be the first part of the training set, where only some training batches are there.
     """
-    name = FILES[dataset]
-    file = next((folder / name for folder in folders if (folder / name).is_file()), None)
+    names = FILES[dataset]
+    places = [place for folder in folders for place in (folder, folder / SUBFOLDER)]
+    file = next((place / name for place in places for name in names if (place / name).is_file()), None)
     if file is None:
         looked = ", ".join(map(str, folders))
-        raise ValueError(f"human_labels({name}): not found in {looked}. Put the file of noisylabels.com there.")
+        advice = f"Put the file of noisylabels.com there (or {names[1]})."
+        raise ValueError(f"human_labels({names[0]}): not found in {looked}. {advice}")
     content = _load(file)
     clean = _column(content, "clean_label", file)
     labels = _column(content, COLUMNS[column], file)
@@ -59,6 +67,9 @@ def _column(content: dict[str, Any], name: str, file: Path) -> Tensor:
 
 def _load(file: Path) -> dict[str, Any]:
     """Read the dictionary of arrays, allowing numpy arrays of integers and nothing else."""
+    if file.suffix == ".npz":
+        with np.load(file, allow_pickle=False) as columns:
+            return {_RELEASED.get(name, name): columns[name] for name in columns.files}
     rebuild = np.empty(0).__reduce__()[0]
     kinds = [type(np.dtype(kind)) for kind in ("uint8", "int32", "int64")]
     arrays: list[Any] = [

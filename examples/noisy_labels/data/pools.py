@@ -65,6 +65,9 @@ def noisy_labels(pool: Pool, noisy: Tensor, settings: Settings) -> Tensor:
         places = folders(settings.data)
         return human_labels.read(settings.dataset, places, settings.human_column, training)[noisy]
     classes = len(pool.names)
+    if settings.noise == "instance":
+        source = generator(settings.seed, "noise")
+        return noise.instance_dependent(pool.pixels[noisy], pool.labels[noisy], settings.rate, classes, source)
     if settings.transition is not None:
         transition = noise.read(Path(settings.transition).expanduser(), classes)
     else:

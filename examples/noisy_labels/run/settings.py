@@ -207,7 +207,9 @@ class Settings(Training):
 
     dataset: str = option("cifar10", "which images; digits come with scikit-learn", DATASETS)
     data: str | None = option(None, "folder of the unpacked archive [$BILEVEL_DATA, then ./data]")
-    noise: str = option("uniform", "how labels are corrupted; see noise.py", (*PROTOCOLS, "human", "matrix"))
+    noise: str = option(
+        "uniform", "how labels are corrupted; see noise.py", (*PROTOCOLS, "instance", "human", "matrix")
+    )
     transition: str | None = option(None, "CSV file with a row of label probabilities for each class (matrix noise)")
     human_column: str = option("worse", "which labels of CIFAR-N (human noise)", tuple(COLUMNS))
     rate: float = option(0.4, "noise rate", kind=float, within="[0, 1]")

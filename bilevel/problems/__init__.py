@@ -1,0 +1,27 @@
+"""Bilevel problems with known answers, for the tests, for authors of methods, and to compare methods on.
+
+:func:`suite` builds all small ones, :func:`names` and :func:`named` find them; the functions :func:`degenerate`,
+:func:`minimax`, :func:`coreset`, :func:`quadratic` and :func:`finite_sum` build single ones with more to choose.
+"""
+
+from .problem import Problem
+from .quadratic import Quadratic, quadratic
+from .stochastic import FiniteSum, finite_sum
+from .suite import named, names, suite, tags
+from .toys import CORESET_STARTS as CORESET_STARTS
+from .toys import coreset, degenerate, minimax
+
+__all__ = [
+    "FiniteSum",
+    "Problem",
+    "Quadratic",
+    "coreset",
+    "degenerate",
+    "finite_sum",
+    "minimax",
+    "named",
+    "names",
+    "quadratic",
+    "suite",
+    "tags",
+]

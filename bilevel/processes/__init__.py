@@ -1,0 +1,1 @@
+"""Several processes as one: a loss is the mean over them, and whatever one decides all decide."""
