@@ -6,7 +6,7 @@ of G that differences of its gradient show around the start, and ``1 / L`` is th
 the same start, the lowest lower minimum that is found there, for a twentieth of the budget each; the better two for a
 tenth more; better is whose F is smaller after y has been trained again. With half of the budget the best goes on, and
 then begins anew twice, from the best of some upper points that are looked at; each time its rates fall twice by a
-factor of ten. Where several lower minima are seen at the start, a class that takes ``starts`` gets four.
+factor of ten. Where several lower minima are seen at the start, VPBGD and PDBO get four copies.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ UPPER_RATES = (1.0, 0.2, 0.04)
 FIRST, SECOND = 1 / 20, 1 / 10  # of the budget, for each candidate
 ROUNDS = 3  # of the best: from where the race left it, then from other upper points
 LOOKED_AT = 6  # of these, beside corners
-COPIES = 4  # of a class that takes ``starts``
+COPIES = 4  # of lower variables, for classes whose constructors name ``starts``
 INNER_STEPS = 5  # of classes that have them and default to fewer: from the tables of benchmarks/which_method.py
 FALLS = (0.5, 0.8)  # of a round, where the rates fall
 SPARE = 0.06
@@ -171,10 +171,10 @@ class Race:
             return
         land.upper.put(candidate.x)
         land.lower.put(candidate.y)
-        watch = Watch(window=20)
+        watch, told = Watch(window=20), []
         try:
-            with budget.limited(calls), warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)
+            with budget.limited(calls), warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("default")
                 while True:
                     watch.look(candidate.optimizer.step())
         except SpentError:
@@ -182,7 +182,7 @@ class Race:
                 raise
         except NonFiniteError:
             candidate.lost = True
-        for sentence in watch.said.values():
+        for sentence in dict.fromkeys(str(warning.message) for warning in told):
             self.note(f"{candidate.name}: {sentence}")
         candidate.x, candidate.y = land.upper.flat(), land.lower.flat()
         if not bool(candidate.x.isfinite().all() and candidate.y.isfinite().all()):

@@ -2,7 +2,7 @@ r"""The upper loss as a function of the upper variables alone, with the lower pr
 
 Two functions of x, each with its gradient:
 
-* where the lower solution is a strict minimum inside its bounds, :math:`\varphi(x) = F(x, y^*(x))`, differentiated by
+* where the lower solution is a strict minimum, :math:`\varphi(x) = F(x, y^*(x))`, differentiated by
   the implicit function theorem (:class:`bilevel.Implicit`);
 * everywhere, the value-function penalty with both of its lower problems solved,
 
@@ -16,6 +16,7 @@ Two functions of x, each with its gradient:
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -219,12 +220,10 @@ class Reduced:
         tracks, chosen, value = land.at(x, question)
         self._visit(x, tracks, None)
         space = land.lower
-        if space.low is None or space.high is None:
-            raise NotSmoothError("the lower variables are in a set that is no box")
-        if bool(((chosen.y <= space.low) | (chosen.y >= space.high)).any()):
-            raise NotSmoothError("a lower bound is active")
         space.put(chosen.y)
-        answer = self._implicit.directions()
+        with warnings.catch_warnings():  # that the Hessian is indefinite is an answer here
+            warnings.simplefilter("ignore", UserWarning)
+            answer = self._implicit.directions()
         stats = answer.stats
         if not bool(stats.converged) or bool(stats.indefinite):
             raise NotSmoothError("the lower Hessian is not positive definite")
