@@ -29,7 +29,7 @@ def refuse_optimizer(owner: str, argument: str, optimizer: object) -> None:
         if library in LIBRARIES:
             advice = (
                 f"is wrapped by {library}, whose wrapper may skip or repeat steps. Pass the torch optimizer in it "
-                "(.optimizer), and accumulate by averaging directions."
+                "(.optimizer), and accumulate with bilevel.MicroBatches."
             )
             raise TypeError(message(owner, argument, type(optimizer).__name__, advice))
         if kind.__name__ == "ZeroRedundancyOptimizer":
@@ -62,7 +62,7 @@ def _refuse_scaler(owner: str, argument: str, optimizer: object, scaler: object)
     if scaler is not None:
         advice = (
             "divides by a GradScaler's scale, which directions were never multiplied by. "
-            'Use bfloat16 (precision="bf16-mixed", mixed_precision="bf16").'
+            'Use bfloat16 (precision="bf16-mixed", mixed_precision="bf16"), or autocast in the losses and scaler=.'
         )
         raise TypeError(message(owner, argument, type(optimizer).__name__, advice))
 

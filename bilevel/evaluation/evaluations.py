@@ -328,6 +328,8 @@ class Evaluations:
 
         found = averaged(self._place(key, wrt), share, [*upper, *lower])
         self._hear(found.flag)
+        if self.checking:
+            self._agree_precision(self._loss(key[0]))
         return Evaluation(
             found.numbers[0],
             found.rest.upper.like(found.vector[: len(upper)]),
@@ -360,11 +362,10 @@ class Evaluations:
                 one = self._evaluate_part(part, at, wrt, freeze=freeze)
                 total.add(weight, [one.value, *one.upper, *one.lower])
                 found.append((one.aux, len(one.upper)))
-                names = one.upper.names, one.lower.names
         value, *gradients = total.total
         aux, size = joined([aux for aux, _ in found], batch), found[0][1]
         assert value is not None
-        return Evaluation(value, Vector(gradients[:size], names[0]), Vector(gradients[size:], names[1]), aux)
+        return Evaluation(value, one.upper.like(gradients[:size]), one.lower.like(gradients[size:]), aux)
 
     def _evaluate_part(self, key: Part, at: Point | None, wrt: Wrt, *, freeze: bool = False) -> Evaluation:
         """The same for one micro-batch."""
@@ -410,6 +411,9 @@ class Evaluations:
 
     def _note_precision(self, loss: Loss, value: Tensor) -> None:
         """A look found in which precision a loss computes."""
+
+    def _agree_precision(self, loss: Loss) -> None:
+        """Of several processes, count a loss as one of half precision if it is on any."""
 
     def _computes_in_half(self, loss: Loss) -> bool:
         """Whether a look found that a loss computes in half precision."""

@@ -114,6 +114,10 @@ class VerifiedEvaluations(Evaluations):
         half = not any(x.dtype in HALF for x in self._subject.variables) and computes_in_half(value)
         (self.verification.in_half.add if half else self.verification.in_half.discard)(loss.name)
 
+    def _agree_precision(self, loss: Loss) -> None:
+        if agreed(self._computes_in_half(loss), "the precision of a loss"):
+            self.verification.in_half.add(loss.name)
+
     def _computes_in_half(self, loss: Loss) -> bool:
         return loss.name in self.verification.in_half
 

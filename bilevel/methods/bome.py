@@ -43,6 +43,11 @@ class BOME(DynamicBarrier):
         multiplier_max: Largest lambda, or None (default).
         product: Mode of the Hessian products that ``"unrolled"`` needs: ``"auto"``, ``"forward"``, ``"reverse"``,
             ``"difference"``.
+        starts: Lower copies that walk from points of their own and go on from step to step, the walk from w among them;
+            default 1. With more, the lowest end takes the place of w_T, and w moves to the end with the smallest ``f +
+            lambda (G - min G)`` where its own is larger: for lower problems with several minima. Fixed at construction;
+            with the first ``value_gradient`` and ``step_from`` alone.
+        spread: How far from w the further copies begin, as a standard deviation; default 1.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
             ``upper_buffers``, ``lower_buffers``: see :class:`bilevel.BilevelOptimizer`.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Unpack
 
 from torch import Tensor
@@ -20,10 +20,11 @@ from ..hypergradient import ProductMode, adjoint, descend, mode_taken
 from ..hypergradient.modes import PRODUCT_MODES
 from ..lower_steps import InnerStep
 from ..optimizer.base import BilevelOptimizer, Common
-from ..settings import Setting, chosen, numeric
+from ..settings import Fixed, Setting, chosen, numeric
 from ..vectors import Vector, accumulation_dtype
 from .barrier_formulas import Terms, ValueGradient, barrier_checks
 from .bounded_barrier import Cone, Gradients, cone_multiplier, cone_products
+from .starts import Starts, check_starts
 
 StepFrom = Literal["current", "lookahead"]
 
@@ -39,6 +40,7 @@ class BarrierStats(Stats):
         gradient_norm: ``|grad q|`` over both levels; float64. With projections that of the part of ``-grad q`` along
             which the variables can move.
         product: Mode of the products of G, for ``value_gradient="unrolled"``; else None.
+        chosen: With several ``starts``, which end w moved to; 0: it stayed. Else None.
 
     Example:
         >>> import torch, bilevel
@@ -55,6 +57,7 @@ class BarrierStats(Stats):
     constraint: Tensor
     gradient_norm: Tensor
     product: str | None = None
+    chosen: Tensor | None = None
 
 
 class BarrierOptions(Common, total=False):
@@ -70,6 +73,8 @@ class BarrierOptions(Common, total=False):
     cutoff: float
     multiplier_max: float | None
     product: ProductMode
+    starts: int
+    spread: float
 
 
 def _check_barrier(owner: str, argument: str, value: object) -> None:
@@ -101,6 +106,8 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
     eps = Setting[float](numeric(0.0))
     cutoff = Setting[float](numeric(0.0))
     multiplier_max = Setting[float | None](numeric(0.0, optional=True))
+    starts = Fixed[int]()
+    spread = Setting[float](numeric(0.0, exclusive=True))
     product = Setting[ProductMode](chosen(*PRODUCT_MODES))
 
     def __init__(
@@ -117,18 +124,52 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
         cutoff: float = 1e-12,
         multiplier_max: float | None = None,
         product: ProductMode = "auto",
+        starts: int = 1,
+        spread: float = 1.0,
         **common: Unpack[Common],
     ) -> None:
+        check_starts(type(self).__name__, starts)
+        self.__dict__.update(starts=starts)
+        self.spread = spread
         self.barrier, self.damping = barrier, damping
         self.inner_steps, self.inner_lr, self.inner_step = inner_steps, inner_lr, inner_step
         self.value_gradient, self.product = value_gradient, product
         self.step_from = step_from
         self.eps, self.cutoff, self.multiplier_max = eps, cutoff, multiplier_max
         super().__init__(*losses, **common)
+        self._starts = Starts(self, starts, lambda: self.spread)
+        self._check_starts()
         self.inner_rule()  # refuses an optimizer that cannot be followed
 
     def compute(self, oracle: Oracle) -> Directions[BarrierStats]:
-        at = self.terms(oracle)
+        return self._from_the_best(oracle) if self.starts > 1 else self._answer(oracle, self.terms(oracle))
+
+    def _from_the_best(self, oracle: Oracle) -> Directions[BarrierStats]:
+        """The same with several copies: the lowest end for w_T, from where ``f + lambda q`` is smallest."""
+        self._check_starts()
+        g, rule = oracle.lower(), self.inner_rule()
+        first = descend(oracle, rule, self.inner_steps, first=g).end
+        found = self._starts.walked(oracle, first, lambda y: descend(oracle, rule, self.inner_steps, start=y).end)
+        f = oracle.upper()
+
+        def terms(f: Evaluation, g: Evaluation) -> Terms:
+            wide = accumulation_dtype(g.value.device)
+            constraint = g.value.to(wide) - found.lowest.to(wide)
+            return Terms(f, g, first, constraint, g.upper - found.gradient, g.lower)
+
+        weight = self._answer(oracle, terms(f, g)).stats.multiplier
+        point, chosen = found.better(oracle, f, g, weight.to(g.value.device, non_blocking=True))
+        there = self._answer(oracle, terms(oracle.upper(point), oracle.lower(point)), point)
+        stats = replace(there.stats, upper_loss=f.value, lower_loss=g.value, chosen=chosen)
+        return Directions(there.upper, there.lower, stats, start=point, state=self._starts.state(found))
+
+    def _check_starts(self) -> None:
+        if self.starts > 1 and (self.value_gradient, self.step_from) != ("value_function", "current"):
+            advice = 'goes with value_gradient="value_function" and step_from="current" alone. Leave the others out.'
+            raise ValueError(message(type(self).__name__, "starts", self.starts, advice))
+
+    def _answer(self, oracle: Oracle, at: Terms, current: Vector | None = None) -> Directions[BarrierStats]:
+        """The directions from f and q; ``current``: where the lower step starts, if not at w."""
         f, q_upper, q_lower = at.upper, at.upper_gradient, at.lower_gradient
         (f_q_upper, q_q_upper), (f_q_lower, q_q_lower) = q_upper.dots(f.upper, q_upper), q_lower.dots(f.lower, q_lower)
         products = Products(
@@ -138,7 +179,7 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
             value=_on(f, at.constraint),
         )
         numbers: dict[str, Any] = {"eps": self.eps, "cutoff": self.cutoff, "maximum": self.multiplier_max}
-        cone = self.cone(oracle.point(), at.inner_point)
+        cone = self.cone(oracle.point() if current is None else current, at.inner_point)
         if cone is None:
             weight = self.damping * multiplier(self.barrier, products, **numbers)
             upper, lower = f.upper + weight * q_upper, f.lower + weight * q_lower
@@ -194,6 +235,9 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
 
     def checks(self, checker: Checker) -> Iterator[Check]:
         """Gradients of F, G and q, Q, the multiplier, the directions: from the equations above by plain autograd."""
+        if self.starts > 1:
+            yield from super().checks(checker)
+            return
         with checker.oracle() as oracle:
             terms = self.terms(oracle)
         with checker.oracle() as oracle:

@@ -46,6 +46,7 @@ class EBOMLC(DynamicBarrier):
         cutoff: beta is 0 where ``|grad Q|^2 <= cutoff``; default 1e-12.
         multiplier_max: Largest beta (before xi), or None (default).
         product: Mode of the Hessian products that ``"unrolled"`` needs.
+        starts, spread: Several lower copies, as in :class:`BOME`.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
             ``upper_buffers``, ``lower_buffers``: see :class:`bilevel.BilevelOptimizer`.
 

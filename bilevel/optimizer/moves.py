@@ -118,7 +118,7 @@ class Moves:
         self._began = True
         if directions.upper:
             step_along(moved.upper, upper)
-            moved.upper_set.settle()
+            moved.upper_set.settle(upper)
         if directions.lower:
             self._train_along(lower)
         self._remembered = moved.state.commit(state)
@@ -156,7 +156,7 @@ class Moves:
             raise SkippedStep(_loss_of(None, direction))
         self._groups[self._retraced].restore()
         step_along(self._moved.lower, direction)
-        self._moved.lower_set.settle()
+        self._moved.lower_set.settle(direction)
         self._retraced += 1
 
     def end_retracing(self) -> None:
@@ -171,7 +171,7 @@ class Moves:
     def _train_along(self, direction: Tensors) -> None:
         """Step and project."""
         self._step_along(direction)
-        self._moved.lower_set.settle()
+        self._moved.lower_set.settle(direction)
 
     def _step_along(self, direction: Tensors) -> None:
         """Step, and say once if hooks make it another step than the method thinks."""

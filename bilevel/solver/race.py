@@ -6,7 +6,7 @@ of G that differences of its gradient show around the start, and ``1 / L`` is th
 the same start, the lowest lower minimum that is found there, for a twentieth of the budget each; the better two for a
 tenth more; better is whose F is smaller after y has been trained again. With half of the budget the best goes on, and
 then begins anew twice, from the best of some upper points that are looked at; each time its rates fall twice by a
-factor of ten. Where several lower minima are seen at the start, a class that takes ``starts`` gets four.
+factor of ten. Where several lower minima are seen at the start, VPBGD and PDBO get four copies.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ UPPER_RATES = (1.0, 0.2, 0.04)
 FIRST, SECOND = 1 / 20, 1 / 10  # of the budget, for each candidate
 ROUNDS = 3  # of the best: from where the race left it, then from other upper points
 LOOKED_AT = 6  # of these, beside corners
-COPIES = 4  # of a class that takes ``starts``
+COPIES = 4  # of lower variables, for classes whose constructors name ``starts``
 INNER_STEPS = 5  # of classes that have them and default to fewer: from the tables of benchmarks/which_method.py
 FALLS = (0.5, 0.8)  # of a round, where the rates fall
 SPARE = 0.06

@@ -18,9 +18,11 @@ METHOD = {"boxstyle": "square,pad=0.6", "facecolor": "#fdebc8", "edgecolor": "#d
 ANSWER = {"boxstyle": "round,pad=0.3", "facecolor": "#ececec", "edgecolor": "none"}
 
 ASKED, CHOSEN = 2.3, 7.1  # the two columns
-REPRODUCE, SOLVED, FEW, TWICE, MANY, EXACT = 9.5, 8.0, 6.5, 5.0, 2.2, 0.6  # the rows
+REPRODUCE, SMALL, WELLS, SOLVED, FEW, TWICE, MANY, EXACT = 12.5, 11.0, 9.5, 8.0, 6.5, 5.0, 2.2, 0.6  # the rows
 QUESTIONS = [
     (ASKED, REPRODUCE, "Are you reproducing a paper?"),
+    (ASKED, SMALL, "Up to some hundred variables,\nand losses without batches?"),
+    (ASKED, WELLS, "May $G$ have several minima\nthat differ for $F$?"),
     (ASKED, SOLVED, "Is the lower problem solved, or nearly,\nwhenever $\\alpha$ moves?"),
     (ASKED, FEW, "Do one or a few lower steps\nshow what $\\alpha$ does?"),
     (ASKED, TWICE, "Can $G$ be differentiated twice,\nin the memory you have?"),
@@ -29,6 +31,8 @@ QUESTIONS = [
 ]
 METHODS = [
     (CHOSEN, REPRODUCE, "its class", "MW-Net, L2RW, MAML: Unrolled\nDARTS: FiniteDifference"),
+    (CHOSEN, SMALL, "bilevel.minimize", "bounds, restarts, no step sizes to choose"),
+    (CHOSEN, WELLS, "VPBGD", "with several starts; train $w$ again"),
     (CHOSEN, SOLVED, "Implicit", "whatever solved it"),
     (CHOSEN, FEW, "BOME", "first order; label correction: EBOMLC"),
     (CHOSEN - 1.25, TWICE - 1.5, "FiniteDifference", "one virtual step"),
@@ -39,7 +43,11 @@ METHODS = [
 # From, to, the answer, and how far along the arrow it stands.
 ARROWS = [
     (ASKED, REPRODUCE, CHOSEN, REPRODUCE, "yes", 0.5),
-    (ASKED, REPRODUCE, ASKED, SOLVED, "no", 0.47),
+    (ASKED, REPRODUCE, ASKED, SMALL, "no", 0.47),
+    (ASKED, SMALL, CHOSEN, SMALL, "yes", 0.5),
+    (ASKED, SMALL, ASKED, WELLS, "no", 0.5),
+    (ASKED, WELLS, CHOSEN, WELLS, "yes", 0.5),
+    (ASKED, WELLS, ASKED, SOLVED, "no", 0.5),
     (ASKED, SOLVED, CHOSEN, SOLVED, "yes", 0.6),
     (ASKED, SOLVED, ASKED, FEW, "no", 0.5),
     (ASKED, FEW, CHOSEN, FEW, "no", 0.5),
@@ -73,8 +81,8 @@ def draw(axes: Axes) -> None:
 
 def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "choose"  # the same file each time
-    figure = Figure(figsize=(9.4, 8.6))
-    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0), xlim=(0.0, 9.8), ylim=(-0.1, 10.1))
+    figure = Figure(figsize=(9.4, 11.1))
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0), xlim=(0.0, 9.8), ylim=(-0.1, 13.1))
     axes.axis("off")
     draw(axes)
     figure.savefig(Path(__file__).with_suffix(".svg"), transparent=True, metadata={"Date": None})

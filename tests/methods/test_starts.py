@@ -10,8 +10,8 @@ from torch import Tensor
 
 import bilevel
 
-Method = type[bilevel.VPBGD] | type[bilevel.PDBO]
-METHODS = [bilevel.VPBGD, bilevel.PDBO]
+Method = type[bilevel.VPBGD] | type[bilevel.PDBO] | type[bilevel.BOME]
+METHODS = [bilevel.VPBGD, bilevel.PDBO, bilevel.BOME]
 
 
 def wells(method: Method, slope: float, wish: float, **options: Any) -> tuple[Any, Tensor, Tensor]:
@@ -114,3 +114,8 @@ def test_what_is_refused(method: Method) -> None:
     optimizer, _, _ = wells(method, 0.3, 1.0, starts=2)
     with pytest.raises(AttributeError, match="fixed at construction"):
         optimizer.starts = 3
+
+
+def test_readings_of_q_that_do_not_go_with_several_starts_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"BOME\(starts=2\): goes with value_gradient"):
+        wells(bilevel.BOME, 0.3, 1.0, starts=2, value_gradient="difference")

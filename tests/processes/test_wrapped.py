@@ -192,3 +192,27 @@ def test_check_directions_checks_the_mean(two: GroupOf, name: str) -> None:
     mine, theirs = two(checked, name)
     assert mine == theirs
     assert mine.startswith(f"{CASES[name].method.__name__}: passed")
+
+
+class SyncBatchNorm(torch.autograd.Function):
+    """What torch's module calls, without the accelerator that it needs: a backward that nothing differentiates."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clone()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("emlc", {"product": "reverse"}), ("unrolled-graph", {}), ("implicit", {}), ("soba", {})]
+)
+def test_synchronised_batch_norm_has_no_second_derivative(name: str, options: dict[str, Any]) -> None:
+    shared = Shared()
+    plain = shared.lower_loss
+    changes = {"lower_loss": lambda batch: SyncBatchNorm.apply(plain(batch)), **options}
+    optimizer = shared.optimizer(CASES[name], False, **changes)
+    with pytest.raises(bilevel.ClosureError, match="SyncBatchNorm has none: its backward adds over processes"):
+        optimizer.step(*shared.batches(optimizer.lower_batches))

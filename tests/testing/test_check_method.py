@@ -14,6 +14,7 @@ from bilevel.testing import CONTRACTS, ContractError, Subject
 
 SUBJECTS = {
     "BOME": Subject(bilevel.BOME, {"inner_steps": 2}, calls=4),
+    "BOME, three starts": Subject(bilevel.BOME, {"starts": 3}, calls=12),
     "EBOMLC": Subject(bilevel.EBOMLC, calls=3),
     "EBOMLC, from w_1": Subject(bilevel.EBOMLC, {"value_gradient": "difference", "step_from": "lookahead"}, calls=3),
     "Unrolled": Subject(bilevel.Unrolled, calls=4),
