@@ -172,6 +172,7 @@ def with_options(name: str, options: dict[str, Any]) -> float:
         ),
         pytest.param("pdbo", {"starts": 3}, marks=pytest.mark.thorough),
         ("vpbgd", {"starts": 2}),
+        ("bome", {"starts": 3}),
         pytest.param("bome", {"upper_projection": bilevel.projection.Box(-0.6, 0.6)}, marks=pytest.mark.thorough),
         pytest.param("ebomlc", {"lower_projection": bilevel.projection.Box(-0.5, 0.5)}, marks=pytest.mark.thorough),
         pytest.param(
