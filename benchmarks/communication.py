@@ -132,7 +132,7 @@ def fitted(seconds: dict[int, float], ranks: int) -> Network:
 
 
 def measure(ranks: int, repeats: int, sizes: Sequence[int] = SIZES) -> dict[str, Any]:
-    """Start gloo processes on this machine; time collectives, and steps of BOME together and alone."""
+    """Start gloo processes on this machine; time collectives, and count what a step of BOME sends."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_process, (ranks, folder, repeats, tuple(sizes)), nprocs=ranks, start_method="spawn")
         found: dict[str, Any] = json.loads((Path(folder) / "found.json").read_text())
@@ -146,17 +146,16 @@ def _process(rank: int, ranks: int, folder: str, repeats: int, sizes: Sequence[i
     seconds = {}
     for size in sizes:
         numbers = torch.zeros(size // 4)
-        seconds[size] = _least(lambda numbers=numbers: dist.all_reduce(numbers), repeats)  # type: ignore[misc]
-    steps = {name: _stepping(group, repeats) for name, group in (("alone", False), ("together", dist.group.WORLD))}
+        seconds[size] = _least(lambda numbers=numbers: dist.all_reduce(numbers), repeats)
+    reductions, given, messages = _sent()
     if rank == 0:
-        result = {"seconds": seconds, "step": {name: step[0] for name, step in steps.items()}}
-        result |= {"reductions": steps["together"][1], "bytes": steps["together"][2], "messages": steps["together"][3]}
+        result = {"seconds": seconds, "reductions": reductions, "bytes": given, "messages": messages}
         (Path(folder) / "found.json").write_text(json.dumps(result))
     dist.destroy_process_group()
 
 
-def _stepping(group: Any, repeats: int) -> tuple[float, int, int, int]:
-    """Least seconds of a step of BOME; reductions, bytes and messages of one step."""
+def _sent() -> tuple[int, int, int]:
+    """Reductions, bytes and messages of a step of BOME that compares no variables."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 10))
     shift = torch.zeros(10, requires_grad=True)
@@ -167,20 +166,17 @@ def _stepping(group: Any, repeats: int) -> tuple[float, int, int, int]:
         lower=model,
         upper_optimizer=torch.optim.Adam([shift], lr=1e-3),
         lower_optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        process_group=group,
+        process_group=dist.group.WORLD,
         verify="never",
     )
     batch = torch.randn(128, 256), torch.randint(10, (128,))
     for _ in range(2):
         optimizer.step(batch, batch)
-    counts = (0, 0, 0)
-    if optimizer.processes is not None:  # of step 3, in which variables are not compared
-        traffic = optimizer.processes.traffic
-        before = traffic.reductions, traffic.bytes, traffic.messages
-        optimizer.step(batch, batch)
-        counts = traffic.reductions - before[0], traffic.bytes - before[1], traffic.messages - before[2]
-    dist.barrier()
-    return _least(lambda: optimizer.step(batch, batch), repeats), *counts
+    assert optimizer.processes is not None
+    traffic = optimizer.processes.traffic
+    before = traffic.reductions, traffic.bytes, traffic.messages
+    optimizer.step(batch, batch)
+    return traffic.reductions - before[0], traffic.bytes - before[1], traffic.messages - before[2]
 
 
 def _least(call: Any, repeats: int) -> float:
@@ -192,6 +188,15 @@ def _least(call: Any, repeats: int) -> float:
     return min(times)
 
 
+def sending(found: dict[str, Any]) -> float:
+    """Seconds that a step of BOME sends for, by the measured times of its messages and its reductions."""
+    seconds, each = found["seconds"], found["bytes"] / found["reductions"]
+    smaller, larger = max(s for s in seconds if s <= each), min(s for s in seconds if s >= each)
+    share = (each - smaller) / max(larger - smaller, 1)
+    reduction = (1 - share) * seconds[smaller] + share * seconds[larger]
+    return float(found["messages"] * seconds[min(seconds)] + found["reductions"] * reduction)
+
+
 def report(measured: dict[int, dict[str, Any]], ranks: Sequence[int]) -> str:
     lines = ["Measured: gloo on this machine, least of 30 times"]
     for count, found in measured.items():
@@ -200,9 +205,8 @@ def report(measured: dict[int, dict[str, Any]], ranks: Sequence[int]) -> str:
         lines += [
             f"  {count} processes, all-reduce: {times}",
             f"    as a ring: {1e6 * network.latency:,.0f} us a hop, {network.bandwidth / 1e9:.2f} GB/s",
-            f"    a step of BOME, 137 k weights: {1e3 * found['step']['alone']:.1f} ms alone, "
-            f"{1e3 * found['step']['together']:.1f} ms together; {found['reductions']} reductions, "
-            f"{found['bytes']:,} bytes, {found['messages']} messages",
+            f"    a step of BOME, 137 k weights: {found['reductions']} reductions of {found['bytes']:,} bytes and "
+            f"{found['messages']} messages, at these times {1e3 * sending(found):.1f} ms",
         ]
     for network in NETWORKS:
         lines += [

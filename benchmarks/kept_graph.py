@@ -24,7 +24,8 @@ from benchmarks.timing import median_of, ratios, take_turns
 from bilevel.evaluation.oracle import Oracle
 from bilevel.hypergradient import HessianProducts, hessian_product
 
-COUNTS = (1, 5, 20)
+PLAN = ((PERCEPTRON, (1, 5, 20)), (FEW, (1, 5)))  # problems, and how many products
+SMOKE = ((TINY, (1, 5)),)
 TOLERANCE = 1e-12  # of products in float64, relative
 
 
@@ -92,9 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     print("processor time, medians of rounds by turns;", ", ".join(f"{k} {v}" for k, v in machine(CPU).items()))
-    for setting in (TINY,) if given.smoke else (PERCEPTRON, FEW):
+    for setting, counts in SMOKE if given.smoke else PLAN:
         print(setting.name)
-        for count in COUNTS[:2] if given.smoke else COUNTS:
+        for count in counts:
             line = measured(setting, count, 3 if given.smoke else given.rounds)
             if line is None:
                 print("the two disagree in float64", file=sys.stderr)

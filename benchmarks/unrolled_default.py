@@ -71,6 +71,7 @@ SUITE = (
     perceptron((784, 1024, 1024, 10), 256, 12),
     Setting("transformer layer, 50 x 16 tokens of 64", Attention, (16, 64), batch=50, rounds=15),
     Setting("two convolutions, 32 images of 1 x 28 x 28", SmallConvolutions, (1, 28, 28), batch=32, rounds=30),
+    Setting("two convolutions, 256 images of 1 x 28 x 28", SmallConvolutions, (1, 28, 28), batch=256, rounds=15),
     FEW,
 )
 WAYS = {"adjoint": Library, "graph": LibraryGraph, "by hand": ByHand}

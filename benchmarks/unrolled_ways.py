@@ -112,15 +112,17 @@ def measured(widths: Sequence[int], steps: int, rounds: int) -> dict[str, dict[s
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Print and return the table, and write it to a file."""
     parser = argparse.ArgumentParser(description="Memory and time of the ways to differentiate k lower steps.")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--steps", type=int, nargs="+")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/unrolled_ways.json"))
     parser.add_argument("--smoke", action="store_true", help="a tiny perceptron and few rounds: seconds")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    widths, steps, rounds = (784, 256, 256, 10), options.steps, options.rounds
-    if options.smoke:
-        widths, steps, rounds = (20, 30, 30, 10), [1, 9], 3
+    widths = (20, 30, 30, 10) if options.smoke else (784, 256, 256, 10)
+    steps, rounds = (
+        options.steps or ([1, 9] if options.smoke else [1, 4, 16, 64]),
+        3 if options.smoke else options.rounds,
+    )
     found: dict[str, Any] = {str(k): measured(widths, k, rounds) for k in steps}
     print(
         f"torch {torch.__version__}, {'-'.join(map(str, widths))}, batch {SIZE}; memory in copies of w, time in plain k"

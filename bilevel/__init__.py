@@ -37,6 +37,7 @@ from .methods import (
     SingleLoopStats,
     Unrolled,
 )
+from .microbatches import MicroBatches
 from .optimizer.base import BilevelOptimizer
 from .solver import minimize
 from .testing.check_directions import check_directions
@@ -74,6 +75,7 @@ __all__ = [
     "Implicit",
     "ImplicitStats",
     "Indexed",
+    "MicroBatches",
     "Neumann",
     "NonFiniteError",
     "Oracle",

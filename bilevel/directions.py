@@ -32,9 +32,10 @@ class Stats:
         upper_loss: F at the current point.
         lower_loss: G at the current point, on the first lower batch.
         upper_moved: Whether this step moved the upper variables.
-        skipped: Whether ``on_nonfinite="skip"`` dropped the step.
+        skipped: Whether ``on_nonfinite="skip"``, or an overflow under a ``scaler``, dropped the step.
         upper_aux: What the upper loss returned beside its value at the current point, detached.
         lower_aux: The same for the lower loss.
+        loss_scale: The scale of this step's derivatives, where there is a ``scaler``.
 
     Example:
         >>> import torch, bilevel
@@ -48,6 +49,7 @@ class Stats:
     skipped: bool = False
     upper_aux: Any = None
     lower_aux: Any = None
+    loss_scale: Tensor | None = None
 
     @classmethod
     def of(cls, upper: Evaluated, lower: Evaluated, **numbers: Any) -> Self:
@@ -204,6 +206,7 @@ class Directions(Generic[S]):
             last.stats,
             upper_loss=torch.stack([d.stats.upper_loss for d in several]).mean(),
             lower_loss=torch.stack([d.stats.lower_loss for d in several]).mean(),
+            skipped=any(d.stats.skipped for d in several),
         )
         upper, lower = _mean([d.upper for d in several]), _mean([d.lower for d in several])
         return Directions(upper, lower, stats=stats, state=_mean_state(several), mark=last.mark)

@@ -63,6 +63,9 @@ class FeasibleSet:
         self._owner, self._level, self._given = owner, level, projection
         self._argument = f"{level.side}_projection"
         self.parts: list[Part] = []
+        if level.sharded and projection is not None:
+            advice = "needs whole variables, and these are sharded (fully_shard). Write the bounds into the losses."
+            raise TypeError(message(owner, self._argument, "...", advice))
         self.refresh()
 
     @property
@@ -93,10 +96,12 @@ class FeasibleSet:
                     found[i] = y
         return found
 
-    def settle(self) -> None:
-        """Project the variables themselves, in place, after a real move."""
+    def settle(self, direction: Tensors) -> None:
+        """Project the variables themselves, in place, after a real move; those without a direction stood still."""
         with torch.no_grad():
             for part in self.parts:
+                if all(direction[i] is None for i in part.indices):
+                    continue
                 own = [self._level.tensors[i] for i in part.indices]
                 # Copies: a projection may write into what it is given, and joint ones may return one tensor twice.
                 found = part.project([x.detach().clone() for x in own])

@@ -48,6 +48,7 @@ class Level:
         self.has_bare_tensors = any(isinstance(source, Tensor) for _, source in self._sources)
         self.names: tuple[str, ...] = ()
         self.tensors: tuple[Tensor, ...] = ()
+        self.sharded = False
         self.refresh()
 
     def refresh(self) -> bool:
@@ -62,6 +63,8 @@ class Level:
             return False
         self._check(names, tensors, held)
         self.names, self.tensors, self._marks = names, tensors, marks
+        self._shards = tuple(map(is_shard, tensors))
+        self.sharded = any(self._shards)  # whether other processes have the rest of some variables
         return True
 
     def move(self) -> None:
@@ -78,19 +81,14 @@ class Level:
         return [of[id(tensor)] for tensor in self.tensors]
 
     @property
-    def sharded(self) -> bool:
-        """Whether other processes have the rest of some variables."""
-        return any(map(is_shard, self.tensors))
-
-    @property
     def parts(self) -> tuple[Tensor, ...]:
         """What of each variable is here, in the variable's memory: the variables themselves, if they are whole."""
-        return tuple(map(part_of, self.tensors))
+        return tuple(map(part_of, self.tensors)) if self.sharded else self.tensors
 
     def vector(self, tensors: Iterable[Tensor | None]) -> Vector:
         """Return a vector of this level from one tensor or nothing for the part of each variable."""
         found = Vector(tensors, self.names)
-        return found.sharded(tuple(map(is_shard, self.tensors))) if self.sharded else found
+        return found.sharded(self._shards) if self.sharded else found
 
     def argument(self, value: object, advice: str) -> str:
         """Phrase an error about this level's argument."""

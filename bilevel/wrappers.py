@@ -19,6 +19,8 @@ from .errors import ClosureError, message
 from .processes.joined import several
 
 LIBRARIES = {"accelerate", "lightning", "pytorch_lightning", "lightning_fabric", "deepspeed"}
+# What lets DDP send in a forward, or prepare for a backward pass of its own.
+SENDING = ("require_backward_grad_sync", "require_forward_param_sync", "find_unused_parameters", "static_graph")
 SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
 
 
@@ -29,7 +31,7 @@ def refuse_optimizer(owner: str, argument: str, optimizer: object) -> None:
         if library in LIBRARIES:
             advice = (
                 f"is wrapped by {library}, whose wrapper may skip or repeat steps. Pass the torch optimizer in it "
-                "(.optimizer), and accumulate by averaging directions."
+                "(.optimizer), and accumulate with bilevel.MicroBatches."
             )
             raise TypeError(message(owner, argument, type(optimizer).__name__, advice))
         if kind.__name__ == "ZeroRedundancyOptimizer":
@@ -62,7 +64,7 @@ def _refuse_scaler(owner: str, argument: str, optimizer: object, scaler: object)
     if scaler is not None:
         advice = (
             "divides by a GradScaler's scale, which directions were never multiplied by. "
-            'Use bfloat16 (precision="bf16-mixed", mixed_precision="bf16").'
+            'Use bfloat16 (precision="bf16-mixed", mixed_precision="bf16"), or autocast in the losses and scaler=.'
         )
         raise TypeError(message(owner, argument, type(optimizer).__name__, advice))
 
@@ -110,13 +112,13 @@ def unwrapped(owner: str, *, sharded: bool = False) -> Iterator[None]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         yield
         return
-    quiet: dict[int, tuple[nn.parallel.DistributedDataParallel, bool, bool]] = {}
+    quiet: dict[int, tuple[nn.parallel.DistributedDataParallel, dict[str, bool]]] = {}
 
     def visit(module: nn.Module, arguments: Any) -> None:
         if isinstance(module, nn.parallel.DistributedDataParallel) and id(module) not in quiet:
             _check_ddp(owner, module)
-            quiet[id(module)] = (module, module.require_backward_grad_sync, module.require_forward_param_sync)
-            module.require_backward_grad_sync = module.require_forward_param_sync = False
+            quiet[id(module)] = (module, {name: getattr(module, name) for name in SENDING})
+            vars(module).update(dict.fromkeys(SENDING, False))
         elif not sharded and (name := sharder_of(module)) is not None:
             raise ClosureError(
                 f"{owner}: a loss calls a module wrapped in {name}, whose parameters are shares that appear only "
@@ -129,8 +131,8 @@ def unwrapped(owner: str, *, sharded: bool = False) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-        for module, backward, forward in quiet.values():
-            module.require_backward_grad_sync, module.require_forward_param_sync = backward, forward
+        for module, before in quiet.values():
+            vars(module).update(before)
 
 
 def _check_ddp(owner: str, module: nn.parallel.DistributedDataParallel) -> None:

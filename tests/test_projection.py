@@ -289,3 +289,22 @@ def test_a_detached_projection_is_refused_where_the_derivative_goes_through_it()
     )
     with pytest.raises(bilevel.ClosureError, match=r"Unrolled\(lower_projection=\.\.\.\).*has no graph"):
         optimizer.step()
+
+
+def test_a_variable_that_no_loss_uses_stands_still_to_the_last_bit() -> None:
+    """Projected on its set once more, a simplex would be off by rounding."""
+    w, a = torch.full((2,), 0.5, requires_grad=True), torch.zeros(2, requires_grad=True)
+    unused = torch.tensor([0.1, 0.2, 0.7 + 1e-7], requires_grad=True)
+    before = unused.detach().clone()
+    optimizer = bilevel.Unrolled(
+        lambda: w.square().sum(),
+        lambda: (w - a).square().sum(),
+        upper=a,
+        lower=[w, unused],
+        upper_optimizer=torch.optim.SGD([a], lr=0.1),
+        lower_optimizer=torch.optim.SGD([w, unused], lr=0.4),
+        lower_projection=Simplex(),
+    )
+    optimizer.step()
+    assert torch.equal(unused, before)
+    assert w.sum().item() == pytest.approx(1.0)

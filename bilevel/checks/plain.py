@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.evaluations import Evaluation, Key, Point, Wrt
+from ..evaluation.evaluations import Evaluation, Key, Part, Point, Wrt
 from ..evaluation.oracle import Oracle
 from ..evaluation.substitution import plain_attention
 from ..hypergradient import Step, copied, through_hyperparameters, transposed
 from ..hypergradient.modes import NoDoubleBackward, refuse_wrong_rules
 from ..lower_steps import Rule, constant
+from ..microbatches import Sum
 from ..processes.joined import Share, averaged
 from ..vectors import Tensors, Vector, add_scaled, exchange, present
 from .constants import constants_of_a_loss
@@ -89,21 +90,17 @@ class Plain:
 
     def upper(self, at: Tensors | None = None) -> Evaluation:
         """F and both its gradients."""
-        with self._upper(at) as value:
-            return self._differentiated(value)
+        return self._differentiated(self._oracle._key("upper", 0), at)
 
     def lower(self, at: Tensors | None = None, *, batch: int = 0) -> Evaluation:
         """G on a lower batch, and both its gradients."""
-        with self._lower(batch, at, trains=True) as value:
-            return self._differentiated(value)
+        return self._differentiated(self._oracle._key("lower", batch), at, trains=True)
 
     def upper_value(self, at: Tensors | None = None) -> Tensor:
-        with self._upper(at) as value:
-            return self._valued(value)
+        return self._value(self._oracle._key("upper", 0), at)
 
     def lower_value(self, at: Tensors | None = None, *, batch: int = 0) -> Tensor:
-        with self._lower(batch, at) as value:
-            return self._valued(value)
+        return self._value(self._oracle._key("lower", batch), at)
 
     def product(
         self, direction: Tensors, *, batch: int = 0, at: Tensors | None = None, buffers: Buffers | None = None
@@ -116,15 +113,18 @@ class Plain:
         variables = [*self.upper_level.tensors, *self.lower_level.tensors]
 
         def share() -> Share:
-            return Share((), self._product_here(direction, batch, at, buffers))
+            total = Sum()
+            for part, weight in self._oracle._parts(self._oracle._key("lower", batch)):
+                total.add(weight, self._product_here(part, direction, at, buffers))
+            return Share((), total.total)
 
         return self._vectors(averaged("a plain product", share, variables).vector)
 
-    def _product_here(self, direction: Tensors, batch: int, at: Tensors | None, buffers: Buffers | None) -> Tensors:
-        """The product of this process's loss."""
+    def _product_here(self, part: Part, direction: Tensors, at: Tensors | None, buffers: Buffers | None) -> Tensors:
+        """The product of this process's loss on one micro-batch."""
         upper, lower = self.upper_level.tensors, self.lower_level.tensors
         nothing: Tensors = [None] * (len(upper) + len(lower))
-        with plain_attention(), self._lower(batch, at, buffers=buffers) as value:
+        with plain_attention(), self._called(part, at, buffers=buffers) as value:
             if not value.requires_grad:
                 return nothing
             try:
@@ -197,27 +197,15 @@ class Plain:
             exchange(tensors, moved)
 
     @contextmanager
-    def _upper(self, at: Tensors | None) -> Iterator[Tensor]:
-        with self._called(self._oracle._key("upper", 0), at) as value:
-            yield value
-
-    @contextmanager
-    def _lower(
-        self, batch: int, at: Tensors | None, *, trains: bool = False, buffers: Buffers | None = None
-    ) -> Iterator[Tensor]:
-        with self._called(self._oracle._key("lower", batch), at, trains, buffers) as value:
-            yield value
-
-    @contextmanager
     def _called(
-        self, key: Key, at: Tensors | None, trains: bool = False, buffers: Buffers | None = None
+        self, part: Part, at: Tensors | None, trains: bool = False, buffers: Buffers | None = None
     ) -> Iterator[Tensor]:
-        loss, batch = self._oracle._called(key)
+        loss, batch = self._oracle._called(part)
         own = self.lower_level.tensors
         values = (
             None if at is None else [x.detach().clone() for x in present(at)]
         )  # the exchange must not reach the caller's
-        replayed = self._oracle.replay.evaluation(key, current=at is None, trains=trains)
+        replayed = self._oracle.replay.evaluation(part, current=at is None, trains=trains)
         with replayed, torch.enable_grad():
             torch.clear_autocast_cache()
             for buffer, value in buffers or ():
@@ -239,21 +227,40 @@ class Plain:
     def _modules(self) -> list[nn.Module]:
         return [module for module, _ in self._oracle._evaluator.modules]
 
-    def _differentiated(self, value: Tensor) -> Evaluation:
+    def _value(self, key: Key, at: Tensors | None) -> Tensor:
+        def share() -> Share:
+            total = Sum()
+            for part, weight in self._together(key):
+                with self._called(part, at) as value:
+                    total.add(weight, [value.detach().clone()])  # a loss may be a view of a variable, F = w[0]
+                del value
+            return Share(present(total.total))
+
+        return averaged("a plain value", share).numbers[0]
+
+    def _differentiated(self, key: Key, at: Tensors | None, *, trains: bool = False) -> Evaluation:
         variables = [*self.upper_level.tensors, *self.lower_level.tensors]
-        size = len(variables)
 
         def share() -> Share:
-            found = torch.autograd.grad(value, variables, allow_unused=True) if value.requires_grad else [None] * size
-            return Share([value.detach().clone()], found)
+            total, found = Sum(), [None] * len(variables)
+            for part, weight in self._together(key):
+                with self._called(part, at, trains) as value:
+                    gradients: Tensors = found
+                    if value.requires_grad:
+                        gradients = torch.autograd.grad(value, variables, allow_unused=True)
+                    total.add(weight, [value.detach().clone(), *gradients])
+                del value
+            here, *mean = total.total
+            return Share(present([here]), mean)
 
         mean = averaged("plain autograd", share, variables)
         return Evaluation(mean.numbers[0], *self._vectors(mean.vector))
 
-    @staticmethod
-    def _valued(value: Tensor) -> Tensor:
-        # A copy: a loss may be a view of a variable, F = w[0].
-        return averaged("a plain value", lambda: Share([value.detach().clone()])).numbers[0]
+    def _together(self, key: Key) -> Iterator[tuple[Part, float]]:
+        """The micro-batches of a batch, which move buffers together."""
+        parts = self._oracle._parts(key)
+        with self._oracle.replay.together([weight for _, weight in parts]):
+            yield from parts
 
     def _vectors(self, both: Tensors) -> Product:
         size = len(self.upper_level.tensors)

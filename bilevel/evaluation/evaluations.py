@@ -14,7 +14,7 @@ is *forward-only* through the lower model: the lower variables' flags are off.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -26,17 +26,21 @@ from torch.utils._pytree import tree_map
 from ..batches import MISSING
 from ..errors import ClosureError
 from ..levels import Level
+from ..microbatches import MicroBatches, Sum, joined, parts_of, weights_of
 from ..processes.joined import Share, agreed, averaged, several
-from ..shards import gradients_by_backward, is_shard, part_of
+from ..shards import gradients_by_backward, part_of
 from ..vectors import Tensors, Vector, place, present
 from .inspection import explained
 from .losses import Loss, sequence_number, stale_variables
+from .precision import float32
 from .replay import Replay
+from .scaling import Scaling
 from .substitution import Places, plain_attention
 
 Wrt = Literal["both", "upper", "lower"]
 Side = Literal["upper", "lower"]
 Key = tuple[Side, int]  # of a batch: which loss it is for, and its number
+Part = tuple[Side, int, int]  # of a micro-batch: also which one of its batch
 Point = Sequence[Tensor]
 Graph = tuple[Tensor, Any]
 
@@ -109,6 +113,8 @@ class Evaluations:
         self.owner = subject.owner
         self.substitutes: dict[int, str] = {}  # names of tensors that stood in the places of variables, by id
         self.latest_lower: Tensor | None = None  # the last value of G
+        self.scaling: Scaling | None = None  # against underflow of half precision
+        self._precise = False
         self.replay = replay
         self.upper_level = subject.upper
         self.lower_level = subject.lower
@@ -119,6 +125,38 @@ class Evaluations:
     def checking(self) -> bool:
         """Whether the graphs of the losses are searched for what cannot be served."""
         return False
+
+    @contextmanager
+    def precisely(self) -> Iterator[None]:
+        """Inside the ``with``, losses that compute in half precision (autocast, casts) compute in float32.
+
+        For evaluations of which a difference will be taken: at points near each other it would be of their rounding.
+        """
+        before, self._precise = self._precise, True
+        try:
+            yield
+        finally:
+            self._precise = before
+
+    def gradients(
+        self,
+        outputs: Tensor | Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor] | None = None,
+        *,
+        create_graph: bool = False,
+    ) -> Tensors:
+        """``torch.autograd.grad`` of what is scaled where the step has a scaler, and unscaled again.
+
+        ``outputs``: a loss, or its slope, scaled here; or a gradient that was taken with ``create_graph`` and is scaled
+        already, with its ``cotangents``.
+        """
+        if cotangents is None and self.scaling is not None and isinstance(outputs, Tensor):
+            cotangents = [self.scaling.cotangent(outputs)]
+        found: Tensors = torch.autograd.grad(
+            outputs, inputs, grad_outputs=cotangents, create_graph=create_graph, allow_unused=True
+        )
+        return found if create_graph or self.scaling is None else self.scaling.unscaled(found)
 
     def point(self) -> Vector:
         """Return the current values of the lower variables: views, not copies."""
@@ -148,6 +186,15 @@ class Evaluations:
             loss.check_use("upper", evaluation.upper)
         return evaluation
 
+    def lower_precisely(self, known: Evaluation, *, wrt: Wrt = "upper") -> Evaluation:
+        """Return G at the current point, from which G at another one is to be subtracted: as it is ``known``, or
+        evaluated once more in float32 if the loss computes in half precision.
+        """
+        if not self._computes_in_half(self.lower_loss):
+            return known
+        with self.precisely():
+            return self.lower(wrt=wrt)
+
     def check_dependence(self, product: Tensors) -> None:
         """Refuse a lower loss that depends on no upper variable; its mixed derivative alone may well be absent."""
         if self.lower_loss.needs_upper and all(part is None for part in product):
@@ -155,27 +202,45 @@ class Evaluations:
 
     @contextmanager
     def lower_graph(
-        self, batch: int = 0, at: Tensors | None = None, substitute: Point | None = None, *, current: bool = False
+        self,
+        batch: int = 0,
+        at: Tensors | None = None,
+        substitute: Point | None = None,
+        *,
+        part: int = 0,
+        current: bool = False,
     ) -> Iterator[Graph]:
         """Build the graph of G, and its aux, for derivatives of higher order, to be taken inside the ``with``.
 
         Args:
             batch: Which lower batch, as in :meth:`lower`.
+            part: Which of its micro-batches, out of :meth:`lower_weights`.
             at: Values to swap in.
             substitute: Instead, tensors to put in the places of the lower variables: dual tensors, or a graph.
             current: Whether these have the current values, so that buffers move as in :meth:`lower`.
         """
-        with self._graph(self._key("lower", batch), self._point(at), substitute, current) as graph:
+        key = self._key("lower", batch)
+        with self._graph((*key, part), self._point(at), substitute, current) as graph:
             yield graph
+
+    def lower_weights(self, batch: int = 0) -> tuple[float, ...]:
+        """Return how much each micro-batch of a lower batch counts; of a batch that is not in parts, 1."""
+        return weights_of(self._batch(self._key("lower", batch)))
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether a batch of this step is in micro-batches."""
+        return any(isinstance(batch, MicroBatches) for side in self._batches.values() for batch in side)
 
     @contextmanager
     def upper_graph(self, substitute: Point, *, batch: int = 0, current: bool = False) -> Iterator[Graph]:
         """Build the graph of F with other tensors in the places of the lower variables, as in :meth:`lower_graph`."""
-        with self._graph(self._key("upper", batch), None, substitute, current) as graph:
+        key = self._key("upper", batch)
+        with self._graph((*key, 0), None, substitute, current) as graph:
             yield graph
 
     @contextmanager
-    def _graph(self, key: Key, at: Point | None, substitute: Point | None, current: bool = False) -> Iterator[Graph]:
+    def _graph(self, key: Part, at: Point | None, substitute: Point | None, current: bool = False) -> Iterator[Graph]:
         # Copies: a training-mode BatchNorm would write tangents into the user's own buffers, and a kept graph may hold
         # what the next evaluation changes.
         copied = substitute is not None and not current
@@ -207,6 +272,10 @@ class Evaluations:
         buffers = [buffer for module in modules for buffer in module.buffers()]
         return {part_of(x).untyped_storage().data_ptr() for x in (*self._subject.variables, *buffers)}
 
+    def _needs_backward(self, wrt: Wrt) -> bool:
+        """Whether some of the gradients are of shards."""
+        return (self.upper_level.sharded and wrt != "lower") or (self.lower_level.sharded and wrt != "upper")
+
     @cached_property
     def _differentiable(self) -> list[Tensor]:
         """What else a backward pass may leave a gradient in."""
@@ -219,10 +288,23 @@ class Evaluations:
     def _key(self, side: Side, batch: int) -> Key:
         return side, min(batch, len(self._batches[side]) - 1)
 
-    def _called(self, key: Key) -> tuple[Loss, Any]:
-        """Return the loss and the batch of an evaluation."""
+    def _batch(self, key: Key) -> Any:
         side, index = key
-        return (self.upper_loss if side == "upper" else self.lower_loss), self._batches[side][index]
+        return self._batches[side][index]
+
+    def _loss(self, side: Side) -> Loss:
+        return self.upper_loss if side == "upper" else self.lower_loss
+
+    def _parts(self, key: Key) -> list[tuple[Part, float]]:
+        """Return the micro-batches of a batch, and how much each counts; a batch that is not in parts is the only
+        one.
+        """
+        return [((*key, part), weight) for part, weight in enumerate(weights_of(self._batch(key)))]
+
+    def _called(self, part: Part) -> tuple[Loss, Any]:
+        """Return the loss and the micro-batch of an evaluation."""
+        side, index, which = part
+        return self._loss(side), parts_of(self._batches[side][index])[which]
 
     @staticmethod
     def _point(at: Tensors | None) -> list[Tensor] | None:
@@ -246,6 +328,8 @@ class Evaluations:
 
         found = averaged(self._place(key, wrt), share, [*upper, *lower])
         self._hear(found.flag)
+        if self.checking:
+            self._agree_precision(self._loss(key[0]))
         return Evaluation(
             found.numbers[0],
             found.rest.upper.like(found.vector[: len(upper)]),
@@ -262,10 +346,29 @@ class Evaluations:
 
     def _place(self, key: Key, what: str) -> str:
         """Name a place in the step, the same on all processes."""
-        return f"{self.owner}: {self._called(key)[0].name}, batch {key[1]}, {what}"
+        return f"{self.owner}: {self._loss(key[0]).name}, batch {key[1]}, {what}"
 
     def _evaluate_here(self, key: Key, at: Point | None, wrt: Wrt, *, freeze: bool = False) -> Evaluation:
-        """Call the loss of this process, and differentiate."""
+        """Call the loss of this process, and differentiate.
+
+        Of micro-batches one after another: the graph of one is gone before the next one's is made.
+        """
+        batch = self._batch(key)
+        if not isinstance(batch, MicroBatches):
+            return self._evaluate_part((*key, 0), at, wrt, freeze=freeze)
+        total, found = Sum(), []
+        with self.replay.together(batch.weights):
+            for part, weight in self._parts(key):
+                one = self._evaluate_part(part, at, wrt, freeze=freeze)
+                total.add(weight, [one.value, *one.upper, *one.lower])
+                found.append((one.aux, len(one.upper)))
+        value, *gradients = total.total
+        aux, size = joined([aux for aux, _ in found], batch), found[0][1]
+        assert value is not None
+        return Evaluation(value, one.upper.like(gradients[:size]), one.lower.like(gradients[size:]), aux)
+
+    def _evaluate_part(self, key: Part, at: Point | None, wrt: Wrt, *, freeze: bool = False) -> Evaluation:
+        """The same for one micro-batch."""
         loss, batch = self._called(key)
         upper = list(self.upper_level.tensors) if wrt != "lower" else []
         lower = list(self.lower_level.tensors) if wrt != "upper" else []
@@ -274,14 +377,15 @@ class Evaluations:
             value, aux = loss(batch, self._devices, frozen=not lower)
             if self.checking:
                 self._refuse_stale(loss, value, since)
+                self._note_precision(loss, value)
             with explained(loss.name):
                 # F may well not depend on the upper variables: without the lower ones it then has no graph.
                 gradients: Tensors = [None] * len(upper)
-                if value.requires_grad and any(map(is_shard, upper + lower)):
+                if value.requires_grad and self._needs_backward(wrt):
                     agreed(False, f"{loss.name}: before FSDP's backward pass")  # which waits for all processes
-                    gradients = gradients_by_backward(value, upper + lower, self._differentiable)
+                    gradients = self._sharded_gradients(value, upper + lower)
                 elif value.requires_grad:
-                    gradients = torch.autograd.grad(value, upper + lower, allow_unused=True)
+                    gradients = self.gradients(value, upper + lower)
             number, aux = loss.number(value), self._apart(aux)  # before swapped values are taken out again
         for index, gradient in enumerate(gradients):
             if gradient is not None and gradient.layout != torch.strided:
@@ -295,6 +399,25 @@ class Evaluations:
             self.lower_level.vector(gradients[len(upper) :]) if lower else Vector([]),
             aux,
         )
+
+    def _sharded_gradients(self, value: Tensor, variables: Sequence[Tensor]) -> Tensors:
+        """The same as :meth:`gradients`, by ``.backward()``, of this process's shards."""
+        scaling = self.scaling
+        if scaling is None:
+            return gradients_by_backward(value, variables, self._differentiable)
+        return scaling.unscaled(
+            gradients_by_backward(value * scaling.cotangent(value), variables, self._differentiable)
+        )
+
+    def _note_precision(self, loss: Loss, value: Tensor) -> None:
+        """A look found in which precision a loss computes."""
+
+    def _agree_precision(self, loss: Loss) -> None:
+        """Of several processes, count a loss as one of half precision if it is on any."""
+
+    def _computes_in_half(self, loss: Loss) -> bool:
+        """Whether a look found that a loss computes in half precision."""
+        return False
 
     def _names(self, wrt: Wrt) -> list[str]:
         upper = [f"upper variable {name}" for name in self.upper_level.names]
@@ -314,7 +437,7 @@ class Evaluations:
     @contextmanager
     def _prepared(
         self,
-        key: Key,
+        key: Part,
         at: Point | None,
         *,
         current: bool,
@@ -332,7 +455,8 @@ class Evaluations:
         parameters, parts = self.lower_level.tensors, self.lower_level.parts
         trains = trains and key[0] == "lower"
         replayed = self.replay.evaluation(key, current=current, trains=trains, copied=substituted and not current)
-        with replayed, torch.enable_grad():
+        wide = float32(self._devices) if self._precise and self._computes_in_half(self._loss(key[0])) else nullcontext()
+        with replayed, torch.enable_grad(), wide:
             # An autocast region around the step would go on to serve casts of the values before the exchange.
             torch.clear_autocast_cache()
             take_out = place(parts, at) if at is not None else None

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ClosureError, message
+from ..microbatches import parts_of
 from ..shards import part_of
 from .verification import out_of_memory
 
@@ -53,7 +54,10 @@ def explained(loss: str) -> Iterator[None]:
 
 def refuse_one_shot(owner: str, side: str, batch: Any) -> None:
     """A loss is called several times on a batch: an iterator would be empty the second time."""
-    for part in (batch, *(batch if isinstance(batch, (tuple, list)) else ())):
+    inside = [
+        part for micro in parts_of(batch) for part in (micro, *(micro if isinstance(micro, (tuple, list)) else ()))
+    ]
+    for part in inside:
         if isinstance(part, Iterator):
             raise TypeError(
                 f"{owner}.step: the {side} batch is or holds a {type(part).__name__}, which is empty after its first "

@@ -111,7 +111,7 @@ def refuse_scaled(loss: str, value: Tensor) -> None:
     if any(x.data_ptr() in scales for x in factors):
         raise ClosureError(
             f"{loss} returned GradScaler.scale(loss), whose factor would be in every direction, inner product and "
-            "multiplier: nothing here unscales. Return the loss itself; bf16 autocast needs no scaler."
+            "multiplier. Return the loss itself, and pass the scaler as scaler=, which scales and unscales derivatives."
         )
 
 

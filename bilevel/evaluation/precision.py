@@ -13,18 +13,23 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from ..microbatches import MicroBatches
+
 COARSE = (torch.float32, torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
 
 def widened(batch: Any) -> Any:
     """Return a batch with float64 in the places of its other floating-point tensors, in containers and dataclasses."""
+    if isinstance(batch, MicroBatches):
+        return batch.mapped(widened)
     if is_dataclass(batch) and not isinstance(batch, type):
         wide = copy(batch)
         for entry in fields(batch):
             object.__setattr__(wide, entry.name, widened(getattr(batch, entry.name)))
         return wide
-    return tree_map(lambda leaf: _wide(leaf) if isinstance(leaf, Tensor) else leaf, batch)
+    return tree_map(lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.dtype in COARSE else leaf, batch)
 
 
 @contextmanager
@@ -62,31 +67,63 @@ def widening() -> Iterator[None]:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _Widening():
+        with _Widening(torch.float64, COARSE):
             yield
     finally:
         torch.set_default_dtype(default)
 
 
+@contextmanager
+def float32(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Inside the ``with``, what autocast or a cast of the loss would compute in half precision is in float32."""
+    with _Widening(torch.float32, HALF, [device.type for device in devices]):
+        yield
+
+
+def computes_in_half(value: Tensor) -> bool:
+    """Whether the graph of a loss holds what was computed in half precision, of variables that may be wider."""
+    seen: set[Any] = set()
+    stack: list[Any] = [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if any(entry.dtype in HALF for entry in getattr(node, "_input_metadata", ())):
+            return True
+        stack.extend(parent for parent, _ in node.next_functions)
+    return False
+
+
 class _Widening(TorchFunctionMode):
+    def __init__(self, wide: torch.dtype, coarse: Sequence[torch.dtype], autocasting: Sequence[str] = ()) -> None:
+        super().__init__()
+        self._dtype, self._coarse, self._autocasting = wide, coarse, autocasting
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        if func in CASTS:
-            return args[0].double()
-        # What is written in place, or is an attribute that is set, must stay the tensor that it is.
-        if name.endswith("_") or name == "__set__" or "out" in (kwargs or {}):
-            return func(*args, **(kwargs or {}))
-        return func(*map(_wide, args), **{key: _wide(value) for key, value in (kwargs or {}).items()})
+        if func in CASTS and (self._dtype == torch.float64 or func is not Tensor.float):
+            return args[0].to(self._dtype)
+        active = [device for device in self._autocasting if torch.is_autocast_enabled(device)]
+        for device in active:
+            torch.set_autocast_enabled(device, False)
+        try:
+            # What is written in place, or is an attribute that is set, must stay the tensor that it is.
+            if name.endswith("_") or name == "__set__" or "out" in (kwargs or {}):
+                return func(*args, **(kwargs or {}))
+            return func(*map(self._wide, args), **{key: self._wide(value) for key, value in (kwargs or {}).items()})
+        finally:
+            for device in active:
+                torch.set_autocast_enabled(device, True)
 
-
-def _wide(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.dtype in COARSE else value
-    if isinstance(value, torch.dtype):
-        return torch.float64 if value in COARSE else value
-    if type(value) in (list, tuple):
-        parts = [_wide(part) for part in value]
-        return value if all(a is b for a, b in zip(parts, value, strict=True)) else type(value)(parts)
-    return value
+    def _wide(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(self._dtype) if value.dtype in self._coarse else value
+        if isinstance(value, torch.dtype):
+            return self._dtype if value in self._coarse else value
+        if type(value) in (list, tuple):
+            parts = [self._wide(part) for part in value]
+            return value if all(a is b for a, b in zip(parts, value, strict=True)) else type(value)(parts)
+        return value

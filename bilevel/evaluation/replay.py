@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .buffers import Buffers, Snapshot
+from .buffers import Buffers, Kind, Snapshot
 from .hold import Held, holding
 
 Policy = Literal["once", "every", "never"]
@@ -59,6 +59,7 @@ class Replay:
         self._first: dict[Hashable, tuple[RandomState, Snapshot, list[Tensor]]] = {}
         self._moved: set[Hashable] = set()  # batches that were evaluated at the current point
         self._silent = False
+        self._together: _Together | None = None
         self._trained = False  # since the last evaluation along whose gradient a real step could be taken
         self._flags = [(part, part.training) for part, _ in parts]
         # Old-style weight and spectral norm: a hook computes an attribute of the module from its parameters, anew in
@@ -102,9 +103,7 @@ class Replay:
         the next that trains after a real step       the batch's first one's, if any  as they stand, and move again
         ============================================ ================================ ===============================
         """
-        trains = trains and current and self._trained and not self._silent
-        if trains:
-            self._trained = False
+        trains = self._trains_anew(trains and current)
         random, standing = RandomState(self._device_list), self._standing_buffers()
         free = self._free.snapshot() if self._silent else None
         if again := batch in self._first:
@@ -142,8 +141,34 @@ class Replay:
                 self._buffers.remember_created(anew=trains)
                 if len(self._buffers):
                     self._moved.add(batch)
-                    self._move_buffers(standing, each_time=trains)
+                    if self._together is None or self._together.ends(self._buffers, standing):
+                        self._move_buffers(standing, each_time=trains)
             self._buffers.restore_created()
+
+    @contextmanager
+    def together(self, weights: Sequence[float]) -> Iterator[None]:
+        """Let the next evaluations, one for each weight, be those of one batch in parts.
+
+        Where they move buffers, each begins where the first one did, and their mean stays: the running mean of a
+        BatchNorm is then that of the joined batch.
+        """
+        self._together = _Together(weights)
+        try:
+            yield
+        finally:
+            self._together = None
+
+    def _trains_anew(self, trains: bool) -> bool:
+        """Whether this evaluation is the next that trains after a real step; all its parts are."""
+        together = self._together
+        if together is not None and together.trains is not None:
+            return together.trains
+        anew = trains and self._trained and not self._silent
+        if anew:
+            self._trained = False
+        if together is not None:
+            together.trains = anew
+        return anew
 
     @contextmanager
     def silently(self) -> Iterator[None]:
@@ -203,3 +228,32 @@ class Replay:
         for part, training in self._flags:
             if part.training != training:
                 part.training = training
+
+
+class _Together:
+    """The buffers of an evaluation in parts: the weighted mean of what each part made of where they stood."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self.trains: bool | None = None
+        whole = sum(weights)
+        self._weights = [weight / whole for weight in weights]
+        self._index = 0
+        self._mean: dict[Kind, Tensor] = {}
+
+    def ends(self, buffers: Buffers, standing: Snapshot) -> bool:
+        """A part has moved the buffers from ``standing``; put them back there, or after the last part to the mean."""
+        moved, weight = buffers.snapshot(), self._weights[self._index]
+        for kind, values in moved.values.items():
+            before = standing.values.get(kind)
+            if values.is_floating_point() and before is not None and before.shape == values.shape:
+                mean = self._mean.get(kind, before)
+                # What no part moved stays, bit for bit: it may be infinite, as masks are.
+                self._mean[kind] = torch.where(values == before, mean, mean + weight * (values - before))
+            else:  # counters: each part moved them by one from the same beginning
+                self._mean[kind] = values
+        self._index += 1
+        if self._index < len(self._weights):
+            buffers.restore(standing)
+            return False
+        buffers.restore(Snapshot(moved.objects, moved.kinds, self._mean))
+        return True

@@ -6,10 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Dual levels and the choice of kernels are the process's, not the thread's: one thread at a time has them.
+PROCESS_WIDE = RLock()
 
 
 class Places:
@@ -56,6 +60,12 @@ def plain_attention() -> Iterator[None]:
 
     Transformer layers in evaluation mode choose a fused kernel of their own where no parameter requires a gradient.
     """
+    with PROCESS_WIDE, _math_kernels():
+        yield
+
+
+@contextmanager
+def _math_kernels() -> Iterator[None]:
     # What torch.nn.attention.sdpa_kernel does, which takes a fifth of a millisecond to do it.
     cuda, mha = torch.backends.cuda, torch.backends.mha
     switches = (

@@ -15,6 +15,7 @@ A suspicion is decided in float64. Here is when looks are due, what was found, a
 from __future__ import annotations
 
 import ctypes
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -54,6 +55,8 @@ class Verification:
         choices: Which right way has replaced which shortcut. Part of a checkpoint, so that a resumed run computes the
             same numbers.
         due: Whether the current step is a look.
+        in_half: The losses that compute in half precision, and in float32 where differences are taken. Part of a
+            checkpoint too.
         unrepeatable: The losses that gave two values for the same call. Nothing can be compared with them.
     """
 
@@ -62,6 +65,7 @@ class Verification:
         self.steps = 0
         self.choices: dict[str, str] = {}
         self.due = True
+        self.in_half: set[str] = set()
         self.unrepeatable: set[str] = set()
         self._forced = False
         self._signature: object = None
@@ -99,6 +103,7 @@ class Verification:
     def forget(self) -> None:
         """The set of variables changed: what was found out about the closures no longer holds."""
         self.choices.clear()
+        self.in_half.clear()
         self._noise.clear()
         self._holds.clear()
         self._said.clear()
@@ -135,7 +140,7 @@ class Verification:
     def clear(self, name: str, gap: float) -> None:
         """A suspicion was unfounded: a gap of this size is noise, and until the next look no other is looked into."""
         self._cleared.add(name)
-        if gap == gap:
+        if gap < math.inf:  # else an overflow, or NaN, which is no measure of noise
             self._noise[name] = max(gap, self._noise.get(name, 0.0))
 
     def say(self, text: str) -> None:
@@ -150,7 +155,8 @@ class Verification:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs in order to go on with the same numbers."""
-        return {"steps": self.steps, "choices": dict(self.choices)}
+        half = {"in_half": sorted(self.in_half)} if self.in_half else {}
+        return {"steps": self.steps, "choices": dict(self.choices), **half}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state`; the next step is a look."""
@@ -158,6 +164,7 @@ class Verification:
         if not isinstance(steps, int) or not all(isinstance(x, str) for x in (*choices, *choices.values())):
             raise ValueError("the verification's state holds something else than a counter and choices")
         self.steps, self.choices = steps, dict(choices)
+        self.in_half = set(state.get("in_half", ()))
         self.look_again()
 
     def _wait_for(self, flag: Tensor) -> None:

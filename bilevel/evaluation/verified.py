@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ClosureError
+from ..microbatches import Sum
 from ..processes.joined import Share, agreed, averaged
-from .evaluations import Evaluation, Evaluations, Key, Point, Subject, Wrt
+from ..vectors import present
+from .evaluations import Evaluation, Evaluations, Key, Part, Point, Subject, Wrt
 from .inspection import inspected
-from .losses import sequence_number
-from .precision import float64, widened, widening
+from .losses import Loss, sequence_number
+from .precision import HALF, computes_in_half, float64, widened, widening
 from .replay import Policy, Replay
 from .verification import (
     BLATANT,
@@ -106,6 +108,19 @@ class VerifiedEvaluations(Evaluations):
             finally:
                 replay.undo()
 
+    def _note_precision(self, loss: Loss, value: Tensor) -> None:
+        if self._precise:  # float32 by our own doing
+            return
+        half = not any(x.dtype in HALF for x in self._subject.variables) and computes_in_half(value)
+        (self.verification.in_half.add if half else self.verification.in_half.discard)(loss.name)
+
+    def _agree_precision(self, loss: Loss) -> None:
+        if agreed(self._computes_in_half(loss), "the precision of a loss"):
+            self.verification.in_half.add(loss.name)
+
+    def _computes_in_half(self, loss: Loss) -> bool:
+        return loss.name in self.verification.in_half
+
     def refuse_hooks(self) -> None:
         """A hook on a variable makes of its gradient something that no product is the derivative of.
 
@@ -128,7 +143,7 @@ class VerifiedEvaluations(Evaluations):
                 )
 
     def _evaluate(self, key: Key, at: Point | None, wrt: Wrt) -> Evaluation:
-        loss, _ = self._called(key)
+        loss = self._loss(key[0])
         shortcut = f"{loss.name}, forward-only"
         if wrt == "upper" and shortcut not in self.verification.choices:
             try:
@@ -145,7 +160,7 @@ class VerifiedEvaluations(Evaluations):
         return found
 
     def _has_news(self, key: Key) -> bool:
-        return self.verification.holds_differ(self._called(key)[0].name, self.replay.held_count(key))
+        return self.verification.holds_differ(self._loss(key[0]).name, self.replay.held_count((*key, 0)))
 
     def _hear(self, news: bool) -> None:
         if news:
@@ -153,18 +168,23 @@ class VerifiedEvaluations(Evaluations):
 
     def _repeat(self, value: Tensor, key: Key, at: Point | None) -> None:
         """See that a second call of a loss gives the same."""
-        loss, batch = self._called(key)
+        loss = self._loss(key[0])
         self._repeated.add(loss.name)
         try:
-            with self.replay.silently(), self._prepared(key, at, current=at is None):
 
-                def share() -> Share:
-                    since = sequence_number()
-                    value_again, _ = loss(batch, self._devices)
-                    self._refuse_stale(loss, value_again, since)
-                    return Share([loss.number(value_again)])
+            def share() -> Share:
+                total = Sum()
+                for part, weight in self._parts(key):
+                    _, batch = self._called(part)
+                    with self.replay.silently(), self._prepared(part, at, current=at is None):
+                        since = sequence_number()
+                        value_again, _ = loss(batch, self._devices)
+                        self._refuse_stale(loss, value_again, since)
+                        total.add(weight, [loss.number(value_again)])
+                    del value_again  # and its graph, before the next one is made
+                return Share(present(total.total))
 
-                again = averaged(self._place(key, "once more"), share).numbers[0]
+            again = averaged(self._place(key, "once more"), share).numbers[0]
         except (RuntimeError, MemoryError) as error:
             self._unverified(loss.name, error)
             return
@@ -179,7 +199,7 @@ class VerifiedEvaluations(Evaluations):
             )
 
     @contextmanager
-    def _prepared(self, key: Key, at: Point | None, *, substituted: bool = False, **options: Any) -> Iterator[None]:
+    def _prepared(self, key: Part, at: Point | None, *, substituted: bool = False, **options: Any) -> Iterator[None]:
         """Surround one evaluation; in a look, the first one of a loss must change nothing."""
         prepared = super()._prepared(key, at, substituted=substituted, **options)
         loss, batch = self._called(key)
@@ -202,7 +222,7 @@ class VerifiedEvaluations(Evaluations):
 
     def _verified(self, shortcut: str, found: Evaluation, key: Key, at: Point | None) -> Evaluation:
         """Compare a forward-only evaluation with the one that has every flag on, which replaces it if they differ."""
-        loss, _ = self._called(key)
+        loss = self._loss(key[0])
         try:
             with self.replay.silently():
                 plain = self._evaluate_as(key, at, "upper")

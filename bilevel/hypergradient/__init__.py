@@ -3,7 +3,7 @@
 from .adjoint import Unrolling, adjoint, pull_back, through_hyperparameters, transposed, unrolled_by_adjoint
 from .checkpoints import Checkpoints
 from .forward import unrolled_by_forward
-from .graph import KeptGraph, Unreached, leaves, unrolled_by_graph
+from .graph import KeptGraph, NoGraph, Unreached, leaves, unrolled_by_graph
 from .kept import HessianProducts
 from .mode_choice import mode_taken
 from .modes import ProductMode
@@ -22,6 +22,7 @@ __all__ = [
     "KeptGraph",
     "KeptSegments",
     "Neumann",
+    "NoGraph",
     "Preconditioner",
     "ProductMode",
     "Solution",

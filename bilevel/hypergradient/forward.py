@@ -20,7 +20,7 @@ from ..evaluation.evaluations import Evaluation
 from ..evaluation.losses import Loss
 from ..evaluation.oracle import Oracle
 from ..lower_steps import Rule, State, constant
-from ..processes.joined import Share, averaged, several
+from ..processes.joined import Share, averaged
 from ..vectors import Tensors, Vector, accumulation_dtype, present
 from .adjoint import Unrolling
 from .modes import load_forward_rules, refuse_wrong_rules, two_derivatives
@@ -124,30 +124,33 @@ class Tangents:
             with oracle.replay.silently():  # finds what is captured, and what does not repeat
                 oracle.lower(self._at, batch=batch, wrt="lower")
         upper, lower = oracle.upper_level.tensors, oracle.lower_level.tensors
-
-        def share() -> Share:
-            graph = oracle.lower_graph(batch, self._at, current=self._at is None)
-            with torch.enable_grad(), graph as (value, aux), two_derivatives(FIRST_ORDER):
-                gradients: Tensors = [None] * (len(lower) + len(upper))
-                if value.requires_grad:
-                    gradients = torch.autograd.grad(value, [*lower, *upper], create_graph=True, allow_unused=True)
-                gradient, mixed = gradients[: len(lower)], gradients[len(lower) :]
-                if not self._from_start and several() is None:
-                    loss.check_use("upper", mixed)
-                if oracle.checking:
-                    refuse_wrong_rules([value, *(g for g in gradients if g is not None)])
-                columns = [self._column(column, gradient, mixed) for column in self._directions()]
-                detached = [None if g is None else g.detach() for g in gradient]
-                return Share([Loss.number(value)], [*detached, *_stacked(columns, len(lower))], rest=(mixed, aux))
-
-        like = [*lower, *(x.detach().expand(self._count, *x.shape) for x in lower)]
-        mean = averaged(f"{oracle.owner}: a step in forward mode", share, like)
-        mixed, aux = mean.rest
+        stacks = [x.detach().unsqueeze(0).expand(self._count, *x.shape) for x in lower]
+        place = f"{oracle.owner}: a gradient and its tangents"
+        mean = averaged(place, lambda: self._gradient_here(batch), [*lower, *upper, *stacks])
+        gradient, mixed = mean.vector[: len(lower)], mean.vector[len(lower) : -len(lower)]
+        loss.check_use("lower", gradient)
+        if not self._from_start:
+            loss.check_use("upper", mixed)
         self._felt = [felt or g is not None for felt, g in zip(self._felt, mixed, strict=True)]
-        loss.check_use("lower", mean.vector[: len(lower)])
-        here = Evaluation(mean.numbers[0], Vector([]), Vector(mean.vector[: len(lower)], oracle.lower_level.names), aux)
+        here = Evaluation(mean.numbers[0], Vector([]), Vector(gradient, oracle.lower_level.names), mean.rest)
         oracle.latest_lower = here.value
-        return here, list(mean.vector[len(lower) :])
+        return here, list(mean.vector[-len(lower) :])
+
+    def _gradient_here(self, batch: int) -> Share:
+        """G, its gradients in both levels, and the tangents of the lower one, on this process."""
+        oracle = self._oracle
+        upper, lower = oracle.upper_level.tensors, oracle.lower_level.tensors
+        graph = oracle.lower_graph(batch, self._at, current=self._at is None)
+        with torch.enable_grad(), graph as (value, aux), two_derivatives(FIRST_ORDER):
+            gradients: Tensors = [None] * (len(lower) + len(upper))
+            if value.requires_grad:
+                gradients = torch.autograd.grad(value, [*lower, *upper], create_graph=True, allow_unused=True)
+            if oracle.checking:
+                refuse_wrong_rules([value, *(g for g in gradients if g is not None)])
+            gradient, mixed = gradients[: len(lower)], gradients[len(lower) :]
+            columns = [self._column(column, gradient, mixed) for column in self._directions()]
+            detached = [g if g is None else g.detach() for g in gradients]
+            return Share([Loss.number(value)], [*detached, *_stacked(columns, len(lower))], rest=aux)
 
     def _directions(self) -> Iterator[tuple[int, int, int]]:
         """Yield the number of each upper scalar, its variable and its place there."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation.oracle import Oracle
+from ..processes.joined import Share, averaged
 from ..vectors import Tensors, Vector
 from .mode_choice import mode_taken
 from .modes import ProductMode, Unavailable, refusal, refuse_wrong_rules, second_derivatives
@@ -22,7 +23,7 @@ class HessianProducts:
 
     In ``reverse`` mode G is called, and differentiated with its graph, once; a product then is one pass back through
     that graph, and it is freed in the end. The other modes have nothing to keep. What one mode cannot serve is found
-    out, and said, as by :func:`hessian_product`.
+    out, and said, as by :func:`hessian_product`. Of micro-batches, and under a ``GradScaler``, nothing is kept.
 
     Args:
         oracle: Where G is evaluated. It is asked for nothing else meanwhile.
@@ -49,7 +50,10 @@ class HessianProducts:
         self._gradient: Tensors = ()
 
     def __enter__(self) -> Self:
-        if mode_taken(self._oracle, "hessian", self._product) == "reverse":
+        oracle = self._oracle
+        # Of micro-batches all graphs would be kept; and a scale is taken out where a product is asked for anew.
+        keeps = not oracle.in_parts and oracle.scaling is None
+        if keeps and mode_taken(oracle, "hessian", self._product) == "reverse":
             self._oracle.refuse_hooks()
             try:
                 self._keep()
@@ -87,26 +91,38 @@ class HessianProducts:
         return mixed_product(self._oracle, direction, batch=self._batch, product=self._product)
 
     def _keep(self) -> None:
-        """Differentiate G once, keeping the graph."""
+        """Differentiate G once, keeping the graph: of several processes, each its own."""
         self._open = ExitStack()
         with self._told():
-            value, _ = self._open.enter_context(self._oracle.lower_graph(self._batch))
-            self._open.enter_context(second_derivatives())
-            self._gradient = torch.autograd.grad(
-                value, self._oracle.lower_level.tensors, create_graph=True, allow_unused=True
-            )
+            averaged(f"{self._oracle.owner}: a kept gradient", self._differentiated)
+
+    def _differentiated(self) -> Share:
+        opened = self._open or ExitStack()
+        value, _ = opened.enter_context(self._oracle.lower_graph(self._batch))
+        opened.enter_context(second_derivatives())
+        variables = self._oracle.lower_level.tensors
+        self._gradient = [None] * len(variables)
+        if value.requires_grad:
+            self._gradient = torch.autograd.grad(value, variables, create_graph=True, allow_unused=True)
             if self._oracle.checking:
                 refuse_wrong_rules([value, *(g for g in self._gradient if g is not None)])
+        return Share()
 
     def _back(self, direction: Tensors, inputs: Sequence[Tensor]) -> Tensors:
         """Pull a direction back through the graph of the gradient."""
+        with self._told():
+            share = averaged(
+                f"{self._oracle.owner}: a product", lambda: Share((), self._back_here(direction, inputs)), inputs
+            )
+        return share.vector
+
+    def _back_here(self, direction: Tensors, inputs: Sequence[Tensor]) -> Tensors:
         pairs = [(g, v) for g, v in zip(self._gradient, direction, strict=True) if g is not None and v is not None]
         pairs = [(g, v) for g, v in pairs if g.requires_grad]
         if not pairs:  # G is linear in w: no second derivatives at all
             return [None] * len(inputs)
         outputs, weights = zip(*pairs, strict=True)
-        with self._told():
-            return torch.autograd.grad(outputs, inputs, grad_outputs=weights, allow_unused=True, retain_graph=True)
+        return torch.autograd.grad(outputs, inputs, grad_outputs=weights, allow_unused=True, retain_graph=True)
 
     @contextmanager
     def _told(self) -> Iterator[None]:

@@ -202,8 +202,8 @@ def _tell_noise(
         oracle.verification.say_of(
             name,
             f"{name}: {apart:.0%} of it is error of the precision that lower_loss computes in; in float64 it is right. "
-            'Usual causes: autocast, or a loss that is large beside its slopes. Use product="reverse" or a larger '
-            "radius, or switch autocast off in the lower loss.",
+            "Usual causes: a radius that is too small, half precision in compiled code, or a loss that is large beside "
+            'its slopes. Use product="reverse" or a larger radius, or compute the lower loss in float32.',
         )
 
 

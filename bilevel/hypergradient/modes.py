@@ -23,6 +23,7 @@ from torch.autograd.graph import Node
 from torch.utils.checkpoint import CheckpointError
 
 from ..errors import ClosureError
+from ..evaluation.substitution import PROCESS_WIDE
 from ..evaluation.verified import NO_GRAPH_INSIDE
 
 ProductMode = Literal["auto", "forward", "reverse", "difference"]
@@ -78,7 +79,7 @@ def dual_numbers() -> Iterator[None]:
     """Enter forward mode, and say in one line what has no rule for it."""
     load_forward_rules()
     try:
-        with forward_ad.dual_level():
+        with PROCESS_WIDE, forward_ad.dual_level():
             yield
     except RuntimeError as error:
         text = _first_line(error)

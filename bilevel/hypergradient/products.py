@@ -6,7 +6,7 @@ A *Hessian product* is both blocks, ``(G_aw v, G_ww v)``; a *mixed product* is `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -16,12 +16,14 @@ from torch import Tensor
 from ..evaluation.evaluations import Evaluation
 from ..evaluation.losses import leaves_of
 from ..evaluation.oracle import Oracle
+from ..microbatches import Sum
 from ..processes.joined import Share, averaged, several
 from ..vectors import Tensors, Vector, add_scaled, present, squared_norm, subtract
 from .mode_choice import Found, Way, Ways, by_mode
 from .modes import NoForwardMode, ProductMode, dual_numbers, refuse_wrong_rules, second_derivatives
 
 Product = tuple[Vector, Vector]
+Part = Callable[[int, int, Oracle, Tensors, Tensors | None], Found]  # of a product, on a batch's micro-batch
 
 
 def hessian_product(
@@ -52,7 +54,7 @@ def hessian_product(
         >>> torch.allclose(product[0], problem.hessian @ problem.lower)
         True
     """
-    forward, reverse = (partial(_joined, batch, partial(way, batch)) for way in (_forward, _reverse))
+    forward, reverse = (partial(_joined, batch, partial(_in_parts, way, batch)) for way in (_forward, _reverse))
     ways = Ways("hessian", batch, forward, reverse, partial(_difference, batch))
     found = by_mode(oracle, ways, direction, at, product)
     size = len(oracle.upper_level.tensors)
@@ -98,7 +100,8 @@ def mixed_product(
         True
     """
     difference = partial(_mixed_difference, batch, radius)
-    forward, reverse = (partial(_joined, batch, partial(way, batch)) for way in (_forward_mixed, _reverse_mixed))
+    ways_in_parts = (partial(_in_parts, way, batch) for way in (_forward_mixed, _reverse_mixed))
+    forward, reverse = (partial(_joined, batch, way) for way in ways_in_parts)
     ways = Ways("mixed", batch, forward, reverse, difference)
     found = Vector(by_mode(oracle, ways, direction, at, product, gradient), oracle.upper_level.names)
     oracle.check_dependence(found)
@@ -121,15 +124,49 @@ def _joined(batch: int, way: Way, oracle: Oracle, direction: Tensors, at: Tensor
     return Found(mean.vector[:size], slope, mean.vector[size:] or None)
 
 
-def _forward(batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
+def _in_parts(way: Part, batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
+    """A product is linear in G: sum it over the micro-batches of a batch, with one graph alive at a time."""
+    weights = oracle.lower_weights(batch)
+    if oracle.scaling is not None:
+        way, direction = _lengthened(way, oracle, direction)
+    if weights == (1.0,):
+        return way(batch, 0, oracle, direction, at)
+    product, slope, gradient = Sum(), Sum(), Sum()
+    for part, weight in enumerate(weights):
+        found = way(batch, part, oracle, direction, at)
+        product.add(weight, found.product)
+        if found.slope is not None:
+            slope.add(weight, found.slope)
+        if found.gradient is not None:
+            gradient.add(weight, found.gradient)
+    seen = [x for x in slope.total if x is not None]
+    return Found(product.total, (seen[0], seen[1]) if seen else None, gradient.total or None)
+
+
+def _lengthened(way: Part, oracle: Oracle, direction: Tensors) -> tuple[Part, Tensors]:
+    """Make v as long as the lower variables, and the product as long as it was: else v underflows in half precision,
+    as the gradients do that a scaler is there for.
+    """
+    size = squared_norm(direction).sqrt()
+    factor = torch.where(size > 0, squared_norm(oracle.point()).sqrt().clamp(min=1.0) / size, 1.0)
+
+    def shortened(batch: int, part: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
+        found = way(batch, part, oracle, direction, at)
+        slope = None if found.slope is None else (found.slope[0] / factor.to(found.slope[0].device), found.slope[1])
+        return Found(_scaled(1.0 / factor, found.product), slope, found.gradient)
+
+    return shortened, _scaled(factor, direction)
+
+
+def _forward(batch: int, part: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
     """Forward over reverse: the gradient of dual tensors carries the product as its tangent."""
     upper, lower = oracle.upper_level.tensors, oracle.lower_level.tensors
     with dual_numbers():
         leaves = [value.detach().requires_grad_() for value in present(at if at is not None else oracle.point())]
-        with oracle.lower_graph(batch, substitute=_duals(leaves, direction)) as (value, _):
+        with oracle.lower_graph(batch, part=part, substitute=_duals(leaves, direction)) as (value, _):
             gradients: Tensors = [None] * (len(upper) + 2 * len(lower))
             if value.requires_grad:
-                gradients = torch.autograd.grad(value, [*upper, *leaves, *lower], allow_unused=True)
+                gradients = oracle.gradients(value, [*upper, *leaves, *lower])
         missed = zip(oracle.lower_level.names, gradients[len(upper) + len(leaves) :], strict=True)
         _refuse_unreached([name for name, g in missed if g is not None])
         found = gradients[: len(upper) + len(leaves)]
@@ -139,19 +176,19 @@ def _forward(batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None)
     return Found(tangents, slope, primals)
 
 
-def _forward_mixed(batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
+def _forward_mixed(batch: int, part: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
     """Reverse over forward: the tangent of G is ``<grad_w G, v>``, and its graph holds the upper variables alone."""
     upper = oracle.upper_level.tensors
     with dual_numbers():
         values = [value.detach() for value in present(at if at is not None else oracle.point())]
-        with oracle.lower_graph(batch, substitute=_duals(values, direction)) as (value, _):
+        with oracle.lower_graph(batch, part=part, substitute=_duals(values, direction)) as (value, _):
             if oracle.checking:
                 names = dict(zip(map(id, oracle.lower_level.tensors), oracle.lower_level.names, strict=True))
                 _refuse_unreached(leaves_of(value, names))
             tangent, slope = _tangent(value), _slope_of(value)
             if tangent is None or not tangent.requires_grad:
                 return Found([None] * len(upper), slope)
-            return Found(torch.autograd.grad(tangent, upper, allow_unused=True), slope)
+            return Found(oracle.gradients(tangent, upper), slope)
 
 
 def _duals(values: Sequence[Tensor], direction: Tensors) -> list[Tensor]:
@@ -185,22 +222,22 @@ def _refuse_unreached(missed: list[str]) -> None:
         )
 
 
-def _reverse(batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
+def _reverse(batch: int, part: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
     upper, lower = oracle.upper_level.tensors, oracle.lower_level.tensors
-    return Found(_double_backward(oracle, batch, direction, at, [*upper, *lower]))
+    return Found(_double_backward(oracle, batch, part, direction, at, [*upper, *lower]))
 
 
-def _reverse_mixed(batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
-    return Found(_double_backward(oracle, batch, direction, at, oracle.upper_level.tensors))
+def _reverse_mixed(batch: int, part: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
+    return Found(_double_backward(oracle, batch, part, direction, at, oracle.upper_level.tensors))
 
 
 def _double_backward(
-    oracle: Oracle, batch: int, direction: Tensors, at: Tensors | None, inputs: Sequence[Tensor]
+    oracle: Oracle, batch: int, part: int, direction: Tensors, at: Tensors | None, inputs: Sequence[Tensor]
 ) -> Tensors:
-    with oracle.lower_graph(batch, at) as (value, _), second_derivatives():
+    with oracle.lower_graph(batch, at, part=part) as (value, _), second_derivatives():
         if not value.requires_grad:  # of this process's part of the batch
             return [None] * len(inputs)
-        gradients = torch.autograd.grad(value, oracle.lower_level.tensors, create_graph=True, allow_unused=True)
+        gradients = oracle.gradients(value, oracle.lower_level.tensors, create_graph=True)
         pairs = [(g, v) for g, v in zip(gradients, direction, strict=True) if g is not None and v is not None]
         pairs = [(g, v) for g, v in pairs if g.requires_grad]
         if not pairs:  # G is linear in w: no second derivatives at all
@@ -208,12 +245,13 @@ def _double_backward(
         if oracle.checking:
             refuse_wrong_rules([value, *(g for g, _ in pairs)])
         outputs, cotangents = zip(*pairs, strict=True)
-        return torch.autograd.grad(outputs, inputs, grad_outputs=cotangents, allow_unused=True)
+        return oracle.gradients(outputs, inputs, cotangents)
 
 
 def _difference(batch: int, oracle: Oracle, direction: Tensors, at: Tensors | None) -> Found:
     step, points = _around(at if at is not None else oracle.point(), direction)
-    ahead, behind = (oracle.lower(point, batch=batch) for point in points)
+    with oracle.precisely():
+        ahead, behind = (oracle.lower(point, batch=batch) for point in points)
     found = _scaled(0.5 / step, subtract([*ahead.upper, *ahead.lower], [*behind.upper, *behind.lower]))
     # The mean of the two gradients is the one in the middle, up to the square of the step.
     return Found(found, _slope(ahead, behind, step), _scaled(0.5, add_scaled(ahead.lower, 1.0, behind.lower)))
@@ -224,7 +262,8 @@ def _mixed_difference(
 ) -> Found:
     """A central difference of two gradients in alpha alone."""
     step, points = _around(at if at is not None else oracle.point(), direction, radius)
-    ahead, behind = (oracle.lower(point, batch=batch, wrt="upper") for point in points)
+    with oracle.precisely():
+        ahead, behind = (oracle.lower(point, batch=batch, wrt="upper") for point in points)
     return Found(_scaled(0.5 / step, subtract(ahead.upper, behind.upper)), _slope(ahead, behind, step))
 
 

@@ -46,7 +46,8 @@ class KeptSegments(KeptGraph):
 
     def _total(self, upper: Vector, end: Vector) -> Vector:
         """Go back through the segments, last to first: the adjoint of the walk, without a second evaluation."""
-        total, point_bar, state_bar = upper, end, None
+        total, point_bar = upper, end
+        state_bar: list[dict[str, Tensor]] | None = None
         rule_bar = Vector([None] * len(self._rule.hyperparameters))
         for step, w, gradient in reversed(self._segments):
             point = point_bar.like(x.detach() for x in w)

@@ -119,7 +119,8 @@ class BVFSM(PenaltyMethod[PenaltyStats]):
         sigma, mu, theta = (self.scheduled(x) for x in (self.penalty, self.regularisation, self.decay))
         g = first = oracle.lower(wrt="lower")
         z = self._walk(oracle, mu)
-        value = oracle.lower(z, wrt="upper")
+        with oracle.precisely():
+            value = oracle.lower(z, wrt="upper")
         bound = value.value + mu * z.squared_norm().to(value.value.device) + self._slack(z)
         f = start = oracle.upper(wrt="lower")
         for t in range(self.inner_steps):
@@ -127,7 +128,9 @@ class BVFSM(PenaltyMethod[PenaltyStats]):
                 g, f = oracle.lower(batch=t, wrt="lower"), oracle.upper(wrt="lower")
             slope = f.lower + self._weight(sigma, bound, g.value) * g.lower
             oracle.train(_with_decay(slope, 2 * theta, oracle.point()))
-        g, f = oracle.lower(wrt="upper"), oracle.upper(wrt="upper")
+        with oracle.precisely():
+            g = oracle.lower(wrt="upper")
+        f = oracle.upper(wrt="upper")
         return Directions(
             upper=f.upper + self._weight(sigma, bound, g.value) * (g.upper - value.upper),
             state={**self.stepped(), "z": z},

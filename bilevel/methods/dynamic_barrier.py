@@ -14,7 +14,7 @@ from ..checks.check import Check
 from ..checks.checker import Checker
 from ..directions import Directions, Stats
 from ..errors import message
-from ..evaluation.evaluations import Evaluation
+from ..evaluation.evaluations import Evaluation, Wrt
 from ..evaluation.oracle import Oracle
 from ..hypergradient import ProductMode, adjoint, descend, mode_taken
 from ..hypergradient.modes import PRODUCT_MODES
@@ -211,13 +211,17 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
         walk = descend(oracle, rule, self.inner_steps, first=g, keep=self.inner_steps if unrolled else 0)
         # With w_T constant only alpha's gradient is needed there: the evaluation is forward-only through the lower
         # model.
-        ahead = oracle.lower(walk.end, wrt="upper" if self.value_gradient == "value_function" else "both")
-        q_upper, q_lower = g.upper - ahead.upper, self._lower_gradient(g, ahead)
+        wrt: Wrt = "upper" if self.value_gradient == "value_function" else "both"
+        near = oracle.lower_precisely(g, wrt=wrt)
+        with oracle.precisely():
+            ahead = oracle.lower(walk.end, wrt=wrt)
+        q_upper = near.upper - ahead.upper
+        q_lower = near.lower - ahead.lower if self.value_gradient == "difference" else g.lower
         if unrolled:
             through = adjoint(oracle, rule, walk.steps, ahead.lower, product=self.product, to_start=True)
-            q_upper, q_lower = q_upper - through[0], g.lower - through[1]
+            q_upper, q_lower = q_upper - through[0], near.lower - through[1]
         wide = accumulation_dtype(g.value.device)
-        constraint = g.value.to(wide) - ahead.value.to(wide)
+        constraint = near.value.to(wide) - ahead.value.to(wide)
         f = oracle.upper()
         return Terms(f, g, walk.end, constraint, q_upper, q_lower)
 
@@ -228,10 +232,6 @@ class DynamicBarrier(BilevelOptimizer[BarrierStats], ABC):
         at = inner_point if self.step_from == "lookahead" else current
         upper = Vector((x.detach() for x in self.upper_level.tensors), self.upper_names)
         return Cone(self.upper_set, self.lower_set, upper, at)
-
-    def _lower_gradient(self, g: Evaluation, ahead: Evaluation) -> Vector:
-        """grad_w q, where it needs no derivative of the walk."""
-        return g.lower - ahead.lower if self.value_gradient == "difference" else g.lower
 
     def checks(self, checker: Checker) -> Iterator[Check]:
         """Gradients of F, G and q, Q, the multiplier, the directions: from the equations above by plain autograd."""

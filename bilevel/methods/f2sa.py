@@ -127,8 +127,9 @@ class F2SA(PenaltyMethod[PenaltyStats]):
         ends = {j: self._walk(oracle, j, y, penalty) for j, y in starts.items()}
 
         last = self.inner_steps
-        gs = {j: oracle.lower(y, wrt="upper") for j, y in {1: None, **ends}.items()}
-        fs = {j: oracle.upper(y, batch=last, wrt="upper") for j, y in {1: None, **ends}.items() if j != 0}
+        with oracle.precisely():  # their difference is multiplied by lambda, and their rounding with it
+            gs = {j: oracle.lower(y, wrt="upper") for j, y in {1: None, **ends}.items()}
+            fs = {j: oracle.upper(y, batch=last, wrt="upper") for j, y in {1: None, **ends}.items() if j != 0}
         terms = [c * penalty * gs[j].upper for j, c in self._coefficients.items()]
         terms += [c * j * fs[j].upper for j, c in self._coefficients.items() if j != 0]
         upper = sum(terms[1:], terms[0])

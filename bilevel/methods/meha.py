@@ -103,7 +103,9 @@ class MEHA(PenaltyMethod[PenaltyStats]):
         slope = (1 / c) * f.lower + g.lower
         oracle.train(slope - _where(slope, (1 / self.gamma) * (oracle.point() - theta)))
 
-        ahead, here, above = oracle.lower(theta, wrt="upper"), oracle.lower(wrt="upper"), oracle.upper(wrt="upper")
+        with oracle.precisely():
+            ahead, here = oracle.lower(theta, wrt="upper"), oracle.lower(wrt="upper")
+        above = oracle.upper(wrt="upper")
         envelope = (0.5 / self.gamma) * (theta - oracle.point()).squared_norm().to(here.value.device)
         return Directions(
             upper=(1 / c) * above.upper + here.upper - ahead.upper,

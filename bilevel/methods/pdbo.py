@@ -144,11 +144,13 @@ class PDBO(BilevelOptimizer[PDBOStats]):
         walk = descend(oracle, self.inner_rule(), self.inner_steps, **begin)
         if self.starts > 1:
             return self._from_the_best(oracle, g, walk.end)
-        ahead = oracle.lower(walk.end, wrt="upper")
+        near = oracle.lower_precisely(g)
+        with oracle.precisely():
+            ahead = oracle.lower(walk.end, wrt="upper")
         f = oracle.upper()
-        constraint, multiplier = self._ascent(g, ahead.value)
+        constraint, multiplier = self._ascent(near, ahead.value)
         return Directions(
-            upper=f.upper + multiplier * (g.upper - ahead.upper),
+            upper=f.upper + multiplier * (near.upper - ahead.upper),
             lower=f.lower + multiplier * g.lower,
             state={"omega": walk.end, "multiplier": multiplier, "constraint": constraint},
             stats=PDBOStats.of(f, g, multiplier=multiplier, constraint=constraint),

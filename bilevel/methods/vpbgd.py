@@ -118,13 +118,15 @@ class VPBGD(PenaltyMethod[PenaltyStats]):
         walk = descend(oracle, self.inner_rule(), self.inner_steps, **begin)
         if self.starts > 1:
             return self._from_the_best(oracle, g, walk.end, gamma, scale)
-        ahead = oracle.lower(walk.end, wrt="upper")
+        near = oracle.lower_precisely(g)
+        with oracle.precisely():
+            ahead = oracle.lower(walk.end, wrt="upper")
         f = oracle.upper()
         return Directions(
-            upper=scale * (f.upper + gamma * (g.upper - ahead.upper)),
+            upper=scale * (f.upper + gamma * (near.upper - ahead.upper)),
             lower=scale * (f.lower + gamma * g.lower),
             state={**self.stepped(), "omega": walk.end},
-            stats=PenaltyStats.of(f, g, penalty=gamma, constraint=difference(g.value, ahead.value)),
+            stats=PenaltyStats.of(f, g, penalty=gamma, constraint=difference(near.value, ahead.value)),
         )
 
     def _from_the_best(

@@ -12,9 +12,11 @@ from typing import Any, cast
 from ..batches import MISSING, sorted_batches
 from ..compiler import eager
 from ..directions import Directions, S, T
-from ..errors import message
+from ..errors import count, message
 from ..evaluation.oracle import Oracle
+from ..evaluation.scaling import Scaling
 from ..levels import check_disjoint
+from ..microbatches import split_batch
 from ..processes.joined import acting, settled
 from ..wrappers import unwrapped
 from .checkpoint import Parts, load_together, saved
@@ -59,10 +61,13 @@ class BilevelOptimizer(Method[S], ABC):
         verify: Whether fast routes are compared with plain autograd of your closures: ``"auto"`` (default) in looks, at
             steps 1, 2, 4, ..., 1024, 2048, ... and after changes; ``"always"`` in every step; ``"never"``, which calls
             no loss beyond the documented number.
+        scaler: A ``torch.amp.GradScaler``, for losses under autocast to float16. Derivatives are scaled, and unscaled
+            before anything is computed from them; a step that overflows is skipped, whatever ``on_nonfinite`` says,
+            and lowers the scale. The scaler is this optimizer's own: it calls ``update``, and ``state_dict`` has it.
     """
 
     @eager
-    def step(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING) -> S:
+    def step(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING, microbatches: int | None = None) -> S:
         """Take one step: directions at the current point, handed to the two torch optimizers.
 
         Args:
@@ -70,6 +75,9 @@ class BilevelOptimizer(Method[S], ABC):
                 loss gets its batch untouched; a side without a batch is called without arguments.
             upper: The upper batch, by name.
             lower: One lower batch, by name.
+            microbatches: Split each batch into so many parts, which the losses see one after another: the numbers of
+                the whole batch at the memory of one part. :class:`bilevel.MicroBatches` in place of a batch says the
+                parts themselves.
 
         Returns:
             The stats of the step.
@@ -79,27 +87,36 @@ class BilevelOptimizer(Method[S], ABC):
             ClosureError: A loss broke its contract; nothing changed.
             NonFiniteError: Under ``on_nonfinite="raise"``; nothing changed.
         """
-        with self._acting("step"), self._oracle(batches, upper, lower) as oracle, self._moving(oracle) as moves:
+        looking = self._oracle(batches, upper, lower, microbatches=microbatches)
+        with self._acting("step"), looking as oracle, self._moving(oracle) as moves:
+            oracle.scaling = scaling = self._begun_scaling()
             try:
                 stats = self.order.step(self.compute, oracle, moves)
             except SkippedStep as bad:
                 moves.undo()
                 stats = cast(S, self.stats_class.unknown(bad.loss))
             settled(f"{type(self).__name__}.step: its end")
-        return stats
+        return stats if scaling is None else self._scaled(scaling, stats)
 
     @eager
-    def directions(self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING) -> Directions[S]:
+    def directions(
+        self, *batches: Any, upper: Any = MISSING, lower: Any = MISSING, microbatches: int | None = None
+    ) -> Directions[S]:
         """Compute what :meth:`step` would hand to the torch optimizers, and move nothing.
 
         Parameters, buffers, ``.grad``, optimizer state, random state, ``requires_grad`` and training flags are as
         before, bit for bit. So a loop of ``apply(directions(...))`` draws the same dropout masks each time, unless
         something else draws in between; ``step`` goes on with the random state.
         """
-        with self._acting("directions"), self._oracle(batches, upper, lower) as oracle, self._looking(oracle):
+        looking = self._oracle(batches, upper, lower, microbatches=microbatches)
+        with self._acting("directions"), looking as oracle, self._looking(oracle):
+            oracle.scaling = scaling = self._begun_scaling()
             answer = self.compute(oracle)
+            stats = answer.stats
+            if scaling is not None:
+                stats = replace(stats, skipped=not scaling.fits([]), loss_scale=scaling.scale)
             settled(f"{type(self).__name__}.directions: its end")
-        return replace(answer, mark=self._state.mark())
+        return replace(answer, stats=stats, mark=self._state.mark())
 
     @eager
     def apply(self, directions: Directions[T]) -> T:
@@ -130,9 +147,14 @@ class BilevelOptimizer(Method[S], ABC):
             state=deepcopy(dict(directions.state)),
         )
         with self._acting("apply"):
-            stats = Moves(self._moved(), None).apply(own)
+            scaling = self._begun_scaling()
+            if scaling is not None and directions.stats.skipped:  # an overflow was found when they were taken
+                scaling.overflowed = True
+                stats = directions.stats
+            else:
+                stats = Moves(self._moved(), None).apply(own)
             settled(f"{type(self).__name__}.apply: its end")
-        return stats
+        return stats if scaling is None else self._scaled(scaling, stats)
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state of both torch optimizers and of the method; modules are saved by their own
@@ -159,8 +181,23 @@ class BilevelOptimizer(Method[S], ABC):
             settled(f"{type(self).__name__}.load_state_dict: its end")
 
     def _parts(self) -> Parts:
-        verification = self._evaluator.verification
-        return Parts(type(self).__name__, self._upper, self._lower, self._state, verification, self._processes)
+        owner, verification = type(self).__name__, self._evaluator.verification
+        return Parts(owner, self._upper, self._lower, self._state, verification, self._processes, self._scaling)
+
+    def _begun_scaling(self) -> Scaling | None:
+        """Return the loss scale, where there is one in use, at the beginning of a step."""
+        scaling = self._scaling
+        if scaling is None or not scaling.scaler.is_enabled():
+            return None
+        scaling.begin([*self._upper.tensors, *self._lower.tensors])
+        return scaling
+
+    @staticmethod
+    def _scaled(scaling: Scaling, stats: T) -> T:
+        """The step ended: let the scaler know."""
+        found = replace(stats, loss_scale=scaling.scale)
+        scaling.end()
+        return found
 
     def _moved(self) -> Moved:
         return Moved(
@@ -175,6 +212,7 @@ class BilevelOptimizer(Method[S], ABC):
             self._upper_set,
             self._lower_set,
             self._learned,
+            self._scaling if self._scaling is not None and self._scaling.scaler.is_enabled() else None,
         )
 
     @contextmanager
@@ -217,11 +255,15 @@ class BilevelOptimizer(Method[S], ABC):
         upper: Any = MISSING,
         lower: Any = MISSING,
         *,
+        microbatches: int | None = None,
         kind: type[Oracle] = Oracle,
         verifies: bool = True,
     ) -> Iterator[Oracle]:
         owner = type(self).__name__
         uppers, lowers = sorted_batches(f"{owner}.step", batches, upper, lower, self.lower_batches)
+        if microbatches is not None:
+            count(f"{owner}.step", "microbatches", microbatches, minimum=1)
+            uppers, lowers = ([split_batch(batch, microbatches) for batch in side] for side in (uppers, lowers))
         self._refresh()
         self._evaluator.verification.mode = self.verify
         looking = self._evaluator.oracle(uppers, lowers, kind=kind, verifies=verifies)

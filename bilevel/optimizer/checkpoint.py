@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import message
+from ..evaluation.scaling import Scaling
 from ..evaluation.verification import Verification
 from ..levels import Level
 from ..processes.group import random_states, restore_random_states
@@ -33,6 +34,7 @@ class Parts:
     state: MethodState
     verification: Verification
     processes: Processes | None = None
+    scaling: Scaling | None = None
 
 
 def saved(parts: Parts) -> dict[str, Any]:
@@ -44,6 +46,7 @@ def saved(parts: Parts) -> dict[str, Any]:
         "lower_optimizer": deepcopy(parts.lower.optimizer.state_dict()),
         "state": parts.state.copy(),
         "verification": parts.verification.state(),
+        **({} if parts.scaling is None else {"scaler": parts.scaling.state()}),
     }
     if parts.processes is not None:
         parts.processes.agree(f"{parts.owner}.state_dict")
@@ -59,7 +62,7 @@ def load(parts: Parts, state_dict: Mapping[str, Any]) -> None:
     """
     owner = f"{parts.owner}.load_state_dict"
     expected = {"format", "method", "upper_optimizer", "lower_optimizer", "state", "verification"}
-    if not isinstance(state_dict, Mapping) or set(state_dict) - {"processes"} != expected:
+    if not isinstance(state_dict, Mapping) or set(state_dict) - {"processes", "scaler"} != expected:
         found = sorted(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
         advice = f"must have the keys {sorted(expected)}. A module's state? Pass the result of state_dict()."
         raise ValueError(message(owner, "state_dict", found, advice))
@@ -69,6 +72,9 @@ def load(parts: Parts, state_dict: Mapping[str, Any]) -> None:
     if state_dict["method"] != parts.owner:
         advice = f"is the state of another method; this optimizer is {parts.owner}."
         raise ValueError(message(owner, "method", state_dict["method"], advice))
+    if state_dict.get("scaler") and parts.scaling is None:
+        advice = "is the state of a GradScaler, and this optimizer has none. Pass scaler=, or take the key out."
+        raise ValueError(message(owner, "scaler", "...", advice))
     _check_processes(owner, parts, state_dict)
     try:
         state = parts.state.loaded(deepcopy(state_dict["state"]))
@@ -76,6 +82,7 @@ def load(parts: Parts, state_dict: Mapping[str, Any]) -> None:
         advice = f"does not fit ({error}). Name and shape the variables as they were when the state was saved."
         raise ValueError(message(owner, "state", "...", advice)) from error
     before = [(level.optimizer, level.optimizer.state_dict()) for level in (parts.upper, parts.lower)]
+    scale_before = None if parts.scaling is None else parts.scaling.state()
     try:
         # Copies, because torch keeps the tensors it is given and would write into the caller's checkpoint.
         for level in (parts.upper, parts.lower):
@@ -84,11 +91,15 @@ def load(parts: Parts, state_dict: Mapping[str, Any]) -> None:
             level.optimizer.load_state_dict(loaded)
             check_state(level.optimizer)
             level.check_direction()
+        if parts.scaling is not None and state_dict.get("scaler"):
+            parts.scaling.load(state_dict["scaler"])
         parts.verification.load(state_dict["verification"])
         parts.state.commit(state)
     except Exception as error:
         for optimizer, state in before:
             optimizer.load_state_dict(state)
+        if parts.scaling is not None and scale_before:
+            parts.scaling.load(scale_before)
         advice = f"does not fit ({error}). Build the torch optimizers as they were when the state was saved."
         raise ValueError(message(owner, "state_dict", "...", advice)) from error
 

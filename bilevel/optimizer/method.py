@@ -15,6 +15,7 @@ from ..directions import Directions, Reduction, S, Stats
 from ..errors import choice, message
 from ..evaluation.oracle import Evaluator, Oracle
 from ..evaluation.replay import Policy
+from ..evaluation.scaling import Scaling
 from ..evaluation.verification import Verify
 from ..feasible import FeasibleSet, Projected
 from ..levels import Level, Variables, check_disjoint
@@ -47,6 +48,7 @@ class Common(TypedDict, total=False):
     upper_buffers: Policy
     lower_buffers: Policy
     verify: Verify
+    scaler: torch.amp.GradScaler | None
     process_group: Group
     upper_projection: Projections | None
     lower_projection: Projections | None
@@ -70,6 +72,7 @@ class Method(Settable, ABC, Generic[S]):
     on_nonfinite = Setting[OnNonFinite](chosen("raise", "skip", "ignore"))
     upper_loss, lower_loss, upper, lower, other = Fixed[Any](), Fixed[Any](), Fixed[Any](), Fixed[Any](), Fixed[Any]()
     upper_buffers, lower_buffers = Fixed[Any](), Fixed[Any]()
+    scaler = Fixed[torch.amp.GradScaler | None]()
     upper_projection, lower_projection = Fixed[Projections | None](), Fixed[Projections | None]()
     verify = Setting[Verify](chosen("auto", "always", "never"))
     process_group = Fixed[Group]()
@@ -95,6 +98,7 @@ class Method(Settable, ABC, Generic[S]):
         upper_buffers: Policy = "once",
         lower_buffers: Policy = "once",
         verify: Verify = "auto",
+        scaler: torch.amp.GradScaler | None = None,
         process_group: Group = None,
         upper_projection: Projections | None = None,
         lower_projection: Projections | None = None,
@@ -123,6 +127,8 @@ class Method(Settable, ABC, Generic[S]):
         modules += [(module, "once") for module in extra]
         self._evaluator = Evaluator(owner, upper_loss, lower_loss, self._upper, self._lower, modules, verify)
         self._state = MethodState()
+        self.__dict__["scaler"] = scaler
+        self._scaling = None if scaler is None else Scaling(owner, scaler)
         self._hooks = HookWatch(owner, self._lower)
         self._learned: LowerHyperparameters | None = None  # what the lower groups hold, if upper variables say so
         self.__dict__["process_group"] = process_group
@@ -133,6 +139,8 @@ class Method(Settable, ABC, Generic[S]):
         """Find out whether other processes take the steps too, at first or since a group was made."""
         owner = type(self).__name__
         self._processes = processes_of(owner, self.process_group)
+        if self._processes is None and not (self._upper.sharded or self._lower.sharded):
+            return
         named = self._evaluator.subject.named_variables
         refuse_other_shards(owner, self._processes, [(n, x) for n, x in named if is_shard(x)])
         if self._processes is not None:

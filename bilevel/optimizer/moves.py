@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..directions import Directions, T
 from ..evaluation.replay import Replay
+from ..evaluation.scaling import Scaling
 from ..feasible import FeasibleSet
 from ..levels import Level
 from ..lower_hyperparameters import LowerHyperparameters, tensors_of
@@ -35,6 +36,7 @@ class Moved:
         on_nonfinite: What a number that is not finite does.
         atomic: Whether moves are taken back if something fails after the first one.
         ignores_clipping: What a clip by a hook makes wrong, or None.
+        scaling: The loss scale, which decides about overflows; or None.
         upper_set: What the upper variables stay in.
         lower_set: What the lower variables stay in.
         hyperparameters: What the lower optimizer's groups are to hold in each real step, computed from the upper
@@ -52,6 +54,7 @@ class Moved:
     upper_set: FeasibleSet
     lower_set: FeasibleSet
     hyperparameters: LowerHyperparameters | None = None
+    scaling: Scaling | None = None
 
 
 class SkippedStep(Exception):
@@ -115,7 +118,7 @@ class Moves:
         self._began = True
         if directions.upper:
             step_along(moved.upper, upper)
-            moved.upper_set.settle()
+            moved.upper_set.settle(upper)
         if directions.lower:
             self._train_along(lower)
         self._remembered = moved.state.commit(state)
@@ -153,7 +156,7 @@ class Moves:
             raise SkippedStep(_loss_of(None, direction))
         self._groups[self._retraced].restore()
         step_along(self._moved.lower, direction)
-        self._moved.lower_set.settle()
+        self._moved.lower_set.settle(direction)
         self._retraced += 1
 
     def end_retracing(self) -> None:
@@ -168,7 +171,7 @@ class Moves:
     def _train_along(self, direction: Tensors) -> None:
         """Step and project."""
         self._step_along(direction)
-        self._moved.lower_set.settle()
+        self._moved.lower_set.settle(direction)
 
     def _step_along(self, direction: Tensors) -> None:
         """Step, and say once if hooks make it another step than the method thinks."""
@@ -189,7 +192,13 @@ class Moves:
 
     def _are_finite(self, checks: Mapping[str, Tensors]) -> bool:
         """Apply ``on_nonfinite`` to the named vectors; False means that the step is to be skipped."""
-        policy = self._moved.on_nonfinite
+        policy, scaling = self._moved.on_nonfinite, self._moved.scaling
+        if scaling is not None:
+            if scaling.fits([tensor for vector in checks.values() for tensor in vector]):
+                return True
+            if scaling.may_be_lowered:
+                scaling.overflowed = True
+                return False
         if policy == "ignore":
             return True
         kept = self._moved.atomic or not self._began

@@ -172,8 +172,8 @@ class Channel:
 def ended(rank: int, kind: str, text: str) -> ProcessError:
     """Phrase the error of a process that ends because of another one."""
     return ProcessError(
-        f"process {rank} raised {kind}: {text} — so the call ended on every process, and its moves are taken back as "
-        "far as contract 2 promises."
+        f"process {rank} raised {kind}: {text} [This ended the call on every process; what had moved is taken back as "
+        "far as contract 2 promises. Look at that process's own traceback.]"
     )
 
 
@@ -211,5 +211,13 @@ def _on_the_host(group: Any) -> Any:
         group._get_backend(torch.device("cpu"))
     except RuntimeError:
         ranks = dist.get_process_group_ranks(group)
-        return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        return dist.new_group(ranks, backend="gloo", use_local_synchronization=True, timeout=_time_out(group))
     return group
+
+
+def _time_out(group: Any) -> Any:
+    """Return how long a group waits for an answer; None, torch's default, where it does not tell."""
+    try:
+        return group._get_backend(torch.device(torch.accelerator.current_accelerator() or "cpu")).options._timeout
+    except (AttributeError, RuntimeError):
+        return None

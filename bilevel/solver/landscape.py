@@ -79,6 +79,7 @@ class Landscape:
             "lower": lower,
             "upper_projection": upper_projection,
             "lower_projection": lower_projection,
+            "process_group": False,  # every process solves the whole problem, if several ask
         }
         self._look = Look(upper_loss, lower_loss, **self.common, **self.optimizers(), on_nonfinite="ignore")
         self.upper = Space(self._look.upper_level, self._look.upper_set)

@@ -8,6 +8,7 @@ setting, test accuracy, label recovery by the method's own and by Bayes' rule, a
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(command: Command) -> None:
     """Train one method, or compare several."""
     settings = command.settings
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("cifar.py: is a program of one process, and torchrun started several. See docs/processes.md.")
     if command.download:
         pools.fetch_if_missing(settings.dataset, settings.data)
     if command.compare:

@@ -27,8 +27,10 @@ from torch import Tensor
 
 from examples.noisy_labels.data import noise, pools
 from examples.noisy_labels.data.randomness import generator
+from examples.noisy_labels.run.declaration import at_least
+from examples.noisy_labels.run.files import refuse_unusable
 
-CLASSES = 10
+CLASSES, FEWEST_A_CLASS = 10, 174  # images of the rarest digit
 LOOKALIKE = {0: 6, 1: 7, 2: 7, 3: 8, 4: 9, 5: 3, 6: 0, 7: 1, 8: 3, 9: 4}
 TO_LOOKALIKE = 0.7  # share of the mistakes that go to the digit that looks alike; the others go anywhere
 BEST_SKILL, WORST_SKILL = 0.9, 0.5  # the annotators lie evenly between them
@@ -138,13 +140,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Make a crowd, say what it is like and write its files."""
     parser = argparse.ArgumentParser(prog="crowd.py", description="Write a small data set labelled by a made-up crowd.")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; without it nothing is written")
-    parser.add_argument("--seed", type=int, default=1, help="decides the crowd and the trusted images [1]")
-    parser.add_argument("--annotators", type=int, default=5, help="how many people [5]")
-    parser.add_argument("--trusted-per-class", type=int, default=10, help="known labels of each class [10]")
+    parser.add_argument("--seed", type=at_least(0), default=1, help="decides the crowd and the trusted images [1]")
+    parser.add_argument("--annotators", type=at_least(1), default=5, help="how many people [5]")
+    parser.add_argument("--trusted-per-class", type=at_least(1), default=10, help="known labels of each class [10]")
     parser.add_argument("--describe", action="store_true", help="print what the crowd is like")
     given = parser.parse_args(arguments)
     if given.out is None and not given.describe:
         parser.error("nothing to do: give --out FOLDER, --describe or both")
+    try:
+        if given.out is not None:
+            refuse_unusable(given.out)
+    except ValueError as problem:
+        parser.error(str(problem))
+    if given.trusted_per_class > FEWEST_A_CLASS:
+        parser.error(f"--trusted-per-class {given.trusted_per_class}: must be at most {FEWEST_A_CLASS}")
     crowd = make(given.seed, annotators=given.annotators, trusted_per_class=given.trusted_per_class)
     if given.describe:
         print(describe(crowd))

@@ -20,11 +20,13 @@ import torch
 from sklearn.base import BaseEstimator
 
 from examples.noisy_labels.run import evaluation
-from examples.noisy_labels.run.options import Options
+from examples.noisy_labels.run.options import METHODS, Options
 from examples.noisy_labels.run.training import Run
 from examples.noisy_labels.verdict import arrays, classifiers, judging, ways
 from examples.noisy_labels.verdict.findings import Report
 from examples.noisy_labels.verdict.network_way import NetworkWay
+from examples.noisy_labels.verdict.together import TOGETHER
+from examples.noisy_labels.verdict.ways import BEST, VERDICT
 
 Array = np.ndarray
 STEPS, EPOCHS = 400, 5  # of label correction, at least: five folds and the last training must end within a minute
@@ -89,8 +91,8 @@ class LabelCorrector(BaseEstimator):  # type: ignore[misc]
             Itself, with ``labels_``, ``probabilities_``, ``actions_`` (keep, change or check), ``suspicion_`` (1: the
             given label is the least probable), ``check_next_`` and ``report_``.
         """
-        data = arrays.read(X, y, trusted, pred_probs=pred_probs, groups=groups, suspicious=suspicious)
         self._check()
+        data = arrays.read(X, y, trusted, pred_probs=pred_probs, groups=groups, suspicious=suspicious)
         problem, inputs = data.problem, data.inputs
         if data.predicted is not None or inputs is None:
             evidence = ways.Evidence(inputs, {"classifier": np.asarray(data.predicted)}, {})
@@ -161,9 +163,17 @@ class LabelCorrector(BaseEstimator):  # type: ignore[misc]
 
     def _check(self) -> None:
         for name, low, high in (("precision", 0, 1), ("level", 0.5, 1)):
-            if not low < getattr(self, name) < high:
-                rule = f"must be above {low} and below {high}"
-                raise ValueError(f"LabelCorrector({name}={getattr(self, name)}): {rule}.")
-        for name, least in (("folds", 2), ("check", 0)):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise ValueError(f"LabelCorrector({name}={getattr(self, name)}): must be an integer, at least {least}.")
+            value = getattr(self, name)
+            if not isinstance(value, float) or not low < value < high:
+                raise ValueError(f"LabelCorrector({name}={value!r}): must be a number above {low} and below {high}.")
+        for name, least in (("folds", 2), ("check", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"LabelCorrector({name}={value!r}): must be an integer, at least {least}.")
+        if isinstance(self.classifier, list | tuple) and not self.classifier:
+            raise ValueError("LabelCorrector(classifier=[]): names none. Leave it out, or name one.")
+        known = (BEST, VERDICT, TOGETHER, *ways.WAYS, *([self.method] if self.method else []))
+        if self.way is not None and self.way not in known:
+            raise ValueError(f"LabelCorrector(way={self.way!r}): must be one of {', '.join(known)}, or None.")
+        if self.method is not None and self.method not in METHODS:
+            raise ValueError(f"LabelCorrector(method={self.method!r}): must be one of {', '.join(METHODS)}, or None.")

@@ -39,7 +39,7 @@ from examples.noisy_labels.data.randomness import generator
 from examples.noisy_labels.data.task import Task
 from examples.noisy_labels.recipes import decoding
 from examples.noisy_labels.recipes.ours import Temper
-from examples.noisy_labels.run import command_line, evaluation
+from examples.noisy_labels.run import command_line, declaration, evaluation
 from examples.noisy_labels.run.files import replacing
 from examples.noisy_labels.run.settings import Settings
 from examples.noisy_labels.run.training import Run, train_at_once
@@ -87,7 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is not finished, seed by seed, and print the table."""
     options = _options(arguments)
     about = {"images": options.images, "epochs": options.epochs, "dataset": options.dataset}
-    results = read(options.output, about)
+    try:
+        results = read(options.output, about)
+    except (ValueError, OSError) as problem:
+        print(problem, file=sys.stderr)
+        return 1
     torch.set_num_threads(1)
     worlds: dict[tuple[str, int], World] = {}
     for trial in [] if options.report else trials(options.methods, options.noise, options.seeds):
@@ -194,8 +198,11 @@ def read(file: Path, about: dict[str, Any]) -> dict[str, dict[str, float]]:
     """
     if not file.is_file():
         return {}
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    runs: dict[str, dict[str, float]] = content.pop("runs")
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        runs: dict[str, dict[str, float]] = content.pop("runs")
+    except (ValueError, KeyError, AttributeError, TypeError) as problem:
+        raise ValueError(f"--output {file}: holds no results of this program ({problem}). Name another file.") from None
     if content != about:
         rule = f"holds runs of {content}, and these would be of {about}"
         raise ValueError(f"select_settings({file}): {rule}. Use another --output.")
@@ -207,18 +214,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="select_settings.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    def listed(text: str) -> tuple[str, ...]:
-        return tuple(text.split(","))
-
-    def numbers(text: str) -> tuple[int, ...]:
-        return tuple(map(int, text.split(",")))
-
-    parser.add_argument("--methods", type=listed, default=tuple(GRID), metavar="NAME,...")
-    parser.add_argument("--noise", type=listed, default=NOISE, metavar="KIND:RATE,...")
-    parser.add_argument("--seeds", type=numbers, default=DEVELOPMENT_SEEDS, metavar="N,...")
+    parser.add_argument("--methods", type=declaration.words, default=tuple(GRID), metavar="NAME,...")
+    parser.add_argument("--noise", type=declaration.words, default=NOISE, metavar="KIND:RATE,...")
+    parser.add_argument("--seeds", type=declaration.integers, default=DEVELOPMENT_SEEDS, metavar="N,...")
     parser.add_argument("--dataset", choices=("cifar10", "cifar100"), default="cifar10")
-    parser.add_argument("--images", type=int, default=IMAGES, help=f"to train on [{IMAGES}]")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"[{EPOCHS}]")
+    parser.add_argument("--images", type=declaration.at_least(20), default=IMAGES, help=f"to train on [{IMAGES}]")
+    parser.add_argument("--epochs", type=declaration.at_least(1), default=EPOCHS, help=f"[{EPOCHS}]")
     parser.add_argument("--data", help="folder that holds the archives [$BILEVEL_DATA, then ./data]")
     parser.add_argument("--device", default="cpu", help="[cpu]")
     parser.add_argument("--output", type=Path, default=RESULT, help="where results are and go")
@@ -227,6 +228,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     for method in options.methods:
         if method not in GRID:
             parser.error(f"--methods {method}: must be of {', '.join(GRID)}")
+    try:
+        for trial in trials(options.methods[:1], options.noise, options.seeds):
+            resolved(trial, options)
+    except ValueError as problem:
+        parser.error(str(problem))
     return options
 
 

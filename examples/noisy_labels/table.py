@@ -28,7 +28,8 @@ import bilevel
 from examples.noisy_labels.report import formats, statistics
 from examples.noisy_labels.run import interruption
 from examples.noisy_labels.run.cells import Cell, cells
-from examples.noisy_labels.run.files import replacing
+from examples.noisy_labels.run.declaration import at_least, integers, words
+from examples.noisy_labels.run.files import refuse_unusable, replacing
 from examples.noisy_labels.run.interruption import Interruption
 from examples.noisy_labels.run.settings import DATASETS, METHODS, PRESETS
 from examples.noisy_labels.run.workers import FAILURES, Workers
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table = _cells(options, further)
         for cell in table:
             cell.check()
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         print(problem, file=sys.stderr)
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
@@ -133,42 +134,36 @@ def _options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="table.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     methods = ",".join(METHODS)
-    parser.add_argument("--methods", type=_words, default=METHODS, metavar="NAME,...", help=f"[{methods}]")
-    parser.add_argument("--datasets", type=_words, default=("cifar10",), metavar="NAME,...", help="[cifar10]")
+    parser.add_argument("--methods", type=words, default=METHODS, metavar="NAME,...", help=f"[{methods}]")
+    parser.add_argument("--datasets", type=words, default=("cifar10",), metavar="NAME,...", help="[cifar10]")
     parser.add_argument(
         "--noise",
-        type=_words,
+        type=words,
         default=("uniform:0.4", "flip:0.4"),
         metavar="KIND:RATE,...",
         help="also human:COLUMN and matrix:FILE; DATASET/ before it: for that one alone [uniform:0.4,flip:0.4]",
     )
-    parser.add_argument("--seeds", type=_numbers, default=(1, 2, 3), metavar="N,...", help="[1,2,3]")
+    parser.add_argument("--seeds", type=integers, default=(1, 2, 3), metavar="N,...", help="[1,2,3]")
     parser.add_argument("--preset", choices=[name for name in PRESETS if name != "digits"], help="as of cifar.py")
     parser.add_argument("--data", type=Path, help="folder that holds the archives [$BILEVEL_DATA, then ./data]")
     parser.add_argument("--device", default="cpu", help="of every run [cpu]")
     parser.add_argument("--out", type=Path, default=Path("runs/table"), help="[runs/table]")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time [1]")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each run [1]")
-    parser.add_argument("--retries", type=int, default=1, help="how often a failed run is started again [1]")
+    parser.add_argument("--workers", type=at_least(1), default=1, help="runs at a time [1]")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="threads of each run [1]")
+    parser.add_argument("--retries", type=at_least(0), default=1, help="how often a failed run is started again [1]")
     parser.add_argument("--report", action="store_true", help="train nothing, write the table of what is finished")
     options = parser.parse_args(own)
     for name, known in (("methods", METHODS), ("datasets", DATASETS)):
         unknown = [one for one in getattr(options, name) if one not in known]
         if unknown:
             parser.error(f"--{name} {unknown[0]}: must be of {', '.join(known)}")
-    if options.workers < 1 or options.threads < 1:
-        parser.error("--workers and --threads: must be at least 1")
+    try:
+        refuse_unusable(options.out)
+    except ValueError as problem:
+        parser.error(str(problem))
     options.out = options.out.resolve()  # runs are started in the checkout
     options.data = options.data and options.data.resolve()
     return options, further
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.split(",") if word)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
 
 
 if __name__ == "__main__":

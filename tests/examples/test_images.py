@@ -149,7 +149,8 @@ def test_augmentation_keeps_the_kind_of_pixels() -> None:
 
 def batches(size: int = 100, augment: bool = True, corrupt: float = 0.0) -> Batches:
     task = pools.load(settings(dataset="digits"), CPU)
-    options = {"size": size, "augment": augment, "corrupt": torch.full((len(task.noisy),), corrupt)}
+    random = torch.full((len(task.noisy),), corrupt) if corrupt else None
+    options = {"size": size, "augment": augment, "corrupt": random}
     return Batches(task, task.noisy, task.noisy_labels, seed=1, purpose="noisy batches", **options)  # type: ignore[arg-type]
 
 

@@ -185,12 +185,16 @@ def test_arrays_that_do_not_fit_are_refused(change: dict[str, Any], message: str
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": 1.0}, r"precision=1\.0\): must be above 0 and below 1"),
-        ({"level": 0.3}, r"level=0\.3\): must be above 0\.5"),
+        ({"precision": 1.0}, r"precision=1\.0\): must be a number above 0 and below 1"),
+        ({"level": 0.3}, r"level=0\.3\): must be a number above 0\.5"),
         ({"folds": 1}, r"folds=1\): must be an integer, at least 2"),
         ({"classifier": "magic"}, "is none of logistic, trees"),
         ({"classifier": LinearSVC()}, "gives no probabilities"),
-        ({"way": "magic"}, "--way magic: must be best, verdict, together, or one of given"),
+        ({"precision": "high"}, "must be a number above 0"),
+        ({"seed": -1}, r"seed=-1\): must be an integer, at least 0"),
+        ({"classifier": []}, "names none"),
+        ({"method": "magic"}, r"method='magic'\): must be one of ebomlc"),
+        ({"way": "magic"}, "must be one of best, verdict, together, given"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 import bilevel
 from examples.loops import from_betty, from_torchopt, plain
 from examples.loops.problem import WRONG, Weighted, data
-from examples.noisy_labels.command_line import parse
+from examples.noisy_labels.run.command_line import parse
 
 ROOT = Path(__file__).parents[2]
 LOOPS = ROOT / "examples" / "loops"

@@ -204,6 +204,7 @@ def test_given_labels_that_were_corrected_judge_no_correction(
             ["--way", "magic"],
             "--way magic: must be best, verdict, together, given, trusted, classifier, cleanlab, bayes",
         ),
+        (["--encoding", "klingon"], "--encoding klingon: is no encoding that Python knows"),
         (["--way", "bayes", "--folds", "0"], "--way bayes: is judged in folds"),
     ],
 )

@@ -16,7 +16,15 @@ from matplotlib.image import imread
 from torch import Tensor
 from torch.func import functional_call
 
-from examples import hyper_cleaning, learned_regularisation, maml_sinusoids, reweighting, small_images, toys
+from examples import (
+    hyper_cleaning,
+    learned_regularisation,
+    learning_rates,
+    maml_sinusoids,
+    reweighting,
+    small_images,
+    toys,
+)
 
 Main = Callable[[list[str]], dict[str, float]]
 
@@ -73,6 +81,22 @@ def test_the_closed_form_fit_is_the_minimum() -> None:
     w = problem.fit(v).requires_grad_()
     (gradient,) = torch.autograd.grad(problem.lower_loss(w, v), w)
     assert gradient.abs().max() < 1e-12
+
+
+@pytest.mark.program
+def test_learned_rates_are_as_good_as_a_grid(tmp_path: Path) -> None:
+    found = smoke(learning_rates.main, tmp_path, "learning_rates.png")
+    assert found["learned"] < 1.02 * found["grid"]
+    assert found["learned, by layer"] < 1.02 * found["grid"]
+    assert found["accuracy, while training"] > found["accuracy, too slow"] + 0.05
+
+
+def test_the_plain_run_of_the_rates_is_the_one_that_is_differentiated() -> None:
+    """F of ``directions`` is that of ``torch.optim.SGD`` with the same numbers, for one group and for two."""
+    task = learning_rates.Task(1)
+    for groups in (1, 2):
+        (pairs, seen) = learning_rates.tuned(task, groups, runs=1)
+        assert task.judged(learning_rates.run(task, pairs, task.batches)) == pytest.approx(seen[0], rel=1e-10)
 
 
 @pytest.mark.program

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -78,6 +79,8 @@ def test_cells_come_seed_by_seed_and_have_folders_of_their_own(tmp_path: Path) -
 
 def test_a_matrix_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    np.savetxt(tmp_path / "own" / "t.csv", np.eye(10), delimiter=",")
     (cell,) = cells(("ce",), ("digits",), ["digits/matrix:own/t.csv"], (1,), [], tmp_path)
     assert cell.settings.transition == str(tmp_path / "own" / "t.csv")
 
@@ -318,7 +321,9 @@ def test_a_table_of_what_is_finished_without_training(tmp_path: Path, capsys: py
     [
         (["--methods", "magic"], "--methods magic: must be of ce, clean"),
         (["--datasets", "mnist"], "--datasets mnist: must be of cifar10"),
-        (["--workers", "0"], "must be at least 1"),
+        (["--workers", "0"], "must be an integer, at least 1"),
+        (["--methods", ""], "names nothing"),
+        (["--retries", "-1"], "must be an integer, at least 0"),
         (["--noise", "flip:2", "--out", "nowhere"], "must be between 0 and 1"),
     ],
 )

@@ -373,27 +373,42 @@ class Weights(torch.nn.Module):
         self.second = torch.nn.Parameter(torch.tensor([0.1, -0.2], dtype=F64))
 
 
+def two_weights(**options: Any) -> tuple[Any, Weights]:
+    lower, a = Weights(), vector(1.5, -0.3)
+
+    def lower_loss() -> Tensor:
+        return (lower.first[:2] - a).square().sum() + (lower.second * lower.first[1] - a).pow(4).sum()
+
+    optimizer = bilevel.Unrolled(
+        lambda: (lower.first * torch.arange(3)).sum() + (lower.second - 1).square().sum(),
+        lower_loss,
+        upper=a,
+        lower=lower,
+        upper_optimizer=torch.optim.SGD([a], lr=0.1),
+        lower_optimizer=torch.optim.Adam(lower.parameters(), lr=0.05),
+        inner_steps=3,
+        lower_projection={"first": Simplex(), "second": Ball(0.25)},
+        **options,
+    )
+    return optimizer, lower
+
+
+ROUTES: dict[str, dict[str, Any]] = {
+    "graph": {"differentiate": "graph"},
+    "forward": {"differentiate": "forward"},
+    "checkpoints": {"differentiate": "adjoint", "checkpoints": 2},
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("virtual", [True, False])
 @pytest.mark.parametrize("truncate", [None, 1])
-def test_both_routes_through_projected_steps(virtual: bool, truncate: int | None) -> None:
+def test_every_route_through_projected_steps(route: str, virtual: bool, truncate: int | None) -> None:
+    if route == "checkpoints" and not virtual:
+        return
     found = []
-    for differentiate in ("adjoint", "graph"):
-        lower, a = Weights(), vector(1.5, -0.3)
-        optimizer = bilevel.Unrolled(
-            lambda lower=lower: (lower.first * torch.arange(3)).sum() + (lower.second - 1).square().sum(),
-            lambda lower=lower, a=a: (
-                (lower.first[:2] - a).square().sum() + (lower.second * lower.first[1] - a).pow(4).sum()
-            ),
-            upper=a,
-            lower=lower,
-            upper_optimizer=torch.optim.SGD([a], lr=0.1),
-            lower_optimizer=torch.optim.Adam(lower.parameters(), lr=0.05),
-            inner_steps=3,
-            virtual=virtual,
-            truncate=truncate,
-            differentiate=differentiate,
-            lower_projection={"first": Simplex(), "second": Ball(0.25)},
-        )
+    for options in ({"differentiate": "adjoint"}, ROUTES[route]):
+        optimizer, lower = two_weights(virtual=virtual, truncate=truncate, **options)
         found.append(optimizer.directions().upper["0"])
         report = bilevel.check_directions(optimizer)
         assert report.passed, report
@@ -401,6 +416,29 @@ def test_both_routes_through_projected_steps(virtual: bool, truncate: int | None
         assert lower.first.sum().item() == pytest.approx(1.0)
         assert lower.second.norm().item() <= 0.25 + 1e-12
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("differentiate", ["adjoint", "forward"])
+def test_a_learned_rate_of_projected_steps(differentiate: str) -> None:
+    """W = min(max(w - r 2 (w - 3), -1), 1) twice, from -1: r = 0.05 gives -0.6 and -0.24; r = 0.3 ends at the bound."""
+    for r, expected in ((0.05, None), (0.3, 0.0)):
+        rate, w = scalar(r), scalar(-1.0)
+        optimizer = bilevel.Unrolled(
+            lambda w=w: (w - 2) ** 2,
+            lambda w=w: (w - 3) ** 2,
+            upper=rate,
+            lower=w,
+            upper_optimizer=torch.optim.SGD([rate], lr=1e-3),
+            lower_optimizer=torch.optim.SGD([w], lr=0.1),
+            inner_steps=2,
+            differentiate=differentiate,
+            lower_hyperparameters=lambda rate=rate: {"lr": rate},
+            lower_projection=Box(-1.0, 1.0),
+        )
+        # w_2 = 3 - 4 (1 - 2 r)^2: dw_2/dr = 16 (1 - 2 r).
+        end = 3 - 4 * (1 - 2 * r) ** 2
+        slope = 2 * (end - 2) * 16 * (1 - 2 * r) if expected is None else expected
+        assert optimizer.directions().upper["0"].item() == pytest.approx(slope, rel=1e-9, abs=1e-12)
 
 
 # --- a projection of one's own ------------------------------------------------------------------------------------

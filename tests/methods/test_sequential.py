@@ -32,7 +32,8 @@ def back(steps: int) -> str:
 
 
 MORE: dict[str, Case] = {
-    "unrolled-1": Case(bilevel.Unrolled, lambda k: "LUl", **LOOK_FIRST),
+    "unrolled-1": Case(bilevel.Unrolled, lambda k: "LU", **LOOK_FIRST),
+    "unrolled-1-adjoint": Case(bilevel.Unrolled, lambda k: "LUl", {"differentiate": "adjoint"}, **LOOK_FIRST),
     "unrolled-3-truncated": Case(
         bilevel.Unrolled,
         lambda k: "LLLU" + back(2),
@@ -55,7 +56,7 @@ MORE: dict[str, Case] = {
         bilevel.Unrolled, lambda k: "LLLU", {"inner_steps": 3, "truncate": 1, "differentiate": "graph"}, **LOOK_FIRST
     ),
     "unrolled-preview-rate": Case(
-        bilevel.Unrolled, lambda k: "LUl", {"inner_step": "optimizer", "inner_lr": 0.05}, **LOOK_FIRST
+        bilevel.Unrolled, lambda k: "LU", {"inner_step": "optimizer", "inner_lr": 0.05}, **LOOK_FIRST
     ),
     "unrolled-real-graph-truncated": Case(
         bilevel.Unrolled,

@@ -837,9 +837,11 @@ def test_float32_agrees_with_float64() -> None:
 @pytest.mark.parametrize(
     ("options", "taken"),
     [
-        ({"inner_steps": 1}, "forward"),
+        ({"inner_steps": 1}, "graph"),
+        ({"inner_steps": 1, "product": "forward"}, "forward"),
+        ({"inner_steps": 1, "product": "reverse"}, "reverse"),
         ({"inner_steps": 2}, "graph"),
-        ({"inner_steps": 3, "truncate": 1}, "forward"),
+        ({"inner_steps": 3, "truncate": 1}, "graph"),
         ({"inner_steps": 3, "truncate": 2}, "graph"),
         ({"inner_steps": 1, "virtual": False}, "forward"),
         ({"inner_steps": 2, "virtual": False}, "graph"),
@@ -850,7 +852,7 @@ def test_float32_agrees_with_float64() -> None:
     ],
 )
 def test_the_faster_mode_is_taken_and_named(options: dict[str, Any], taken: str) -> None:
-    """Adjoint for one differentiated step, the graph for more; all give the same numbers."""
+    """The graph, without convolutions also for one step unless it is real; all give the same numbers."""
     lower, x = nn.Linear(3, 1, bias=False).double(), normal(4, 3)
     levels = {
         "upper": UPPER,
@@ -894,6 +896,68 @@ def test_where_lower_variables_are_in_no_module_the_adjoint_serves() -> None:
     losses = (lambda: (w - 1).exp().sum(), lambda: (w - UPPER).exp().sum())
     stats = bilevel.Unrolled(*losses, upper=UPPER, lower=w, inner_steps=2, **levels).directions().stats
     assert stats.product == "reverse"
+
+
+def layers(convolutions: int, linear: int) -> nn.Sequential:
+    """A network with these layers, which shrink nothing."""
+    body = [nn.Conv1d(1, 1, 3, padding=1) for _ in range(convolutions)] + [nn.Linear(4, 4) for _ in range(linear)]
+    return nn.Sequential(*body).double()
+
+
+@pytest.mark.parametrize(
+    ("convolutions", "linear", "taken"), [(0, 3, "graph"), (1, 0, "forward"), (1, 2, "forward"), (1, 3, "graph")]
+)
+def test_one_step_takes_the_graph_unless_a_third_of_the_layers_are_convolutions(
+    convolutions: int, linear: int, taken: str
+) -> None:
+    lower, x = layers(convolutions, linear), normal(5, 1, 4)
+    levels = {
+        "upper": UPPER,
+        "lower": lower,
+        "upper_optimizer": torch.optim.SGD([UPPER], lr=0.1),
+        "lower_optimizer": torch.optim.SGD(lower.parameters(), lr=0.1),
+    }
+    losses = (lambda: (lower(x) - 1).tanh().square().mean(), lambda: (lower(x) - UPPER).tanh().square().mean())
+    for steps in (1, 2):
+        answer = bilevel.Unrolled(*losses, **levels, inner_steps=steps).directions()
+        assert answer.stats.product == (taken if steps == 1 else "graph")
+
+
+class Once(torch.autograd.Function):
+    """The square, with a forward-mode rule and no second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * g
+
+    @staticmethod
+    def jvp(ctx: Any, v: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * v
+
+
+def test_the_default_falls_back_to_the_adjoint_without_second_derivatives() -> None:
+    point = nn.ParameterDict({"w": nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))})
+    optimizer = bilevel.Unrolled(
+        lambda: point["w"].sum(),
+        lambda: (Once.apply(point["w"]) * UPPER).sum(),
+        upper=UPPER,
+        lower=point,
+        upper_optimizer=torch.optim.SGD([UPPER], lr=0.1),
+        lower_optimizer=torch.optim.SGD(point.parameters(), lr=0.1),
+    )
+    with pytest.warns(UserWarning, match="has no double backward.*Falling back to the adjoint"):
+        answer = optimizer.directions()
+    assert answer.stats.product == "forward"
+    # w_1 = w - 0.1 * 2 w a, so dF/da = -0.2 (1 + 2).
+    assert answer.upper["0"].item() == pytest.approx(-0.6)
+    assert optimizer.directions().upper["0"].item() == pytest.approx(-0.6)
 
 
 # --- forward mode -------------------------------------------------------------------------------------------------

@@ -80,7 +80,11 @@ def part(batch: Batch) -> Batch:
 
 
 def steps_apart(
-    name: str, dtype: torch.dtype, steps: int = 3, options: Mapping[str, Any] | None = None
+    name: str,
+    dtype: torch.dtype,
+    steps: int = 3,
+    options: Mapping[str, Any] | None = None,
+    microbatches: int | None = None,
 ) -> tuple[float, dict[str, Tensor]]:
     """Take the same steps alone on joined batches, and together on parts; return how far the variables are apart, and
     where they are.
@@ -91,7 +95,7 @@ def steps_apart(
     many = shared.optimizer(case, dist.group.WORLD, **options or {})
     for _ in range(steps):
         batches = alone.batches(one.lower_batches)
-        mine, ours = one.step(*batches), many.step(*map(part, batches))
+        mine, ours = one.step(*batches), many.step(*map(part, batches), microbatches=microbatches)
         for number in ("upper_loss", "lower_loss"):
             assert torch.allclose(getattr(mine, number), getattr(ours, number), rtol=1e-5, atol=1e-6), number
     values = shared.values()

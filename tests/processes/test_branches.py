@@ -129,7 +129,11 @@ def with_solver(solver: Any) -> float:
 
 @pytest.mark.parametrize(
     "solver",
-    [bilevel.ConjugateGradient(4, tolerance=1e-2), bilevel.Neumann(5, tolerance=0.5), bilevel.FixedPoint(5)],
+    [
+        bilevel.ConjugateGradient(4, tolerance=1e-2, damping=1.0),
+        bilevel.Neumann(5, tolerance=0.5),
+        bilevel.FixedPoint(5),
+    ],
     ids=lambda solver: type(solver).__name__,
 )
 def test_solvers_stop_together(two: GroupOf, solver: Any) -> None:
@@ -147,18 +151,76 @@ def with_options(name: str, options: dict[str, Any]) -> float:
         ("unrolled", {"differentiate": "graph", "inner_steps": 3, "truncate": 2, "virtual": False}),
         ("unrolled", {"differentiate": "auto", "inner_steps": 2, "product": "difference"}),
         ("emlc", {"memory": "replay", "inner_steps": 3}),
-        ("emlc", {"product": "reverse", "discount": 0.5, "inner_steps": 2}),
-        ("emlc", {"product": "difference", "verify": "always"}),
+        pytest.param("emlc", {"product": "reverse", "discount": 0.5, "inner_steps": 2}, marks=pytest.mark.thorough),
+        pytest.param("emlc", {"product": "difference", "verify": "always"}, marks=pytest.mark.thorough),
         ("mlc", {"inner_steps": 2}),
-        ("finite-difference", {"inner_step": "gradient", "inner_lr": 0.05}),
-        ("bsg1", {"inner_steps": 1, "verify": "always"}),
-        ("bvfsm", {"inner_steps": 2, "value_steps": 3}),
+        pytest.param("finite-difference", {"inner_step": "gradient", "inner_lr": 0.05}, marks=pytest.mark.thorough),
+        pytest.param("bsg1", {"inner_steps": 1, "verify": "always"}, marks=pytest.mark.thorough),
+        pytest.param("bvfsm", {"inner_steps": 2, "value_steps": 3}, marks=pytest.mark.thorough),
         ("f2sa", {"p": 3, "step_scale": "penalty", "normalise": True}),
+        pytest.param("unrolled-forward", {"inner_steps": 3, "truncate": 2}, marks=pytest.mark.thorough),
+        pytest.param("unrolled", {"inner_steps": 4, "checkpoints": "sqrt"}, marks=pytest.mark.thorough),
+        pytest.param(
+            "implicit",
+            {"solver": bilevel.ConjugateGradient(3, damping=1.0), "product": "auto", "warm_start": True},
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            "implicit",
+            {"solver": bilevel.ConjugateGradient(3, damping=1.0), "product": "forward", "verify": "always"},
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param("pdbo", {"starts": 3}, marks=pytest.mark.thorough),
+        ("vpbgd", {"starts": 2}),
+        pytest.param("bome", {"upper_projection": bilevel.projection.Box(-0.6, 0.6)}, marks=pytest.mark.thorough),
+        pytest.param("ebomlc", {"lower_projection": bilevel.projection.Box(-0.5, 0.5)}, marks=pytest.mark.thorough),
+        pytest.param(
+            "unrolled",
+            {"lower_projection": bilevel.projection.Box(-0.5, 0.5), "product": "reverse"},
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_further_options(two: GroupOf, name: str, options: dict[str, Any]) -> None:
     bound = 1e-9 if options.get("product") == "difference" else 1e-12
     assert max(two(with_options, name, options)) < bound
+
+
+def in_micro_batches(name: str) -> float:
+    return steps_apart(name, torch.float64, 3, None, 2)[0]
+
+
+@pytest.mark.parametrize("name", ["bome", "emlc", "implicit", "soba-forward"])
+def test_parts_in_micro_batches(two: GroupOf, name: str) -> None:
+    assert max(two(in_micro_batches, name)) < 1e-12
+
+
+def overflowing() -> list[tuple[bool, float]]:
+    """Steps with a scaler, in the second of which the loss of process 0 overflows at any scale above 4."""
+    shared = Shared(torch.float32)
+    number = [0]
+    plain = shared.lower_loss
+
+    def loss(batch: Any) -> Tensor:
+        value: Tensor = plain(batch)
+        small = value.half() * (2**13 if number[0] == 2 and dist.get_rank() == 0 else 1)
+        return small.float() / (2**13 if number[0] == 2 and dist.get_rank() == 0 else 1)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=100)
+    optimizer = shared.optimizer(CASES["bome"], dist.group.WORLD, lower_loss=loss, scaler=scaler)
+    found = []
+    for number[0] in range(1, 5):
+        stats = optimizer.step(*map(part, shared.batches(1)))
+        found.append((stats.skipped, float(scaler.get_scale())))
+    return found
+
+
+def test_an_overflow_of_one_process_skips_the_step_of_both(two: GroupOf) -> None:
+    mine, theirs = two(overflowing)
+    assert mine == theirs
+    assert any(skipped for skipped, _ in mine)
+    assert not mine[-1][0]
+    assert mine[-1][1] < 2.0**16
 
 
 def uneven(name: str) -> float:

@@ -46,6 +46,15 @@ def test_the_model_counts_what_is_sent(two: GroupOf) -> None:
     for reductions, given, lower, upper in two(sent, "unrolled-graph", {"inner_steps": 3}):
         assert reductions == 8
         assert given == 2 * sum(unrolled(lower, upper, 3))
+    # As docs/processes.md says; each evaluation beside it sends its value.
+    for _, given, lower, upper in two(sent, "bome-3", {}):
+        assert given == 8 * (4 * lower + 3 * upper + 5)
+    for _, given, lower, upper in two(sent, "unrolled-reverse", {"inner_steps": 3}):
+        assert given == 8 * (7 * lower + 4 * upper + 5)
+    for _, given, lower, upper in two(sent, "emlc", {"product": "reverse", "inner_steps": 2}):
+        assert given == 8 * (3 * lower + 3 * upper + 3)
+    for _, given, lower, upper in two(sent, "implicit", {}):
+        assert given == 8 * (4 * lower + 2 * upper + 2)
 
 
 def test_times_are_those_of_a_ring_and_a_tree() -> None:
@@ -68,4 +77,4 @@ def test_without_spread_nobody_waits_and_with_it_many_do() -> None:
 @pytest.mark.environment
 def test_the_program_runs(tmp_path: Path) -> None:
     assert main(["--smoke", "--output", str(tmp_path / "report.txt")]) == 0
-    assert "3 reductions, 1,093,804 bytes" in (tmp_path / "report.txt").read_text()
+    assert "3 reductions of 1,093,804 bytes and 7 messages" in (tmp_path / "report.txt").read_text()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bilevel.projection import Ball, Box
 from group_of import GroupOf
 from joined_batches import Shared, part, steps_apart
 from methods_table import CASES
@@ -80,3 +81,11 @@ def half() -> float:
         many.step(*((x[mine], y[mine]) for x, y in batches))
     values = shared.values()
     return max(float((x - values[n]).abs().max()) for n, x in alone.values().items())
+
+
+@pytest.mark.parametrize("name", ["bome", "implicit", "unrolled", "unrolled-graph", "emlc-2", "soba", "gpbgd"])
+def test_two_processes_are_one_at_active_bounds(two: GroupOf, name: str) -> None:
+    weight = Shared(torch.float64).lower[2].weight
+    size, largest = float(weight.detach().norm()), float(weight.detach().abs().max())
+    bounds = {"lower_projection": {"2.weight": Ball(1.0001 * size), "2.bias": Box(-largest, largest)}}
+    assert max(apart for apart, _ in two(steps_apart, name, torch.float64, 3, bounds)) < TOLERANCE[torch.float64]

@@ -95,6 +95,22 @@ def test_barrier_methods_on_shards_in_float32(two: GroupOf) -> None:
     assert max(two(apart, "bome", {}, False, torch.float32)) < 1e-6
 
 
+def in_micro_batches() -> float:
+    alone, shared = Whole(), Sharded()
+    one = alone.optimizer(CASES["bome"], False)
+    many = shared.optimizer(CASES["bome"], dist.group.WORLD)
+    for _ in range(3):
+        batches = alone.batches(1)
+        one.step(*batches)
+        many.step(*map(part, batches), microbatches=3)
+    values = shared.values()
+    return max(float((x - values[n]).abs().max()) for n, x in alone.values().items())
+
+
+def test_shards_in_micro_batches(two: GroupOf) -> None:
+    assert max(two(in_micro_batches)) < 1e-12
+
+
 def one_fails() -> tuple[str, bool]:
     """An error after the forward of one process; what has not moved goes on."""
     shared = Sharded()

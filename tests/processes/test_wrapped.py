@@ -20,10 +20,10 @@ from methods_table import CASES
 class Called(Shared):
     """The same losses, which call both networks through DDP."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: bool) -> None:
         super().__init__()
-        self.ddp_lower = nn.parallel.DistributedDataParallel(self.lower)
-        self.ddp_upper = nn.parallel.DistributedDataParallel(self.upper)
+        self.ddp_lower = nn.parallel.DistributedDataParallel(self.lower, **options)
+        self.ddp_upper = nn.parallel.DistributedDataParallel(self.upper, **options)
 
     def upper_loss(self, batch: Any) -> Tensor:
         x, label = batch
@@ -57,8 +57,8 @@ LEVELS: dict[str, Callable[[Called], dict[str, Any]]] = {
 }
 
 
-def through_ddp(name: str, levels: str) -> float:
-    alone, shared = Plain(), Called()
+def through_ddp(name: str, levels: str, ddp: dict[str, bool]) -> float:
+    alone, shared = Plain(), Called(**ddp)
     options = {"product": "reverse"} if hasattr(CASES[name].method, "product") else {}
     one = alone.optimizer(CASES[name], False, **options)
     many = shared.optimizer(CASES[name], dist.group.WORLD, **options, **LEVELS[levels](shared))
@@ -78,7 +78,12 @@ def through_ddp(name: str, levels: str) -> float:
 @pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("name", ["bome", "emlc", "unrolled"])
 def test_modules_in_ddp_are_those_inside(two: GroupOf, name: str, levels: str) -> None:
-    assert max(two(through_ddp, name, levels)) < 1e-12
+    assert max(two(through_ddp, name, levels, {})) < 1e-12
+
+
+@pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph", "gradient_as_bucket_view"])
+def test_options_of_ddp_mean_nothing_to_a_step(two: GroupOf, option: str) -> None:
+    assert max(two(through_ddp, "emlc", "module", {option: True})) < 1e-12
 
 
 def said() -> list[list[str]]:
@@ -192,3 +197,27 @@ def test_check_directions_checks_the_mean(two: GroupOf, name: str) -> None:
     mine, theirs = two(checked, name)
     assert mine == theirs
     assert mine.startswith(f"{CASES[name].method.__name__}: passed")
+
+
+class SyncBatchNorm(torch.autograd.Function):
+    """What torch's module calls, without the accelerator that it needs: a backward that nothing differentiates."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clone()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("emlc", {"product": "reverse"}), ("unrolled-graph", {}), ("implicit", {}), ("soba", {})]
+)
+def test_synchronised_batch_norm_has_no_second_derivative(name: str, options: dict[str, Any]) -> None:
+    shared = Shared()
+    plain = shared.lower_loss
+    changes = {"lower_loss": lambda batch: SyncBatchNorm.apply(plain(batch)), **options}
+    optimizer = shared.optimizer(CASES[name], False, **changes)
+    with pytest.raises(bilevel.ClosureError, match="SyncBatchNorm has none: its backward adds over processes"):
+        optimizer.step(*shared.batches(optimizer.lower_batches))

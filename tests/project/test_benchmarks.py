@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import bilevel
-from benchmarks import hypergradient, kept_graph, step_time, unrolling, which_method
+from benchmarks import hypergradient, kept_graph, step_time, unrolled_default, unrolled_ways, unrolling, which_method
 from benchmarks.by_hand import ByHand
 from benchmarks.memory import LiveBytes
 from benchmarks.passes import Passes, counted
@@ -98,6 +98,24 @@ class HalfTheStep(unrolling.ByHand):
 
     def hypergradient(self, clean: Batch, noisy: Batch) -> tuple[Tensor, ...]:
         return tuple(g / 2 for g in super().hypergradient(clean, noisy))
+
+
+def test_the_ways_of_unrolled_are_measured_over_k(tmp_path: Path) -> None:
+    """Forward mode needs what two steps need, and a copy of w; checkpoints half of all points; the graph grows."""
+    output = tmp_path / "ways.json"
+    arguments = ["--steps", "2", "25", "--rounds", "1", "--smoke", "--out", str(output)]
+    found = unrolled_ways.main(arguments)
+    assert json.loads(output.read_text())["ways"] == found
+    few, many = ({way: row["memory"] for way, row in found[k].items()} for k in ("2", "25"))
+    assert many["forward"] <= few["forward"] + 1.01
+    assert many["adjoint, sqrt"] < many["adjoint"] / 2
+    assert many["graph"] > 5 * few["graph"]
+
+
+def test_the_default_of_unrolled_is_named(tmp_path: Path) -> None:
+    rows = unrolled_default.main(["--smoke", "--out", str(tmp_path / "default.json")])
+    assert [row["default"] for row in rows] == ["graph", "graph"]
+    assert json.loads((tmp_path / "default.json").read_text())["rows"] == rows
 
 
 def test_another_hypergradient_is_not_timed(

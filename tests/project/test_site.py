@@ -22,7 +22,12 @@ pytestmark = pytest.mark.environment
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All pages, built anew; the notebooks as they are, because ``make docs`` executes them."""
+    """All pages, built anew; the notebooks as they are, because ``make docs`` executes them.
+
+    ``BILEVEL_SITE`` names a folder that was built already.
+    """
+    if "BILEVEL_SITE" in os.environ:
+        return Path(os.environ["BILEVEL_SITE"])
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-q", "-E", "-W", "--keep-going", "-D", "nb_execution_mode=off"]
     result = subprocess.run([*command, str(ROOT / "docs"), str(out)], check=False, capture_output=True, text=True)

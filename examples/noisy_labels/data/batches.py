@@ -87,7 +87,8 @@ class Batches(Shuffled[Batch]):
         seed, purpose: Name the random stream of the order and of the crops.
         augment: Whether to crop and mirror at random.
         views: How often each sample of a batch is augmented; all come once, then all once more.
-        corrupt: For each sample the probability that its given label is drawn anew, uniformly from all classes.
+        corrupt: For each sample the probability that its given label is drawn anew, uniformly from all classes; without
+            it nothing is drawn, so the stream is that of the order and the crops alone.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Batches(Shuffled[Batch]):
     ) -> None:
         super().__init__(index, size=size, seed=seed, purpose=purpose)
         self.task, self.labels, self.augment, self.views = task, labels, augment, views
-        self.corrupt = corrupt if corrupt is not None and bool(corrupt.any()) else None
+        self.corrupt = corrupt
 
     def batch(self, chosen: Tensor) -> Batch:
         """Cut, crop and mirror the chosen samples, all at once."""

@@ -111,6 +111,8 @@ def read(file: Path, classes: int) -> Tensor:
     owner = f"noise({file})"
     try:
         found = np.loadtxt(file, delimiter=",", ndmin=2)
+    except OSError:
+        raise FileNotFoundError(f"{owner}: there is no such file, or it cannot be read.") from None
     except ValueError as problem:
         raise ValueError(f"{owner}: {problem}. Write numbers with commas between them, without a heading.") from None
     if found.shape != (classes, classes):

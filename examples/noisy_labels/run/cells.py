@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from examples.noisy_labels.data import noise as matrices
 from examples.noisy_labels.recipes.gold_loss_correction import GoldLossCorrection
 from examples.noisy_labels.report.results import RESULT
 from examples.noisy_labels.run import command_line
@@ -98,6 +99,7 @@ def cells(
         kind, _, value = (rest if only in DATASETS else noise).partition(":")
         if kind == "matrix":
             value = str(Path(value).resolve())  # runs are started elsewhere
+            matrices.read(Path(value), 100 if dataset == "cifar100" else 10)
         arguments = ["--dataset", dataset, "--noise", kind, "--method", method, "--seed", str(seed), *common]
         arguments += [VALUE_OF.get(kind, "--rate"), value] if value else []
         settings = command_line.parse(arguments).settings

@@ -125,8 +125,6 @@ def parsed(
     given = vars(parser.parse_args(arguments))
     declared = {one.name for one in dataclasses.fields(kind)}
     own = {name: given.pop(name) for name in list(given) if name not in declared}
-    if own["out"] is not None and "\0" in str(own["out"]):
-        parser.error("--out: a name cannot hold a zero character.")
     return own, plain(kind, given)
 
 

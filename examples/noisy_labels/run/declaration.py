@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import field
 from typing import Any, ClassVar, Protocol
 
@@ -83,6 +84,25 @@ def integers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be integers with commas between them, not {text!r}") from None
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return what reads an integer that must not be smaller."""
+
+    def read(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an integer, at least {least}, not {text!r}")
+        return int(text)
+
+    return read
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Read words with commas between them."""
+    found = tuple(word for word in text.split(",") if word)
+    if not found:
+        raise argparse.ArgumentTypeError("names nothing")
+    return found
 
 
 def check(options: Declared) -> None:

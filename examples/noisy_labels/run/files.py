@@ -41,6 +41,8 @@ def not_written(file: Path, problem: OSError) -> OSError:
 
 def refuse_unusable(folder: Path) -> None:
     """Refuse a folder that cannot be one, before hours are spent on what shall be written into it."""
+    if "\0" in str(folder):
+        raise ValueError("--out: a name cannot hold a zero character.")
     whole = folder.absolute()
     place = next(one for one in (whole, *whole.parents) if one.exists())
     if not place.is_dir():

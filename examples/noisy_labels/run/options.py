@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,6 +110,11 @@ class Options(Training):
         super().__post_init__()
         if self.delimiter is not None and len(self.delimiter.replace("\\t", "\t")) != 1:
             raise ValueError(f"--delimiter {self.delimiter!r}: must be one character, or \\t.")
+        try:
+            codecs.lookup(self.encoding)
+        except (LookupError, ValueError):
+            rule = "is no encoding that Python knows. Use utf-8 or, for example, cp1252"
+            raise ValueError(f"--encoding {self.encoding}: {rule}.") from None
         self._check_columns()
         if self.table is None and self.images is None:
             raise ValueError("own_data: there is nothing to read. Give --table FILE, --images FOLDER or both.")

@@ -50,7 +50,7 @@ class Run:
         batch, views = size * self.recipe.noisy_batches, self.recipe.views
         self.noisy = self._batches("noisy batches", task.noisy, task.noisy_labels, batch, views=views)
         # Where the mistaken label is not known, the corrector would only learn to repeat what it is told.
-        corrupt = torch.where(task.mistakes_known, 0.0, settings.corrupt_clean)
+        corrupt = torch.where(task.mistakes_known, 0.0, settings.corrupt_clean) if settings.corrupt_clean else None
         self.clean = self._batches("clean batches", task.clean, task.labels[task.clean], size, corrupt=corrupt)
         self.epoch, self.step, self.seconds = 0, 0, 0.0  # completed epochs; steps and seconds within the current one
         self.sums: dict[str, Tensor] = {}

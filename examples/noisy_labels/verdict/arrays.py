@@ -12,6 +12,7 @@ from examples.noisy_labels.verdict.problem import UNKNOWN, Problem
 
 Array = np.ndarray
 OWNER = "LabelCorrector.fit"
+LARGEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,18 @@ def read(X: Any, y: Any, trusted: Any, *, pred_probs: Any, groups: Any, suspicio
     if X is None and pred_probs is None:
         raise ValueError(f"{OWNER}(X=None): there is nothing to learn from. Give features, or pred_probs.")
     inputs = None if X is None else features(X)
-    said = np.asarray(y, dtype=object)
-    said = said[:, None] if said.ndim == 1 else said
-    if said.ndim != 2 or said.shape[1] == 0:
+    given = np.asarray(y, dtype=object)
+    given = given[:, None] if given.ndim == 1 else given
+    if given.ndim != 2 or given.shape[1] == 0:
         raise ValueError(f"{OWNER}(y): has the shape {np.shape(y)}. Give (samples,) or (samples, annotators).")
-    number = len(said)
+    number = len(given)
     if number == 0 or (inputs is not None and len(inputs) != number):
         there = "no" if inputs is None else len(inputs)
         raise ValueError(f"{OWNER}(X, y): X has {there} rows, and y {number}. Both must name the same samples.")
     truth = _trusted(trusted, number)
-    classes = _classes([*said.ravel(), *truth])
+    classes = _classes([*given.ravel(), *truth])
     position = {one: i for i, one in enumerate(classes.tolist())}
-    annotations = np.array([[_place(one, position) for one in row] for row in said])
+    annotations = np.array([[_place(one, position) for one in row] for row in given])
     answers = np.array([_place(one, position) for one in truth])
     rows = np.flatnonzero(answers != UNKNOWN)
     if len(rows) == 0:
@@ -76,9 +77,10 @@ def features(X: Any) -> Array:
         raise ValueError(f"{OWNER}(X): holds what is no number. Encode text first, for example one-hot.") from None
     if inputs.ndim != 2 or inputs.shape[1] == 0:
         raise ValueError(f"{OWNER}(X): has the shape {inputs.shape}, and must have (samples, features).")
-    if not np.isfinite(inputs).all():
-        row = int(np.flatnonzero(~np.isfinite(inputs).all(1))[0])
-        raise ValueError(f"{OWNER}(X): row {row} holds NaN or infinity. Fill it first, for example with the mean.")
+    usable = (np.abs(inputs) < LARGEST).all(1)  # False for NaN too; squares must be finite
+    if not usable.all():
+        rule = f"row {int(usable.argmin())} holds NaN, infinity or a number beyond {LARGEST:g}"
+        raise ValueError(f"{OWNER}(X): {rule}. Fill or scale it first, for example with the mean.")
     return inputs
 
 
@@ -148,7 +150,10 @@ def _judging(suspicious: Any, number: int) -> Array:
 
 
 def _probabilities(pred_probs: Any, number: int, names: tuple[str, ...]) -> Array:
-    predicted = np.asarray(pred_probs, dtype=float)
+    try:
+        predicted = np.asarray(pred_probs, dtype=float)
+    except (TypeError, ValueError):
+        raise ValueError(f"{OWNER}(pred_probs): holds what is no number. Give probabilities.") from None
     if predicted.shape != (number, len(names)):
         rule = f"has the shape {predicted.shape}, and must have {(number, len(names))}"
         raise ValueError(f"{OWNER}(pred_probs): {rule}: a column for each class, in the order {', '.join(names)}.")
