@@ -60,13 +60,12 @@ class Search:
         except SpentError:
             pass
         try:
-            self.reduced.verify(self.starts, 3)
-            with budget.limited(budget.left * 2 // 3):
+            with budget.limited(budget.left // 2):
                 self._refine()
         except SpentError:
             pass
         try:
-            self.reduced.verify(self.starts, 1)
+            self.reduced.verify(self.starts, 3)
         except SpentError:
             self.note("The budget ended while the last pair was being verified.")
         return self.reduced.best, reason

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import bilevel
-from benchmarks import hypergradient, kept_graph, step_time, unrolled_default, unrolled_ways, unrolling
+from benchmarks import hypergradient, kept_graph, step_time, unrolled_default, unrolled_ways, unrolling, which_method
 from benchmarks.by_hand import ByHand
 from benchmarks.memory import LiveBytes
 from benchmarks.passes import Passes, counted
@@ -193,3 +193,27 @@ def test_turns_rotate_and_warm_up_is_not_timed() -> None:
     times = take_turns(contestants, 2, wait=lambda: None, warm_up=1)
     assert calls == ["a0", "b0", "b1", "a1", "a2", "b2"]
     assert {name: len(taken) for name, taken in times.items()} == {"a": 2, "b": 2}
+
+
+def test_which_method_takes_up_a_run_again_and_counts_what_all_were_run_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "which_method.jsonl"
+    some = ["--output", str(output), "--evaluations", "150", "--problems", "henrion-surowiec-2011"]
+    assert which_method.main([*some, "--methods", "auto"]) == 0
+    first = output.read_text()
+    assert which_method.main([*some, "--methods", "auto", "VPBGD"]) == 0
+    assert output.read_text().startswith(first)  # what was there is not run again
+    runs = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [run["method"] for run in runs] == ["auto", "VPBGD"]
+    assert all(run["evaluations"] <= 150 for run in runs)
+    assert runs[0]["solved"]
+    assert runs[0]["solved after"] <= 150
+    # A problem that one of them was not run on is left out.
+    more = {**runs[0], "problem": "two-wells"}
+    text = which_method.table([*runs, more])
+    assert "| method | all (1) | strongly-convex (1) |" in text
+    assert "two-wells" not in text
+    assert which_method.profile(runs, "auto", ["henrion-surowiec-2011"], [0, 150]) == [0.0, 1.0]
+    assert output.with_suffix(".png").exists()
+    assert capsys.readouterr().out.count("henrion-surowiec-2011: auto solved") == 1
