@@ -115,9 +115,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, {options.steps} steps of each method in {options.blocks} blocks\n")
-    print(
-        "| method | processor us a step: early, last block | MiB: second block, last | tensors: second block, last |"
-    )
+    print("| method | processor us a step: early, last block | MiB: second block, last | tensors: second block, last |")
     print("| --- | --- | --- | --- |")
     grown = []
     for name in options.methods:
