@@ -39,7 +39,7 @@ SPREAD_OVER_CLASSES = 0.1  # standard deviation, over the classes, of how often 
 
 @dataclass(frozen=True)
 class Crowd:
-    """Images and what the crowd said about them.
+    """Images and what the crowd calls them.
 
     Args:
         pixels: (images, 64), from 0 to 16.

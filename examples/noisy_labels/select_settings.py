@@ -5,7 +5,7 @@
 
 Whoever has noisy labels has trusted images, and nothing else to judge by. So on development seeds, which no table
 reports, a method is trained on ``--images`` of the data and 2 % of trusted ones, as in the preset ``quick``, and the
-other trusted images of the whole data set are dealt into two halves:
+other trusted images of the whole data set are split into two halves:
 
 planted  They join the noisy images, under labels drawn from an estimate of the noise. Whether they are corrected is the
          question that a method is asked, with all that training on wrong labels does to it.

@@ -379,3 +379,13 @@ def test_too_many_categories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has 300 categories, and at most 200 are sensible"):
         reading.read(Options(table=str(file), trusted=str(tmp_path / "ids.txt"), categorical=("name",)))
     assert features.MANY_CATEGORIES == 200
+
+
+def test_samples_are_the_same_whatever_is_left_to_be_resolved(tmp_path: Path) -> None:
+    # A resumed run reads its files with options that the first one had filled in; else it would refuse its own samples.
+    rows = points()
+    table, trusted = str(write(tmp_path / "t.csv", rows)), str(write_trusted(tmp_path / "trusted.csv", rows))
+    options = Options(table=table, trusted=trusted)
+    first, again = (reading.read(one).samples for one in (options, options.resolved(60)))
+    assert first.digest() == again.digest()
+    assert first.digest() != reading.read(Options(table=table, trusted=trusted, ignore=("width",))).samples.digest()

@@ -95,8 +95,10 @@ class Task:
         digest = hashlib.sha256()
         for one in fields(self):
             value = getattr(self, one.name)
-            plain = value.cpu().contiguous().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
-            digest.update(plain)
+            if isinstance(value, Tensor):
+                digest.update(value.cpu().contiguous().numpy().tobytes())
+            elif isinstance(value, tuple):  # names; the order in memory is an option, and compared as such
+                digest.update(repr(value).encode())
         return digest.hexdigest()
 
 

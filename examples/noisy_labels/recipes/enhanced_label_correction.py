@@ -23,7 +23,7 @@ epochs; network, batch size, rate and schedule are those of all methods here (th
 0.02), and the teacher's rate falls with the student's; its SGD has no momentum and no weight decay, as there. Trusted
 images are cropped and mirrored, not AutoAugmented. The code turns BCE off for CIFAR, pairs the products of (11) in the
 wrong order for k > 1 and divides by k once more; the equations are what is computed here. Whether a label that was
-drawn at random and happens to be right counts as corrupted is not said: here it does not. An epoch is as many whole
+drawn at random and happens to be right counts as corrupted is left open: here it does not. An epoch is as many whole
 steps of k batches as it has.
 """
 

@@ -46,8 +46,8 @@ def load(file: Path, *parts: str) -> dict[str, Any]:
     try:
         content = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except Exception as problem:  # whatever torch, pickle and zip raise; the text names what is not accepted
-        said = " ".join(str(problem).split())
-        rule = f"is whole, and cannot be read ({type(problem).__name__}: {said})"
+        text = " ".join(str(problem).split())
+        rule = f"is whole, and cannot be read ({type(problem).__name__}: {text})"
         raise ValueError(f"Checkpoint({file}): {rule}. It is of another version, or was not made by a run.") from None
     lacking = [name for name in parts if not isinstance(content, dict) or name not in content]
     if lacking or not isinstance(content, dict):

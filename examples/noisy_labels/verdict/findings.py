@@ -89,12 +89,12 @@ class Report:
 
     def summary(self) -> str:
         """Return the verdict in a clause: before, after, what remains."""
-        shown = {one.name: one for one in self.verdict.scores}
+        scores = {one.name: one for one in self.verdict.scores}
         parts = []
-        if "given" in shown and self.way in shown:
-            after = shown[self.way]
+        if "given" in scores and self.way in scores:
+            after = scores[self.way]
             parts.append(
-                f"labels of {self.verdict.judged} trusted samples: {100 * shown['given'].right:.1f} % right as given, "
+                f"labels of {self.verdict.judged} trusted samples: {100 * scores['given'].right:.1f} % right as given, "
                 f"{100 * after.right:.1f} % ({100 * after.low:.1f} to {100 * after.high:.1f}) by {self.way}"
             )
         left = self.remaining

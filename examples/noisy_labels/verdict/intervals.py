@@ -58,7 +58,7 @@ class Comparison:
     Args:
         right: Whether each way was right on each sample, (ways, samples).
         groups: Group of each sample.
-        level: Probability with which what is said about all ways holds.
+        level: Probability with which all statements about the ways hold.
         seed: Of the draws.
     """
 
