@@ -39,7 +39,7 @@ def best_on_a_grid(problem: Problem) -> float:
 
 
 def between_points(g: Tensor) -> float:
-    """By how much equal minima may differ on a grid, whose points lie to the left of one and to the right of another."""
+    """By how much equal minima may differ on a grid: one lies nearer to a point than another does."""
     best = int(g.argmin())
     bend = (g[best - 1] - 2 * g[best] + g[best + 1]).item() if 0 < best < len(g) - 1 else 0.0
     return (
