@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from bilevel.processes.joined import Processes, acting, agreed, several
 from examples.noisy_labels.data.batches import Batch
+from examples.noisy_labels.data.randomness import generator
 
 
 def started() -> int:
@@ -88,6 +89,12 @@ def share(batch: Batch) -> Batch:
     """Return this process's part of a joined batch: every n-th sample, so that halves of parts are parts of halves."""
     found = several()
     return batch if found is None else Batch(*(part[found.rank :: found.size] for part in batch))
+
+
+def draw_apart(seed: int) -> None:
+    """Let dropout draw other masks on each process, once all have the same first weights."""
+    if (found := several()) is not None:
+        torch.manual_seed(generator(seed, f"process {found.rank}").initial_seed())
 
 
 def refuse_unequal(what: str, whole: int, part: int | None = None) -> None:

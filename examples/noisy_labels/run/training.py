@@ -49,6 +49,7 @@ class Run:
             advice = "Start it without torchrun, or take ebomlc, mlc, mwnet, ce, ..., which docs/processes.md names"
             raise ValueError(f"--method {settings.method}: {rule}. {advice}.")
         self.recipe = methods.build(settings, task)
+        processes.draw_apart(settings.seed)
         for network in self.recipe.networks.values():
             network.to(memory_format=settings.memory_format)  # type: ignore[call-overload]
         self.epochs = self.recipe.phases * settings.epochs
