@@ -138,6 +138,12 @@ class Cleaning(Problem):
 
     Attributes:
         wrong: Which training labels are wrong.
+
+    Example:
+        >>> import bilevel
+        >>> problem = bilevel.problems.digits(samples=50)
+        >>> int(problem.wrong.sum()) > 0, len(problem.wrong) == len(problem.upper)
+        (True, True)
     """
 
     wrong: Tensor

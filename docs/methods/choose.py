@@ -32,7 +32,7 @@ QUESTIONS = [
 METHODS = [
     (CHOSEN, REPRODUCE, "its class", "MW-Net, L2RW, MAML: Unrolled\nDARTS: FiniteDifference"),
     (CHOSEN, SMALL, "bilevel.minimize", "bounds, restarts, no step sizes to choose"),
-    (CHOSEN, WELLS, "VPBGD", "with several starts; train $w$ again"),
+    (CHOSEN, WELLS, "PDBO", "with several starts; train $w$ again"),
     (CHOSEN, SOLVED, "Implicit", "whatever solved it"),
     (CHOSEN, FEW, "BOME", "first order; label correction: EBOMLC"),
     (CHOSEN - 1.25, TWICE - 1.5, "FiniteDifference", "one virtual step"),

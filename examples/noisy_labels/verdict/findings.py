@@ -82,7 +82,7 @@ class Report:
         taken = "the verdict's" if self.answer != CANNOT_TELL else "a best guess"
         if self.way == TOGETHER:
             shares = [f"{name} {100 * share:.0f} %" for name, share in self.weights.items() if share >= 0.005]
-            taken = f"the mean of {', '.join(shares)}, as a rule better than each; for the verdict's: way = verdict"
+            taken = f"the mean of {', '.join(shares)}, for the verdict's: way = verdict"
         if self.asked:
             taken = "as you asked"
         return f"verdict: {words}. {self.verdict.reason}. Labels written: {self.way} ({taken})."

@@ -202,7 +202,7 @@ def transitions(problem: Problem) -> list[Array]:
 
 
 def _of_annotators(problem: Problem) -> Array:
-    """Return the logarithm of the probability of what the annotators answered, for each class that may be the true one."""
+    """Return for each class that may be the true one the log probability of what the annotators answered."""
     total = np.zeros((len(problem.truth), problem.classes))
     for column, transition in zip(problem.annotations.T, transitions(problem), strict=True):
         there = np.flatnonzero(column != UNKNOWN)
