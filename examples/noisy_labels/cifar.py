@@ -8,7 +8,6 @@ setting, test accuracy, label recovery by the method's own and by Bayes' rule, a
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +15,11 @@ from pathlib import Path
 if not __package__:  # started as a script: replace the script's folder by the checkout on the module search path
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from bilevel.processes.joined import agreed
 from examples.noisy_labels.data import human_labels, pools
 from examples.noisy_labels.data.task import Task
 from examples.noisy_labels.report import results
-from examples.noisy_labels.run import command_line, evaluation
+from examples.noisy_labels.run import command_line, evaluation, processes
 from examples.noisy_labels.run.command_line import Command
 from examples.noisy_labels.run.interruption import exit_code
 from examples.noisy_labels.run.training import Run, Running, begun, train
@@ -27,23 +27,31 @@ from examples.noisy_labels.run.training import Run, Running, begun, train
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says and return the exit code."""
-    command = command_line.parse(arguments)
+    with processes.printed_once(errors=True):
+        command = command_line.parse(arguments)
     return exit_code(lambda: run(command), command.out)
 
 
 def run(command: Command) -> None:
-    """Train one method, or compare several."""
+    """Train one method, on all processes that torchrun started, or compare several on one."""
+    if command.compare and processes.started() > 1:
+        raise ValueError("--compare: trains on one process, and torchrun started several. Start it without torchrun.")
+    with processes.together(command_line.device(command.settings.device)):
+        _run(command)
+
+
+def _run(command: Command) -> None:
     settings = command.settings
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("cifar.py: is a program of one process, and torchrun started several. See docs/processes.md.")
     if command.download:
-        pools.fetch_if_missing(settings.dataset, settings.data)
+        if processes.first():
+            pools.fetch_if_missing(settings.dataset, settings.data)
+        agreed(False, "the download")
     if command.compare:
         from examples.noisy_labels.run import compare
 
         compare.main(command)
         return
-    device = command_line.device(settings.device)
+    device = processes.own_device(command_line.device(settings.device))
     terms = [human_labels.TERMS] if settings.noise == "human" else []
 
     def notes(one: Run) -> list[str]:
@@ -51,7 +59,8 @@ def run(command: Command) -> None:
 
     with begun(command, lambda: Run(settings, pools.load(settings, device)), notes) as running:
         train(running)
-        write(running, command)
+        if processes.first():
+            write(running, command)
 
 
 def describe(task: Task, title: str) -> str:

@@ -77,9 +77,14 @@ class LabelCorrection:
         return (1 - share) * loss + share * hard
 
 
+def first_part(images: int, share: float) -> int:
+    """Return how many images of a clean batch `split` leaves the upper loss."""
+    return max(1, int((1 - share) * images))
+
+
 def split(clean: Batch, share: float) -> tuple[Batch, Batch | None]:
     """Split a clean batch: the first images for the upper loss, at least one, a ``share`` of them for the lower."""
-    first = max(1, int((1 - share) * len(clean.labels)))
+    first = first_part(len(clean.labels), share)
     if first == len(clean.labels):
         return clean, None
     return Batch(*(part[:first] for part in clean)), Batch(*(part[first:] for part in clean))

@@ -42,6 +42,7 @@ from examples.noisy_labels.recipes.label_correction import LabelCorrection, spli
 from examples.noisy_labels.recipes.precision import mixed_precision
 from examples.noisy_labels.recipes.recipe import Recipe, Scalars, decay, descent
 from examples.noisy_labels.recipes.released_sign import UpdateForGradient
+from examples.noisy_labels.run import processes
 from examples.noisy_labels.run.settings import Training
 
 NUMBERS = ("upper_loss", "lower_loss", "multiplier", "constraint")  # of a bilevel step, as far as the method has them
@@ -51,6 +52,7 @@ class MetaLabelCorrection(Recipe):
     """Both networks, and the bilevel optimizer that moves them."""
 
     needs = ("corrector",)
+    shares_batches = True
 
     def __init__(self, settings: Training, network: nn.Module, corrector: nn.Module) -> None:
         lower = descent(settings, network)
@@ -113,6 +115,7 @@ def bilevel_optimizer(
         "upper_buffers": settings.buffers,
         "lower_buffers": settings.buffers,
         "on_nonfinite": settings.policy(next(network.parameters()).device.type),
+        "process_group": processes.group(),
     }
     if settings.method == "mlc":
         return bilevel.MLC(upper_loss, lower_loss, inner_steps=settings.inner_steps, **common)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 import bilevel
+from bilevel.processes.joined import Share, averaged
 from examples.noisy_labels.data.batches import Batch
 from examples.noisy_labels.recipes.precision import mixed_precision
 from examples.noisy_labels.recipes.recipe import Scalars
@@ -29,6 +30,8 @@ from examples.noisy_labels.run.settings import Training
 
 class MetaWeightNet(Reweighting):
     """Classifier and weight net."""
+
+    shares_batches = True
 
     def __init__(self, settings: Training, network: nn.Module) -> None:
         weights = WeightNet(nn.Sigmoid()).to(next(network.parameters()))
@@ -43,4 +46,5 @@ class MetaWeightNet(Reweighting):
 
     def step(self, noisy: Batch, clean: Batch) -> Scalars:
         stats = self.bilevel.step(clean, noisy)
-        return {"upper_loss": stats.upper_loss, "lower_loss": stats.lower_loss, "weight": stats.lower_aux}
+        (weight,) = averaged("the mean weight", lambda: Share([stats.lower_aux])).numbers
+        return {"upper_loss": stats.upper_loss, "lower_loss": stats.lower_loss, "weight": weight}

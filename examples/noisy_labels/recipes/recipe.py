@@ -32,10 +32,12 @@ class Recipe(abc.ABC):
         noisy_batches: How many batches of noisy images a step takes, joined into one.
         views: How often each noisy image is augmented: a noisy batch holds all its images once, then once more.
         transition_from: Where Bayes' rule takes the transition matrix of this method from; see `decoding.py`.
+        shares_batches: Whether several processes can train it together, each on its part of every batch.
         needs: What its constructor is handed after the options and the classifier; see `methods.build`.
     """
 
     needs: tuple[str, ...] = ()
+    shares_batches = False
     phases = 1
     noisy_batches = 1
     views = 1

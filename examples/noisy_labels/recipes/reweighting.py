@@ -20,6 +20,7 @@ import bilevel
 from examples.noisy_labels.data.batches import Batch
 from examples.noisy_labels.recipes.precision import at_least_float32
 from examples.noisy_labels.recipes.recipe import Recipe, decay, descent
+from examples.noisy_labels.run import processes
 from examples.noisy_labels.run.settings import Training
 
 HIDDEN = 100  # units of a weight net, in the papers of mwnet and pmwnet
@@ -77,6 +78,7 @@ class Reweighting(Recipe):
             inner_lr=inner_lr,
             inner_step="gradient",
             on_nonfinite=settings.policy(next(network.parameters()).device.type),
+            process_group=processes.group(),
         )
         networks = {"classifier": network, **others}
         super().__init__(networks, self.bilevel, {"schedule": decay(settings, self.descent)}, settings.amp)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from bilevel.processes.joined import Share, averaged
 from examples.noisy_labels.data.batches import Batch
 from examples.noisy_labels.recipes.recipe import Recipe, Scalars, decay, descent
 from examples.noisy_labels.run.settings import Training
@@ -13,6 +14,8 @@ from examples.noisy_labels.run.settings import Training
 
 class Supervised(Recipe):
     """These methods have no corrector and forget the given label: it is corrected to what the classifier answers."""
+
+    shares_batches = True
 
     def __init__(self, settings: Training, network: nn.Module) -> None:
         self.noisy, self.clean = settings.method != "clean", settings.method != "ce"
@@ -32,5 +35,9 @@ class Supervised(Recipe):
         weights = {"upper_loss": self.clean_weight, "lower_loss": 1.0}
         self.descent.zero_grad()
         torch.stack([weights[name] * loss for name, loss in losses.items()]).sum().backward()
+        variables, numbers = list(self.classifier.parameters()), [loss.detach() for loss in losses.values()]
+        mean = averaged("the gradient", lambda: Share(numbers, [w.grad for w in variables]), variables)
+        for w, gradient in zip(variables, mean.vector, strict=True):
+            w.grad = gradient
         self.descent.step()
-        return {name: loss.detach() for name, loss in losses.items()}
+        return dict(zip(losses, mean.numbers, strict=True))

@@ -25,13 +25,22 @@ class Log:
         file: The log.
         mark: What `sync` returned: how much of it is kept. Without one it is begun anew.
         listener: Is told every record too, those that are kept first.
+        writes: False: another process writes the file, and this one has the records in mind alone.
     """
 
-    def __init__(self, file: Path, mark: Mark | None = None, listener: Callable[[Record], None] | None = None) -> None:
-        self.file, self.listener = file, listener
+    def __init__(
+        self,
+        file: Path,
+        mark: Mark | None = None,
+        listener: Callable[[Record], None] | None = None,
+        *,
+        writes: bool = True,
+    ) -> None:
+        self.file, self.listener, self.writes = file, listener, writes
         kept = b"" if mark is None else _kept(file, mark)
-        with file.open("ab") as stream:  # what is kept is never written again, so a kill cannot lose it
-            stream.truncate(len(kept))
+        if writes:
+            with file.open("ab") as stream:  # what is kept is never written again, so a kill cannot lose it
+                stream.truncate(len(kept))
         self.records: list[Record] = [json.loads(line) for line in kept.splitlines()]
         for record in self.records:
             self._tell(record)
@@ -40,7 +49,8 @@ class Log:
         """Append one record; floats are rounded to six significant digits."""
         record = {"event": event, **{name: _short(value) for name, value in values.items()}}
         self.records.append(record)
-        self._append((json.dumps(record) + "\n").encode())
+        if self.writes:
+            self._append((json.dumps(record) + "\n").encode())
         self._tell(record)
 
     def sync(self) -> Mark:

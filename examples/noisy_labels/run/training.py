@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bilevel.processes.joined import agreed
 from examples.noisy_labels.data.batches import Batches
 from examples.noisy_labels.data.randomness import global_state, restore_global_state
 from examples.noisy_labels.data.task import Task
 from examples.noisy_labels.recipes import methods
+from examples.noisy_labels.recipes.label_correction import first_part
 from examples.noisy_labels.report import board
-from examples.noisy_labels.run import accelerator, checkpoint, command_line, evaluation, files
+from examples.noisy_labels.run import accelerator, checkpoint, command_line, evaluation, files, processes
 from examples.noisy_labels.run.command_line import CONFIGURATION, Start
 from examples.noisy_labels.run.declaration import written
 from examples.noisy_labels.run.interruption import Interrupted, Interruption
@@ -42,7 +44,12 @@ class Run:
     def __init__(self, settings: Training, task: Task) -> None:
         self.settings, self.task = settings, task
         self.device = task.samples.device.type
+        if processes.count() > 1 and not methods.recipe_class(settings.method).shares_batches:
+            rule = "trains on one process, and torchrun started several"
+            advice = "Start it without torchrun, or take ebomlc, mlc, mwnet, ce, ..., which docs/processes.md names"
+            raise ValueError(f"--method {settings.method}: {rule}. {advice}.")
         self.recipe = methods.build(settings, task)
+        processes.draw_apart(settings.seed)
         for network in self.recipe.networks.values():
             network.to(memory_format=settings.memory_format)  # type: ignore[call-overload]
         self.epochs = self.recipe.phases * settings.epochs
@@ -52,12 +59,13 @@ class Run:
         # Where the mistaken label is not known, the corrector would only learn to repeat what it is told.
         corrupt = torch.where(task.mistakes_known, 0.0, settings.corrupt_clean) if settings.corrupt_clean else None
         self.clean = self._batches("clean batches", task.clean, task.labels[task.clean], size, corrupt=corrupt)
+        self._refuse_unequal_shares()
         self.epoch, self.step, self.seconds = 0, 0, 0.0  # completed epochs; steps and seconds within the current one
         self.sums: dict[str, Tensor] = {}
 
     def advance(self) -> dict[str, Tensor]:
         """Take one step and add its numbers to those of the epoch, without waiting for the device."""
-        numbers = self.recipe.step(next(self.noisy), next(self.clean))
+        numbers = self.recipe.step(processes.share(next(self.noisy)), processes.share(next(self.clean)))
         self.sums = {name: self.sums[name] + value if self.sums else value for name, value in numbers.items()}
         self.step += 1
         return numbers
@@ -89,15 +97,17 @@ class Run:
         return means
 
     def save(self, folder: Path, log: Log) -> None:
-        """Write the checkpoint: the run, how far its log is, and what it belongs to."""
+        """Write the checkpoint: the run, how far its log is, and what it belongs to. All processes take part."""
         belongs = {"device": self.device, "options": self.settings.decisive(), "samples": self.task.digest()}
-        checkpoint.save(folder / checkpoint.NAME, {"run": self.state_dict(), "log": log.sync(), **belongs})
+        content = {"run": self.state_dict(), "processes": processes.count(), **belongs}
+        if processes.first():
+            checkpoint.save(folder / checkpoint.NAME, content | {"log": log.sync()})
 
     def load(self, file: Path) -> Mark:
         """Go back to a checkpoint and return how far the log was at that time.
 
         Raises:
-            ValueError: It is damaged, or belongs to other options, samples or another kind of device.
+            ValueError: It is damaged, or belongs to other options, samples, processes or another kind of device.
         """
         content = checkpoint.load(file, "run", "log", "device", "options", "samples")
         for name, value in self.settings.decisive().items():
@@ -109,6 +119,10 @@ class Run:
         if content["device"] != self.device:
             rule = f"the run was on {content['device']}, whose random streams cannot go on on {self.device}"
             raise ValueError(f"--resume: {rule}. Give its --device, or start another run.")
+        if (before := content.get("processes", 1)) != processes.count():
+            rule = f"the run was trained by {before} process(es), not {processes.count()}"
+            advice = f"Go on with {before}" + (f": torchrun --nproc-per-node {before}" if before > 1 else "")
+            raise ValueError(f"--resume: {rule}. {advice}, or start another run.")
         if content["samples"] != self.task.digest():
             rule = "the samples are not those the run was started on"
             raise ValueError(f"--resume: {rule}. A file has changed; start another run with another --out.")
@@ -128,13 +142,21 @@ class Run:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to where `state_dict` was taken."""
-        self.recipe.load_state_dict(state["recipe"])
+        restore_global_state(state["random"])
+        self.recipe.load_state_dict(state["recipe"])  # gives each of several processes its own random state back
         self.noisy.load_state_dict(state["noisy"])
         self.clean.load_state_dict(state["clean"])
-        restore_global_state(state["random"])
         progress, device = state["progress"], self.task.samples.device
         self.epoch, self.step, self.seconds = progress["epoch"], progress["step"], progress["seconds"]
         self.sums = {name: value.to(device) for name, value in progress["sums"].items()}
+
+    def _refuse_unequal_shares(self) -> None:
+        processes.refuse_unequal(f"--batch-size {self.settings.batch_size}", self.noisy.size)
+        clean, mixed = self.clean.size, self.settings.mix_clean
+        processes.refuse_unequal(f"trusted samples of a batch (--batch-size {self.settings.batch_size})", clean)
+        if mixed:
+            whole, part = (first_part(size, mixed) for size in (clean, clean // processes.count()))
+            processes.refuse_unequal(f"--mix-clean {mixed} leaves the upper loss {whole} of {clean}", whole, part)
 
     def _batches(self, purpose: str, index: Tensor, labels: Tensor, size: int, **others: Any) -> Batches:
         seed, augment = self.settings.seed, self.settings.augment and self.task.samples.ndim == 4
@@ -178,7 +200,7 @@ def begun(start: Start[Training], run: Callable[[], Run], notes: Callable[[Run],
         raise FileExistsError(f"--out {folder}: holds a run already. Use --resume, --overwrite or another --out.")
     if settings.tensorboard:
         board.require()
-    device = command_line.device(settings.device)
+    device = processes.own_device(command_line.device(settings.device))
     with Interruption() as interruption, accelerator.prepared(settings, device), ExitStack() as stack:
         one, saved = run(), folder / checkpoint.NAME
         resumed = start.resume and saved.is_file()
@@ -186,26 +208,32 @@ def begun(start: Start[Training], run: Callable[[], Run], notes: Callable[[Run],
             rule = f"{saved} is gone, and {LOG} beside it tells of training"
             raise ValueError(f"--resume: {rule}. Put the checkpoint back, or start anew with --overwrite.")
         mark = one.load(saved) if resumed else None
-        print("\n".join(notes(one)))
-        folder.mkdir(parents=True, exist_ok=True)
-        files.sweep(folder)
+        agreed(False, "the first file")  # all processes have looked at the folder before one of them writes
+        writes = processes.first()
+        print("\n".join([*notes(one), *processes.note(one.noisy.size, one.clean.size)]))
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            files.sweep(folder)
         listener = None
-        if settings.tensorboard:
+        if settings.tensorboard and writes:
             listener = stack.enter_context(board.Board(folder / board.FOLDER, len(one.noisy))).add
         if resumed:
             print(f"resumed after epoch {one.epoch}, step {one.step}")
-            log = Log(folder / LOG, mark, listener)
+            log = Log(folder / LOG, mark, listener, writes=writes)
         else:
             # No log without its checkpoint, which would look lost; no checkpoint beside other options.
-            for name in (*RESULTS, LOG, checkpoint.NAME):
-                (folder / name).unlink(missing_ok=True)
-            one.settings.save(folder / CONFIGURATION)
-            log = Log(folder / LOG, listener=listener)
+            if writes:
+                for name in (*RESULTS, LOG, checkpoint.NAME):
+                    (folder / name).unlink(missing_ok=True)
+                one.settings.save(folder / CONFIGURATION)
+            log = Log(folder / LOG, listener=listener, writes=writes)
             task = one.task
             facts: dict[str, Any] = {"noisy": len(task.noisy), "clean": len(task.clean), "test": len(task.test)}
             facts |= {"overlap": task.overlap, "classes": list(task.names)}
             if (wrong := task.wrong) is not None:
                 facts["wrong"] = wrong
+            if processes.count() > 1:
+                facts["processes"] = processes.count()
             log.write("start", setting=settings.title, method=settings.method, **facts)
             one.save(folder, log)
         yield Running(one, log, folder, interruption)
@@ -226,7 +254,7 @@ def train(running: Running, then: float = 0.0) -> None:
     every = -(-run.epochs // run.settings.checkpoints)
     steps = run.epochs * len(run.noisy)
     try:
-        with tqdm(total=steps, unit="step", leave=False, disable=None) as bar:
+        with tqdm(total=steps, unit="step", leave=False, disable=None if processes.first() else True) as bar:
             bar.update(run.epoch * len(run.noisy) + run.step)
             while run.epoch < run.epochs:
                 line = _train_epoch(running, bar, then)
@@ -263,7 +291,7 @@ def _train_epoch(running: Running, bar: Any, then: float) -> str:
             log.write("step", epoch=run.epoch + 1, step=run.step, **values)
             bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
         bar.update()
-        if running.interruption.requested:
+        if agreed(running.interruption.requested, "whether to stop"):
             run.read({})  # a state that has diverged shall not replace a good checkpoint
             run.seconds = before + time.perf_counter() - clock
             run.save(running.folder, log)
@@ -271,7 +299,7 @@ def _train_epoch(running: Running, bar: Any, then: float) -> str:
     rate = run.recipe.schedule.get_last_lr()[0]
     means = run.end_epoch()  # reading the means waits for the device, so the clock is read after it
     seconds = before + time.perf_counter() - clock
-    scores = evaluation.scores(run.recipe, run.task)
+    scores = evaluation.scores(run.recipe, run.task) if processes.first() else {}
     log.write("epoch", epoch=run.epoch, **means, **scores, lr=rate, seconds=seconds)
     parts = [f"{name} {100 * value:.1f} %" for name, value in scores.items()]
     parts = parts or [f"{name} {value:.3f}" for name, value in means.items()]
