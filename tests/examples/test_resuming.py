@@ -175,13 +175,13 @@ def test_an_early_sigterm_waits_for_the_first_step(
     cifar10_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # While images are read nothing can be saved yet: the request is remembered.
-    load = cifar.data.load
+    load = cifar.pools.load
 
     def slow(*arguments: object) -> object:
         signal.raise_signal(signal.SIGTERM)
         return load(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cifar.data, "load", slow)
+    monkeypatch.setattr(cifar.pools, "load", slow)
     out = tmp_path / "run"
     command = ["--data", str(cifar10_folder), "--method", "ce", *NETWORK, "--out", str(out)]
     assert cifar.main(command) == interruption.EXIT_CODE
