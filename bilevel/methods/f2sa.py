@@ -7,14 +7,16 @@ from math import prod
 from typing import Any, Literal, Unpack
 
 from ..directions import Directions
-from ..errors import count
+from ..errors import count, message
+from ..evaluation.evaluations import Evaluation
 from ..evaluation.oracle import Oracle
 from ..optimizer import orders
 from ..optimizer.base import Common
 from ..penalty import Linear, Scheduled, scheduled
-from ..settings import Fixed, Setting, chosen
+from ..settings import Fixed, Setting, chosen, numeric
 from ..vectors import Vector
 from .penalty_method import PenaltyMethod, PenaltyStats, difference
+from .starts import Starts, check_starts, look
 
 
 class F2SA(PenaltyMethod[PenaltyStats]):
@@ -54,6 +56,11 @@ class F2SA(PenaltyMethod[PenaltyStats]):
             than :math:`y_0` along :math:`\lambda \nabla G + j \nabla F`, as in F2SA: the lower rate is then its
             :math:`\alpha_k`, and ``inner_lr`` its :math:`\gamma_k`.
         normalise: Whether the upper direction is divided by its norm, as in F2SA-p. Default False.
+        starts: Copies of :math:`y_0` that walk from points of their own; default 1. With more, for p = 1 alone, the
+            lowest end takes the place of :math:`y_0`, and after its T steps w moves to the end with the smallest
+            :math:`F + \lambda (G - \min G)` where its own is larger: for lower problems with several minima. The
+            direction is taken where w is then. Fixed at construction.
+        spread: How far from w the further copies begin, as a standard deviation; default 1.
         atomic: Whether a step that fails half-way is taken back; see the concepts page. Default True.
         common: ``upper``, ``lower``, ``upper_optimizer``, ``lower_optimizer``, ``on_nonfinite``, ``other``,
             ``upper_buffers``, ``lower_buffers``: see :class:`bilevel.BilevelOptimizer`.
@@ -64,7 +71,8 @@ class F2SA(PenaltyMethod[PenaltyStats]):
     Cost:
         For each copy (p for even p, p + 1 for odd p): T gradients of G and, but for :math:`y_0`, T of F, in w; then
         one evaluation of each that is forward-only through the lower module. Memory: the copies but w, from step to
-        step.
+        step. With n ``starts``: n walks of :math:`y_0`, an evaluation of both losses at each end and one more where w
+        goes, all forward-only through the lower module; n copies.
 
     Example:
         >>> import torch, bilevel
@@ -91,6 +99,8 @@ class F2SA(PenaltyMethod[PenaltyStats]):
     p = Fixed[int]()
     step_scale = Setting[Literal["one", "penalty"]](chosen("one", "penalty"))
     normalise = Setting[bool](chosen(True, False))
+    starts = Fixed[int]()
+    spread = Setting[float](numeric(0.0, exclusive=True))
 
     def __init__(
         self,
@@ -103,28 +113,39 @@ class F2SA(PenaltyMethod[PenaltyStats]):
         inner_lr: float | None = None,
         step_scale: Literal["one", "penalty"] = "one",
         normalise: bool = False,
+        starts: int = 1,
+        spread: float = 1.0,
         atomic: bool = True,
         **common: Unpack[Common],
     ) -> None:
         count(type(self).__name__, "p", p, minimum=1)
+        check_starts(type(self).__name__, starts)
+        if starts > 1 and p != 1:
+            advice = "goes with p=1 alone, which has y_0 and no copy but w that sees F. Leave p or starts out."
+            raise ValueError(message(type(self).__name__, "starts", starts, advice))
         self.inner_steps, self.inner_lr = inner_steps, inner_lr
         self.step_scale, self.normalise, self.atomic = step_scale, normalise, atomic
-        self.__dict__.update(p=p)
+        self.spread = spread
+        self.__dict__.update(p=p, starts=starts)
         super().__init__(upper_loss, lower_loss, penalty=penalty, **common)
         self._coefficients = coefficients(p)
         self._copies = {
             j: self.lower_state(f"y[{j}]", start="variables", reduction="mean") for j in self._coefficients if j != 1
         }
+        self._starts = Starts(self, starts, lambda: self.spread)
 
     def compute(self, oracle: Oracle) -> Directions[PenaltyStats]:
         penalty = self.scheduled(self.penalty)
         starts = {j: y.value for j, y in self._copies.items()}  # at first w, before it moves
         g, f = oracle.lower(wrt="lower"), oracle.upper(wrt="lower")
+        others = self._starts.others(lambda y: self._walk(oracle, 0, y, penalty))  # begin around w, before it moves
         oracle.train(self._slope(1, g.lower, f.lower, penalty))
         for t in range(1, self.inner_steps):
             slope = oracle.lower(batch=t, wrt="lower").lower
             oracle.train(self._slope(1, slope, oracle.upper(batch=t, wrt="lower").lower, penalty))
         ends = {j: self._walk(oracle, j, y, penalty) for j, y in starts.items()}
+        if self.starts > 1:
+            return self._from_the_best(oracle, f, g, [ends[0], *others], penalty)
 
         last = self.inner_steps
         with oracle.precisely():  # their difference is multiplied by lambda, and their rounding with it
@@ -138,6 +159,25 @@ class F2SA(PenaltyMethod[PenaltyStats]):
             upper=upper / upper.norm() if self.normalise else upper,
             state={**self.stepped(), **{f"y[{j}]": y for j, y in ends.items()}},
             stats=PenaltyStats.of(f, g, penalty=penalty, constraint=difference(gs[1].value, gs[nearest].value)),
+        )
+
+    def _from_the_best(
+        self, oracle: Oracle, f: Evaluation, g: Evaluation, ends: list[Vector], penalty: float
+    ) -> Directions[PenaltyStats]:
+        """The same with several copies: the lowest end for y_0, and w where the penalised value is smallest."""
+        last = self.inner_steps
+        with oracle.precisely():
+            found = look(oracle, ends, upper_batch=last)
+            g_here, f_here = oracle.lower(wrt="upper"), oracle.upper(batch=last, wrt="upper")
+            point, which = found.better(oracle, f_here, g_here, penalty)
+            g_there, f_there = oracle.lower(point, wrt="upper"), oracle.upper(point, batch=last, wrt="upper")
+        upper = f_there.upper + penalty * (g_there.upper - found.gradient)
+        constraint = difference(g_here.value, found.lowest)
+        return Directions(
+            upper=upper / upper.norm() if self.normalise else upper,
+            start=point,
+            state={**self.stepped(), "y[0]": ends[0], **self._starts.state(found)},
+            stats=PenaltyStats.of(f, g, penalty=penalty, constraint=constraint, chosen=which),
         )
 
     def _walk(self, oracle: Oracle, j: int, y: Vector, penalty: float) -> Vector:

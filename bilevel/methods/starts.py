@@ -37,6 +37,7 @@ class Found:
     Attributes:
         ends: The ends of their walks, the first one that of the method itself.
         lowest: G at the lowest end.
+        bound: The same with what it is regularised by, if it is: that is what the ends are compared by.
         gradient: Its gradient in the upper variables there.
         upper_values: F at each end.
         lower_values: G at each end.
@@ -44,6 +45,7 @@ class Found:
 
     ends: list[Vector]
     lowest: Tensor
+    bound: Tensor
     gradient: Vector
     upper_values: list[Tensor]
     lower_values: list[Tensor]
@@ -57,7 +59,10 @@ class Found:
             return here + weight * (lower.to(wide) - self.lowest.to(wide))
 
         ends = zip(self.upper_values, self.lower_values, strict=True)
-        values = [value(f.value, g.value), *(value(upper, lower) for upper, lower in ends)]
+        return self.best(oracle, [value(f.value, g.value), *(value(upper, lower) for upper, lower in ends)])
+
+    def best(self, oracle: Oracle, values: Sequence[Tensor]) -> tuple[Vector, Tensor]:
+        """Return the point with the smallest value, and which it is; the values are of w (0) and of the ends."""
         chosen = _smallest(values)
         # Copies: the point of w is the parameters' own memory, which the step will write into.
         return _picked(chosen, [oracle.point(), *self.ends]), chosen
@@ -78,13 +83,11 @@ class Starts:
 
     def walked(self, oracle: Oracle, first: Vector, walk: Walk) -> Found:
         """Let all copies walk, and look at both losses where they end."""
-        others = [walk(self._begin(i)) for i in range(len(self._copies))]
-        ends = [first, *others]
-        g = [oracle.lower(end, wrt="upper") for end in ends]
-        f = [oracle.upper(end, wrt="upper").value for end in ends]
-        chosen = _smallest([at.value for at in g])
-        lowest = torch.stack([at.value for at in g]).index_select(0, chosen.view(1))[0]
-        return Found(ends, lowest, _picked(chosen, [at.upper for at in g]), f, [at.value for at in g])
+        return look(oracle, [first, *self.others(walk)])
+
+    def others(self, walk: Walk) -> list[Vector]:
+        """Let the copies beside the first one walk."""
+        return [walk(self._begin(i)) for i in range(len(self._copies))]
 
     def state(self, found: Found) -> dict[str, Vector]:
         """What is remembered of the copies."""
@@ -105,6 +108,20 @@ class Starts:
         projected = self._method.lower_set.project([x for x in noisy if x is not None])
         given = iter(projected)
         return value.like(None if x is None else next(given).detach() for x in noisy)
+
+
+def look(
+    oracle: Oracle, ends: list[Vector], upper_batch: int = 0, regular: Callable[[Vector], Tensor] | None = None
+) -> Found:
+    """Look at both losses at the ends; ``regular``: what is added to G there, of the lower variables alone."""
+    g = [oracle.lower(end, wrt="upper") for end in ends]
+    f = [oracle.upper(end, batch=upper_batch, wrt="upper").value for end in ends]
+    values = [at.value for at in g]
+    if regular is not None:
+        values = [value + regular(end).to(value.device) for value, end in zip(values, ends, strict=True)]
+    chosen = _smallest(values)
+    lowest, bound = (torch.stack(of).index_select(0, chosen.view(1))[0] for of in ([at.value for at in g], values))
+    return Found(ends, lowest, bound, _picked(chosen, [at.upper for at in g]), f, [at.value for at in g])
 
 
 def check_starts(owner: str, starts: int) -> None:

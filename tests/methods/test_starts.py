@@ -10,8 +10,13 @@ from torch import Tensor
 
 import bilevel
 
-Method = type[bilevel.VPBGD] | type[bilevel.PDBO] | type[bilevel.BOME]
-METHODS = [bilevel.VPBGD, bilevel.PDBO, bilevel.BOME]
+Method = type[bilevel.VPBGD] | type[bilevel.PDBO] | type[bilevel.BOME] | type[bilevel.F2SA] | type[bilevel.BVFSM]
+METHODS = [bilevel.VPBGD, bilevel.PDBO, bilevel.BOME, bilevel.F2SA, bilevel.BVFSM]
+TRAINING = [bilevel.F2SA, bilevel.BVFSM]  # w takes real steps while they compute
+OPTIONS: dict[Method, dict[str, Any]] = {
+    bilevel.F2SA: {"penalty": 10.0},
+    bilevel.BVFSM: {"penalty": 1.0, "slack": 1.0, "regularisation": 0.0, "decay": 0.0, "value_steps": 3},
+}
 
 
 def wells(method: Method, slope: float, wish: float, **options: Any) -> tuple[Any, Tensor, Tensor]:
@@ -26,7 +31,7 @@ def wells(method: Method, slope: float, wish: float, **options: Any) -> tuple[An
         upper_optimizer=torch.optim.SGD([alpha], lr=0.05),
         lower_optimizer=torch.optim.SGD([w], lr=0.02),
         inner_steps=3,
-        **options,
+        **OPTIONS.get(method, {}) | options,
     )
     return optimizer, alpha, w
 
@@ -69,17 +74,69 @@ def test_the_first_step_is_the_papers_where_the_lowest_end_is_that_of_the_method
             upper_optimizer=torch.optim.SGD([alpha], lr=0.1),
             lower_optimizer=torch.optim.SGD([w], lr=0.1),
             starts=starts,
+            **OPTIONS.get(method, {}),
         )
         answers.append(optimizer.directions())
     one, three = answers
     assert int(three.stats.chosen) == 0
     assert torch.equal(one.upper["0"], three.upper["0"])
-    assert torch.equal(one.lower["0"], three.lower["0"])
+    assert three.lower == one.lower if method in TRAINING else torch.equal(one.lower["0"], three.lower["0"])
 
 
-def test_the_copies_are_part_of_a_checkpoint_and_draw_nothing_from_torchs_generator() -> None:
+@pytest.mark.parametrize("method", TRAINING)
+@pytest.mark.parametrize("slope", [0.3, 0.0])
+def test_where_w_goes_and_the_direction_there_are_those_of_the_equations(method: Method, slope: float) -> None:
+    """From the ends of the walks, which the state holds, by hand."""
+    steps, rate, decay = 3, 0.02, 0.1
+    options = {"regularisation": decay, "decay": decay} if method is bilevel.BVFSM else {}
+    optimizer, alpha, w = wells(method, slope=slope, wish=-1.0, starts=5, spread=2.0, **options)
+    directions = optimizer.directions()
+
+    def f(y: Tensor) -> Tensor:
+        return (alpha - 0.5) ** 2 + 0.1 * (y + 1.0) ** 2
+
+    def g(y: Tensor) -> Tensor:
+        return (y**2 - 1) ** 2 + slope * y + 0.01 * alpha * y**2
+
+    def slope_of(loss: Any, y: Tensor) -> Tensor:
+        at = y.detach().clone().requires_grad_()
+        return torch.autograd.grad(loss(at), at)[0]
+
+    regular = decay if method is bilevel.BVFSM else 0.0
+    first = "z" if method is bilevel.BVFSM else "y[0]"
+    ends = [directions.state[name]["0"] for name in (first, *(f"start[{i}]" for i in range(1, 5)))]
+    begin = w.detach().clone()
+    for _ in range(steps):
+        begin = begin - rate * slope_of(lambda y: g(y) + regular * y**2, begin)
+    assert ends[0].item() == pytest.approx(begin.item(), abs=1e-12)
+    lowest = min(ends, key=lambda y: float((g(y) + regular * y**2).detach()))
+    weight = 10.0 if method is bilevel.F2SA else 1.0 / (g(lowest) + regular * lowest**2 + 1.0).item()
+    trained = w.detach().clone()
+    for _ in range(steps):
+        descended = (
+            (lambda y: g(y) + f(y) / weight)
+            if method is bilevel.F2SA
+            else (lambda y: f(y) + weight * g(y) + regular * y**2)
+        )
+        trained = trained - rate * slope_of(descended, trained)
+    points = [trained, *ends]
+    values = [float((f(y) + regular * y**2 + weight * g(y)).detach()) for y in points]
+    best = values.index(min(values))
+    assert best > 0  # out of the well of w
+    assert int(directions.stats.chosen) == best
+    assert directions.start["0"].item() == pytest.approx(points[best].item(), abs=1e-12)
+    expected = 2 * (alpha.item() - 0.5) + weight * 0.01 * (points[best].item() ** 2 - lowest.item() ** 2)
+    assert directions.upper["0"].item() == pytest.approx(expected, abs=1e-10)
+    assert directions.stats.constraint.item() == pytest.approx((g(trained) - g(lowest)).item(), abs=1e-12)
+    assert w.item() == 1.0  # directions take nothing
+    optimizer.step()
+    assert w.item() == directions.start["0"].item()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_copies_are_part_of_a_checkpoint_and_draw_nothing_from_torchs_generator(method: Method) -> None:
     state = torch.get_rng_state()
-    optimizer, alpha, w = wells(bilevel.VPBGD, slope=0.3, wish=1.0, starts=3)
+    optimizer, alpha, w = wells(method, slope=0.3, wish=1.0, starts=3)
     for _ in range(5):
         optimizer.step()
     assert torch.equal(torch.get_rng_state(), state)
@@ -87,7 +144,7 @@ def test_the_copies_are_part_of_a_checkpoint_and_draw_nothing_from_torchs_genera
     at = alpha.item(), w.item()
     for _ in range(5):
         optimizer.step()
-    again, alpha_again, w_again = wells(bilevel.VPBGD, slope=0.3, wish=1.0, starts=3)
+    again, alpha_again, w_again = wells(method, slope=0.3, wish=1.0, starts=3)
     alpha_again.data.fill_(at[0])
     w_again.data.fill_(at[1])
     again.load_state_dict(saved)
@@ -96,13 +153,20 @@ def test_the_copies_are_part_of_a_checkpoint_and_draw_nothing_from_torchs_genera
     assert (alpha.item(), w.item()) == (alpha_again.item(), w_again.item())
 
 
-def test_copies_begin_inside_the_set_of_the_lower_variables() -> None:
+@pytest.mark.parametrize("method", [bilevel.VPBGD, *TRAINING])
+def test_copies_begin_inside_the_set_of_the_lower_variables(method: Method) -> None:
     optimizer, _, w = wells(
-        bilevel.VPBGD, slope=0.3, wish=1.0, starts=5, spread=5.0, lower_projection=bilevel.projection.Box(0.0, 1.5)
+        method, slope=0.3, wish=1.0, starts=5, spread=5.0, lower_projection=bilevel.projection.Box(0.0, 1.5)
     )
     for _ in range(100):
         optimizer.step()
     assert 0.5 < w.item() <= 1.5  # the well at -1 is out of reach
+
+
+@pytest.mark.parametrize("method", TRAINING)
+def test_networks_with_buffers_and_frozen_layers_keep_the_contracts(method: Method) -> None:
+    options: dict[str, Any] = {"value_steps": 1} if method is bilevel.BVFSM else {}
+    bilevel.testing.check_method(method, inner_steps=1, starts=3, **options)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -116,6 +180,15 @@ def test_what_is_refused(method: Method) -> None:
         optimizer.starts = 3
 
 
-def test_readings_of_q_that_do_not_go_with_several_starts_are_refused() -> None:
+def test_readings_that_do_not_go_with_several_starts_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"F2SA\(starts=2\): goes with p=1 alone"):
+        wells(bilevel.F2SA, 0.3, 1.0, starts=2, p=2)
+    with pytest.raises(ValueError, match=r"BVFSM\(starts=2\): goes with argument=.released. alone"):
+        wells(bilevel.BVFSM, 0.3, 1.0, starts=2, argument="paper")
+    optimizer, _, w = wells(bilevel.BVFSM, 0.3, 1.0, starts=2)
+    optimizer.argument = "paper"
+    with pytest.raises(ValueError, match=r"BVFSM\(starts=2\): goes with argument=.released. alone"):
+        optimizer.step()
+    assert w.item() == 1.0
     with pytest.raises(ValueError, match=r"BOME\(starts=2\): goes with value_gradient"):
         wells(bilevel.BOME, 0.3, 1.0, starts=2, value_gradient="difference")
