@@ -33,7 +33,7 @@ UPPER_RATES = (1.0, 0.2, 0.04)
 FIRST, SECOND = 1 / 20, 1 / 10  # of the budget, for each candidate
 ROUNDS = 3  # of the best: from where the race left it, then from other upper points
 LOOKED_AT = 6  # of these, beside corners
-COPIES = 4  # of lower variables, for classes whose constructors name ``starts``
+COPIES = 4  # of lower variables, for classes whose constructors name ``starts`` and whose walks are short
 INNER_STEPS = 5  # of classes that have them and default to fewer: from the tables of benchmarks/which_method.py
 FALLS = (0.5, 0.8)  # of a round, where the rates fall
 SPARE = 0.06
@@ -151,9 +151,10 @@ class Race:
         rule: dict[str, Any] = {}
         if "inner_lr" in arguments or issubclass(self.method, (BOME, EBOMLC)):
             rule["inner_lr"] = inner
-        if "inner_steps" in arguments and arguments["inner_steps"].default in (0, 1):
+        short = "inner_steps" in arguments and arguments["inner_steps"].default in (0, 1)
+        if short:
             rule["inner_steps"] = INNER_STEPS
-        if "starts" in arguments and self.several:
+        if short and "starts" in arguments and self.several:  # copies of longer walks cost more than they find
             rule["starts"] = COPIES
         optimizer = self.method(
             self.landscape.losses[0],

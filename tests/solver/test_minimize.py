@@ -201,6 +201,21 @@ def test_a_pair_that_further_starts_make_void_is_no_success() -> None:
     assert several.success
 
 
+def test_only_classes_of_short_walks_get_lower_copies() -> None:
+    """Elsewhere n walks of many steps take the budget; and F2SA has copies for p = 1 alone."""
+    copies = {}
+    for method in (bilevel.VPBGD, bilevel.PDBO, bilevel.F2SA, bilevel.BVFSM):
+
+        class Seen(method):  # type: ignore[misc, valid-type]
+            def compute(self, oracle: Any) -> Any:
+                copies[type(self).__mro__[1].__name__] = self.starts
+                return super().compute(oracle)
+
+        solve(problems.named("two-wells"), Seen, evaluations=200)
+    assert copies == {"VPBGD": 4, "PDBO": 4, "F2SA": 1, "BVFSM": 1}
+    assert solve(problems.named("two-wells"), "F2SA", evaluations=200, options={"p": 2}).evaluations <= 200
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
