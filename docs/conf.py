@@ -18,7 +18,7 @@ extensions += ["formulas", "signatures", "backlinks"]  # in _extensions/
 html_math_renderer = "katex"
 html_static_path = ["_static"]
 html_css_files = ["bilevel.css"]
-exclude_patterns = ["_build", "_static"]
+exclude_patterns = ["_build", "_static", "jupyter_execute"]  # the last: notebooks as the build before has run them
 
 # $x$ and $$x$$ are formulas; a heading can be linked as page.md#its-title.
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
