@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import bilevel
-from benchmarks import hypergradient, kept_graph, step_time, unrolled_default, unrolled_ways, unrolling, which_method
+from benchmarks import (
+    hypergradient,
+    kept_graph,
+    ports,
+    step_time,
+    unrolled_default,
+    unrolled_ways,
+    unrolling,
+    which_method,
+)
 from benchmarks.by_hand import ByHand
 from benchmarks.memory import LiveBytes
 from benchmarks.passes import Passes, counted
@@ -217,3 +226,12 @@ def test_which_method_takes_up_a_run_again_and_counts_what_all_were_run_on(
     assert which_method.profile(runs, "auto", ["henrion-surowiec-2011"], [0, 150]) == [0.0, 1.0]
     assert output.with_suffix(".png").exists()
     assert capsys.readouterr().out.count("henrion-surowiec-2011: auto solved") == 1
+
+
+def test_ports_are_timed_on_one_problem() -> None:
+    """Before the strengths move, a hundred steps from zeros end at the same loss, whatever the hypergradient."""
+    losses, _ = ports.logistic_sama(steps=1)
+    ported, _ = ports.from_betty.main(steps=1)
+    assert losses == pytest.approx(ported, rel=1e-5)
+    once = ports.again_bilevel()
+    assert [once().item() for _ in range(2)] == [-28.0, -28.0]  # 2 a x - 4 x^3 at a = 1, x = 2
