@@ -125,7 +125,7 @@ def test_the_source_archive_holds_no_data(built: Path) -> None:
         members = {member.name.partition("/")[2]: member for member in archive.getmembers()}
     assert {"README.md", "LICENSE", "pyproject.toml", "tests/methods_table.py", "bilevel/py.typed"} <= set(members)
     # Sources, texts, and the pictures and tables that the docs show.
-    kinds = {"", ".py", ".typed", ".md", ".toml", ".txt", ".cff", ".png", ".svg", ".json"}
+    kinds = {"", ".py", ".typed", ".md", ".toml", ".txt", ".cff", ".png", ".svg", ".json", ".jsonl"}
     kinds |= {".css", ".js", ".woff2", ".ipynb", ".yaml"}  # the documentation's own, its notebooks; hydra's, conda's
     assert {name for name in members if Path(name).suffix not in kinds} == set()
     assert {name for name, member in members.items() if member.size > 500_000} == set()
