@@ -54,7 +54,7 @@ try:
             raise KeyError("between two steps")
 except bilevel.ProcessError as error:
     assert all(torch.equal(x, y) for x, y in zip(before, (a, w)))
-    print(error)
+    print(error, flush=True)
     os._exit(0)
 """
 
