@@ -133,15 +133,15 @@ MUTATIONS = [
     Mutation(
         "sign of Q",
         "DynamicBarrier.terms",
-        "g.value.to(wide) - ahead.value.to(wide)",
-        "ahead.value.to(wide) - g.value.to(wide)",
+        "near.value.to(wide) - ahead.value.to(wide)",
+        "ahead.value.to(wide) - near.value.to(wide)",
         step_of("barrier value"),
     ),
     Mutation(
         "sign of grad_alpha q",
         "DynamicBarrier.terms",
-        "g.upper - ahead.upper",
-        "ahead.upper - g.upper",
+        "near.upper - ahead.upper",
+        "ahead.upper - near.upper",
         "test_identities.py::test_grad_alpha_q_is_the_corrector_pulled_by_the_change_of_log_probabilities",
     ),
     Mutation(
@@ -153,16 +153,16 @@ MUTATIONS = [
     ),
     Mutation(
         "norm over the lower level alone",
-        "DynamicBarrier.compute",
+        "DynamicBarrier._answer",
         "_on(f, q_q_upper) + _on(f, q_q_lower)",
         "_on(f, q_q_lower)",
         step_of("ebomlc"),
     ),
     Mutation(
         "no damping",
-        "DynamicBarrier.compute",
-        "self.damping",
-        "1.0",
+        "DynamicBarrier._answer",
+        "self.damping * multiplier(self.barrier, products, **numbers)",
+        "multiplier(self.barrier, products, **numbers)",
         "test_identities.py::test_damping_violates_the_constraint_by_what_it_takes_away",
     ),
     Mutation(
@@ -287,8 +287,8 @@ MUTATIONS = [
     Mutation(
         "Implicit: sign of the part through w",
         "Implicit.compute",
-        "upper=f.upper - through",
-        "upper=f.upper + through",
+        "f.upper - through",
+        "f.upper + through",
         "test_implicit.py::test_ridge_regression_entry_by_entry",
     ),
     Mutation(
@@ -308,8 +308,8 @@ MUTATIONS = [
     Mutation(
         "MLC: gamma from half of its projection",
         "MLC._estimate",
-        "(f.lower + minus_s_g1).dot(here.lower)",
-        "f.lower.dot(here.lower)",
+        "(self._free(w, step, f.lower) + minus_s_g1).dot(here.lower)",
+        "self._free(w, step, f.lower).dot(here.lower)",
         "test_mlc.py::test_several_upper_updates_call_by_call",
     ),
     Mutation(

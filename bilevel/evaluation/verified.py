@@ -6,6 +6,7 @@ that in looks (``verification.py``) it is evaluated with every flag on as well, 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, Self
@@ -99,7 +100,9 @@ class VerifiedEvaluations(Evaluations):
         """Look at the same losses and batches in float64, for a decision; nothing stays changed."""
         if self.upper_level.sharded or self.lower_level.sharded:
             raise ClosureError(f"{self.owner}: shards of variables cannot be widened to float64.")
-        with float64(self._subject.modules, self._subject.variables), widening():
+        with float64(self._subject.modules, self._subject.variables), widening(), warnings.catch_warnings():
+            # torch.compile looks at .grad of the widened copies that a compiled module is given.
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             replay = Replay(self._devices, self._evaluator.modules, self._subject.variables)
             replay.follow(self.replay)
             upper, lower = ([widened(batch) for batch in self._batches[side]] for side in ("upper", "lower"))

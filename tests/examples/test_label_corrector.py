@@ -156,7 +156,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"X": None}, "nothing to learn from. Give features, or pred_probs"),
     ({"X": X[:, 0]}, r"X\): has the shape \(60,\)"),
     ({"X": X[:50]}, "X has 50 rows, and y 60"),
-    ({"X": np.where(X[7, 2] == X, np.nan, X)}, "row 7 holds NaN or infinity"),
+    ({"X": np.where(X[7, 2] == X, np.nan, X)}, "row 7 holds NaN, infinity"),
     ({"X": GIVEN[:, None]}, "holds what is no number"),
     ({"y": np.full(60, "ape"), "trusted": {0: "ape"}}, r"name 1 class\(es\), and two are needed"),
     ({"y": np.empty((60, 0))}, r"\(y\): has the shape"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
+from bilevel import ClosureError
 from methods_table import CASES
 
 Batch = tuple[Tensor, Tensor]
@@ -68,6 +69,11 @@ class Scene:
 @pytest.mark.parametrize("of", ["model", "losses"])
 def test_a_compiled_model_gives_the_numbers_of_the_model(name: str, backend: str, of: str) -> None:
     torch.compiler.reset()
+    if name in PRODUCTS and (backend, of) == ("aot_eager", "losses"):
+        # Its autograd function has neither a second derivative nor a forward-mode rule: said by name.
+        with pytest.raises(ClosureError, match="calls a compiled function"):
+            Scene(name, backend=backend, of=of).trained()
+        return
     compiled = Scene(name, backend=backend, of=of).trained()
     # The same operations, up to those that a compiler decomposes: a few units of float32.
     torch.testing.assert_close(compiled, Scene(name).trained(), rtol=1e-5, atol=1e-6)
