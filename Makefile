@@ -36,7 +36,7 @@ docs: $(DEV) ## build the documentation anew, warnings are errors
 tests: $(DEV) ## run the tests, with every example in docstrings, README and docs
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-quick: $(DEV) ## run the tests that need neither installations nor whole programs: at most two minutes
+quick: $(DEV) ## run the tests that need neither installations nor whole programs: about three minutes on two cores
 	$(BIN)/python -m pytest
 
 variations: $(DEV) ## run the tests again as on other processors: simpler kernels, one thread and two

@@ -13,6 +13,8 @@ from bilevel.problems import Problem
 from bilevel.problems.lower_search import lowest
 from bilevel.problems.ours import INPUTS, SPOILED, TARGETS
 
+pytestmark = pytest.mark.thorough
+
 NAMES = problems.names()
 REACH = 6.0  # of a grid where a variable has no bounds; every answer lies well inside
 

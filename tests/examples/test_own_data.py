@@ -147,7 +147,7 @@ def test_a_label_that_is_changed_becomes_suspicious(method: str, tmp_path: Path)
         out = corrected(["--table", str(write(tmp_path / "points.csv", rows)), *trusted], tmp_path / "run")
         (found,) = [one for one in out if one["suspicion"] == "1"]
         assert found["id"] == f"row{chosen:03d}"
-        # Trusted labels that are all right, and one wrong label in all: `em` counts a T near the identity, and keeps it.
+        # All trusted labels are right, and one label in all is wrong: `em` counts a T near the identity, and keeps it.
         assert found["corrected"] == before or method == "em"
         row["label"] = before
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import bilevel
 
+pytestmark = pytest.mark.thorough
+
 Method = type[bilevel.VPBGD] | type[bilevel.PDBO] | type[bilevel.BOME] | type[bilevel.F2SA] | type[bilevel.BVFSM]
 METHODS = [bilevel.VPBGD, bilevel.PDBO, bilevel.BOME, bilevel.F2SA, bilevel.BVFSM]
 TRAINING = [bilevel.F2SA, bilevel.BVFSM]  # w takes real steps while they compute

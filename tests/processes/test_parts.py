@@ -13,6 +13,8 @@ from group_of import GroupOf
 from joined_batches import Batch, Shared, part
 from methods_table import CASES
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.mark.parametrize("name", ["bome-unrolled-reverse", "ebomlc", "unrolled-reverse", "emlc-2", "implicit", "soba"])
 def test_micro_batches_of_two_processes_are_the_joined_batch(two: GroupOf, name: str) -> None:
